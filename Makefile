@@ -1,0 +1,22 @@
+# What people do with a checkout. Every target sets up .venv first and reuses it afterwards.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup:  ## create .venv and install (torch with CUDA only where a GPU is)
+	@scripts/setup
+
+demo: setup  ## start a whole cluster here, hold a conversation, print a card, stop it
+	@.venv/bin/briolette demo
+
+test: setup  ## run the tests
+	@scripts/test
+
+check: setup  ## style, types, generated stubs, import rules
+	@scripts/check
+
+bench: setup  ## measure Briolette beside its peers; cards and JSON under bench/results/
+	@.venv/bin/pip install --quiet --editable '.[bench]'
+	@.venv/bin/python -m bench

@@ -1,0 +1,1 @@
+"""Description, planning and shared services; imports no other package of ours."""

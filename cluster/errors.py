@@ -1,0 +1,82 @@
+"""The tree of errors that a caller or a machine can cause, each with its gRPC status."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class BrioletteError(Exception):
+    """Base of every error that reaches a user: one sentence that says what to change.
+
+    `status` is the name of the gRPC status code (`grpc.StatusCode`) that the gateway answers with.
+    """
+
+    status: ClassVar[str] = "INTERNAL"
+
+
+class InvalidRequest(BrioletteError):
+    """The request can never succeed as it was written."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class ContextTooLong(InvalidRequest):
+    """The prompt and the tokens asked for don't fit the model's context or the KV cache."""
+
+
+class UnknownModel(BrioletteError):
+    """The request names a model that this cluster doesn't serve."""
+
+    status = "NOT_FOUND"
+
+
+class Overloaded(BrioletteError):
+    """The queue is full: come back later."""
+
+    status = "UNAVAILABLE"
+
+
+class Unavailable(BrioletteError):
+    """No part that could answer is alive right now."""
+
+    status = "UNAVAILABLE"
+
+
+class DeadlineExceeded(BrioletteError):
+    """The deadline passed before the answer was complete."""
+
+    status = "DEADLINE_EXCEEDED"
+
+
+class ConfigError(BrioletteError):
+    """The configuration has an unknown key, a missing key or a value out of range."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class CheckpointError(BrioletteError):
+    """A checkpoint is missing, incomplete, of a wrong shape or of an unknown model_type."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class NotEnoughMemory(BrioletteError):
+    """The model or its KV cache doesn't fit on the device."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class PortTaken(BrioletteError):
+    """Another process listens on the address that was asked for."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class LinkError(BrioletteError):
+    """A link between two processes broke, timed out or refused its handshake; safe to retry elsewhere."""
+
+    status = "UNAVAILABLE"
+
+
+class StaleEpoch(LinkError):
+    """An expert host was asked under a placement epoch that it doesn't serve."""

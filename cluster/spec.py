@@ -1,0 +1,253 @@
+"""ModelSpec: the geometry of a Gemma 4 text decoder, layer by layer, parsed from config.json."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from cluster.errors import CheckpointError
+
+TEXT_MODEL_TYPES = ("gemma4_text", "gemma4_unified_text")
+MULTIMODAL_MODEL_TYPES = ("gemma4", "gemma4_unified")
+
+
+class AttentionKind(enum.Enum):
+    """What a layer sees, by the names that config.json uses."""
+
+    SLIDING = "sliding_attention"
+    GLOBAL = "full_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary embedding of one attention kind.
+
+    `proportional` rotates the first `partial_rotary_factor` of the frequency pairs and leaves the
+    rest still, with the exponents of the whole head_dim (transformers' modeling_rope_utils).
+    """
+
+    theta: float
+    partial_rotary_factor: float = 1.0
+    factor: float = 1.0  # positions are divided by this
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One decoder layer."""
+
+    layer_idx: int
+    kind: AttentionKind
+    num_kv_heads: int
+    head_dim: int
+    k_eq_v: bool  # values come from k_proj; there is no v_proj
+    kv_layer_idx: int  # the layer whose keys and values are read; its own index where it has some
+    intermediate_size: int  # of the dense MLP
+
+    @property
+    def owns_kv(self) -> bool:
+        return self.kv_layer_idx == self.layer_idx
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Everything about the text decoder that isn't a weight. Sizes count elements, not bytes."""
+
+    model_type: str
+    tensor_prefix: str  # of the text decoder's tensors in the checkpoint, with the final dot
+    vocab_size: int
+    hidden_size: int
+    num_attention_heads: int
+    sliding_window: int  # a token sees itself and sliding_window - 1 tokens before it
+    rms_norm_eps: float
+    max_position_embeddings: int
+    final_logit_softcapping: float | None
+    tie_word_embeddings: bool
+    attention_bias: bool
+    rope: Mapping[AttentionKind, RopeSpec]
+    layers: tuple[LayerSpec, ...]
+    ple_size: int  # per-layer embedding width; 0 where the model has none
+    ple_vocab_size: int
+    num_experts: int  # 0 where the model is dense
+    top_k_experts: int
+    moe_intermediate_size: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    @staticmethod
+    def load(model_dir: Path) -> ModelSpec:
+        """Read `model_dir/config.json` (and generation_config.json for the end-of-sequence ids).
+
+        Raises CheckpointError when a file or a key is missing or the model_type is not ours.
+        """
+        config = _read_json(model_dir / "config.json")
+        generation = model_dir / "generation_config.json"
+        if generation.exists():
+            eos = _read_json(generation).get("eos_token_id")
+            if eos is not None:
+                config = {**config, "eos_token_id": eos}
+        return ModelSpec.from_config(config)
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> ModelSpec:
+        """Parse the parsed config.json of any member of the family.
+
+        Raises CheckpointError for an unknown model_type, a missing key, or a feature that text
+        generation can't have (`use_bidirectional_attention: all`).
+        """
+        model_type = config.get("model_type")
+        if model_type in MULTIMODAL_MODEL_TYPES:
+            text: Mapping[str, Any] = _require(config, "text_config")
+            prefix = "model.language_model."
+        elif model_type in TEXT_MODEL_TYPES:
+            text, prefix = config, "model."
+        else:
+            known = ", ".join(MULTIMODAL_MODEL_TYPES + TEXT_MODEL_TYPES)
+            raise CheckpointError(f"Unknown model_type {model_type!r}; Briolette serves {known}.")
+        _refuse_unsupported(text)
+        is_moe = bool(text.get("enable_moe_block", False))
+        eos = config.get("eos_token_id", text.get("eos_token_id", 1))
+        return ModelSpec(
+            model_type=str(model_type),
+            tensor_prefix=prefix,
+            vocab_size=_require(text, "vocab_size"),
+            hidden_size=_require(text, "hidden_size"),
+            num_attention_heads=_require(text, "num_attention_heads"),
+            sliding_window=_require(text, "sliding_window"),
+            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+            max_position_embeddings=text.get("max_position_embeddings", 131_072),
+            final_logit_softcapping=text.get("final_logit_softcapping"),
+            tie_word_embeddings=config.get(
+                "tie_word_embeddings", text.get("tie_word_embeddings", True)
+            ),
+            attention_bias=text.get("attention_bias", False),
+            rope={kind: _rope(text, kind) for kind in AttentionKind},
+            layers=_layers(text),
+            ple_size=text.get("hidden_size_per_layer_input", _ple_default(text)) or 0,
+            ple_vocab_size=text.get("vocab_size_per_layer_input", 262_144),
+            num_experts=_require(text, "num_experts") if is_moe else 0,
+            top_k_experts=_require(text, "top_k_experts") if is_moe else 0,
+            moe_intermediate_size=_require(text, "moe_intermediate_size") if is_moe else 0,
+            bos_token_id=text.get("bos_token_id", 2),
+            eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (int(eos),),
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; is this a model directory?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from None
+
+
+def _require(config: Mapping[str, Any], key: str) -> Any:
+    value = config.get(key)
+    if value is None:
+        raise CheckpointError(f"config.json has no {key!r}.")
+    return value
+
+
+def _ple_default(text: Mapping[str, Any]) -> int:
+    """transformers fills in 256 where the key is absent; the unified model has no such embedding."""
+    return 0 if text.get("model_type") == "gemma4_unified_text" else 256
+
+
+def _refuse_unsupported(text: Mapping[str, Any]) -> None:
+    if text.get("use_bidirectional_attention") == "all":
+        raise CheckpointError("use_bidirectional_attention 'all' can't generate text.")
+    activation = text.get("hidden_activation", "gelu_pytorch_tanh")
+    if activation != "gelu_pytorch_tanh":
+        raise CheckpointError(f"hidden_activation {activation!r} is not supported.")
+
+
+def _rope(text: Mapping[str, Any], kind: AttentionKind) -> RopeSpec:
+    is_global = kind is AttentionKind.GLOBAL
+    default = {"rope_theta": 1e6, "partial_rotary_factor": 0.25, "rope_type": "proportional"}
+    params = (text.get("rope_parameters") or {}).get(kind.value)
+    if params is None:
+        params = default if is_global else {"rope_theta": 1e4}
+    rope_type = params.get("rope_type", "default")
+    if rope_type not in ("default", "proportional"):
+        raise CheckpointError(f"rope_type {rope_type!r} of {kind.value} is not supported.")
+    if rope_type == "default":
+        return RopeSpec(theta=float(params["rope_theta"]))
+    return RopeSpec(
+        theta=float(params["rope_theta"]),
+        partial_rotary_factor=float(params.get("partial_rotary_factor", 1.0)),
+        factor=float(params.get("factor", 1.0)),
+    )
+
+
+def _kinds(text: Mapping[str, Any]) -> list[AttentionKind]:
+    """Five sliding layers, then a global one, unless the config lists them; the last is global."""
+    num_layers = int(_require(text, "num_hidden_layers"))
+    names = text.get("layer_types")
+    if names is None:
+        names = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(num_layers)]
+    if len(names) != num_layers:
+        raise CheckpointError(
+            f"layer_types lists {len(names)} layers, num_hidden_layers says {num_layers}."
+        )
+    try:
+        kinds = [AttentionKind(name) for name in names]
+    except ValueError as error:
+        raise CheckpointError(f"layer_types: {error}.") from None
+    kinds[-1] = AttentionKind.GLOBAL
+    return kinds
+
+
+def _layers(text: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+    kinds = _kinds(text)
+    num_owning = len(kinds) - int(text.get("num_kv_shared_layers", 0))
+    last_owner = {kind: idx for idx, kind in enumerate(kinds[:num_owning])}
+    missing = set(kinds) - set(last_owner)
+    if missing:
+        raise CheckpointError(f"No layer owns the KV cache of {sorted(k.value for k in missing)}.")
+    return tuple(
+        _layer(text, idx, kind, kv_layer_idx=idx if idx < num_owning else last_owner[kind])
+        for idx, kind in enumerate(kinds)
+    )
+
+
+def _layer(
+    text: Mapping[str, Any], layer_idx: int, kind: AttentionKind, kv_layer_idx: int
+) -> LayerSpec:
+    is_global = kind is AttentionKind.GLOBAL
+    k_eq_v = bool(text.get("attention_k_eq_v", False)) and is_global
+    num_kv_heads = int(_require(text, "num_key_value_heads"))
+    gates_kv_heads = bool(text.get("attention_k_eq_v", False))
+    if is_global and gates_kv_heads and text.get("num_global_key_value_heads") is not None:
+        num_kv_heads = int(text["num_global_key_value_heads"])
+    overrides = _per_layer_override(text, layer_idx)
+    head_dim = text.get("global_head_dim", 512) if is_global else _require(text, "head_dim")
+    is_double_wide = bool(text.get("use_double_wide_mlp", False)) and kv_layer_idx != layer_idx
+    return LayerSpec(
+        layer_idx=layer_idx,
+        kind=kind,
+        num_kv_heads=int(overrides.get("num_key_value_heads", num_kv_heads)),
+        head_dim=int(overrides.get("head_dim", head_dim)),
+        k_eq_v=k_eq_v,
+        kv_layer_idx=kv_layer_idx,
+        intermediate_size=int(_require(text, "intermediate_size")) * (2 if is_double_wide else 1),
+    )
+
+
+def _per_layer_override(text: Mapping[str, Any], layer_idx: int) -> Mapping[str, Any]:
+    """`per_layer_config` as newer transformers writes it: keyed by layer index or layer type."""
+    table = text.get("per_layer_config") or {}
+    if isinstance(table, list):
+        return cast(Mapping[str, Any], table[layer_idx] or {})
+    return cast(Mapping[str, Any], table.get(str(layer_idx), table.get(layer_idx, {})))

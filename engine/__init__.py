@@ -1,0 +1,1 @@
+"""Attention-side decoding: a library that knows no Ray, no gRPC and no Redis."""

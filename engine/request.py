@@ -1,0 +1,112 @@
+"""A request: what was asked for, how to sample it, and the one number that says how far it is."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+from cluster.errors import InvalidRequest
+
+
+class FinishReason(enum.Enum):
+    """Why a request ended; every accepted request ends with exactly one of these."""
+
+    STOP = "stop"  # a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the context is full
+    ABORT = "abort"  # the client cancelled or went away
+    DEADLINE = "deadline"  # the client's deadline passed
+    ERROR = "error"  # the engine couldn't go on; the output carries a message
+
+
+class RequestState(enum.Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"  # in the queue, holds no blocks
+    WAITING_FOR_BLOCKS = "waiting_for_blocks"  # KV blocks are on their way from a store
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Defaults sample from the plain distribution.
+
+    Raises InvalidRequest, with a sentence that names the field, for a value out of range.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int | None = None  # None keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # 1 is off; over prompt and output
+    presence_penalty: float = 0.0  # over the output
+    frequency_penalty: float = 0.0  # over the output
+    seed: int | None = None  # None draws one at arrival
+    logprobs: int | None = None  # number of alternatives beside the chosen token; None is off
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence ids
+    max_tokens: int | None = None  # None goes on to the end of the context
+    ignore_eos: bool = False  # benchmarks: go on past end-of-sequence ids
+
+    def __post_init__(self) -> None:
+        checks = (
+            (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
+            (self.top_k is None or self.top_k >= 1, "top_k must be at least 1"),
+            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
+            (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
+            (0 < self.repetition_penalty <= 100, "repetition_penalty must be above 0, at most 100"),
+            (-2 <= self.presence_penalty <= 2, "presence_penalty must be between -2 and 2"),
+            (-2 <= self.frequency_penalty <= 2, "frequency_penalty must be between -2 and 2"),
+            (self.seed is None or 0 <= self.seed < 2**63, "seed must be between 0 and 2^63 - 1"),
+            (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be 0 to 20"),
+            (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),
+            (all(self.stop), "a stop string must not be empty"),
+            (len(self.stop) <= 16, "at most 16 stop strings"),
+        )
+        for holds, sentence in checks:
+            if not holds:  # NaN fails every comparison, so it is refused here too
+                raise InvalidRequest(f"{sentence}.")
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence in the engine.
+
+    `num_computed_tokens` is the only progress number: the tokens whose keys and values are in the
+    KV cache. Prefill and decode differ only in how many tokens are still to be computed.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    max_tokens: int  # resolved against the context length
+    tenant: str = "default"
+    output_ids: list[int] = field(default_factory=list)  # may start filled: a resumed request
+    arrival_s: float = field(default_factory=time.monotonic)
+    deadline_s: float | None = None  # on time.monotonic's clock
+    state: RequestState = RequestState.WAITING
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens known but not yet in the KV cache; 1 for a request that decodes."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """The tokens at positions [start, stop), across prompt and output."""
+        num_prompt = len(self.prompt_ids)
+        prompt_part = self.prompt_ids[start:stop] if start < num_prompt else []
+        return prompt_part + self.output_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)]

@@ -1,0 +1,1 @@
+"""The other side of dispatch: expert hosts and the router that reaches them."""

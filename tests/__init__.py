@@ -1,0 +1,1 @@
+"""Tests: no GPU, no network, no downloaded weights."""
