@@ -161,7 +161,7 @@ def _require(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _ple_default(text: Mapping[str, Any]) -> int:
-    """transformers fills in 256 where the key is absent; the unified model has no such embedding."""
+    """transformers fills in 256 where the key is absent; the unified model has no such table."""
     return 0 if text.get("model_type") == "gemma4_unified_text" else 256
 
 
@@ -175,7 +175,11 @@ def _refuse_unsupported(text: Mapping[str, Any]) -> None:
 
 def _rope(text: Mapping[str, Any], kind: AttentionKind) -> RopeSpec:
     is_global = kind is AttentionKind.GLOBAL
-    default = {"rope_theta": 1e6, "partial_rotary_factor": 0.25, "rope_type": "proportional"}
+    default: dict[str, Any] = {
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.25,
+        "rope_type": "proportional",
+    }
     params = (text.get("rope_parameters") or {}).get(kind.value)
     if params is None:
         params = default if is_global else {"rope_theta": 1e4}
@@ -246,8 +250,9 @@ def _layer(
 
 
 def _per_layer_override(text: Mapping[str, Any], layer_idx: int) -> Mapping[str, Any]:
-    """`per_layer_config` as newer transformers writes it: keyed by layer index or layer type."""
+    """`per_layer_config` as newer transformers writes it: keyed by layer index."""
     table = text.get("per_layer_config") or {}
     if isinstance(table, list):
         return cast(Mapping[str, Any], table[layer_idx] or {})
-    return cast(Mapping[str, Any], table.get(str(layer_idx), table.get(layer_idx, {})))
+    by_layer = {int(key): value for key, value in table.items()}  # written "05": zero-padded
+    return cast(Mapping[str, Any], by_layer.get(layer_idx, {}))

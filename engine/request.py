@@ -69,7 +69,7 @@ class SamplingParams:
                 raise InvalidRequest(f"{sentence}.")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """One sequence in the engine.
 

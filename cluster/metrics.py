@@ -1,0 +1,201 @@
+"""Every metric of the product, declared once, and the HTTP server that shows them to Prometheus."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, TypeVar, overload
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from cluster.errors import ConfigError, PortTaken
+
+PREFIX = "briolette_"
+
+M = TypeVar("M", Counter, Gauge, Histogram)
+
+# Upper bounds in seconds.
+REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
+CALL_BUCKETS = (25e-6, 50e-6, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.025, 0.1, 0.5, 1)
+
+
+class Family(Generic[M]):
+    """One metric with its children by label values; `metrics.preemptions_total("m").inc()`.
+
+    A child that was met before costs one dict lookup. Code that runs for every token or expert
+    call keeps the child itself.
+    """
+
+    def __init__(self, metric: M) -> None:
+        self._metric: M = metric
+        self._children: dict[tuple[str, ...], M] = {}
+
+    def __call__(self, *label_values: str) -> M:
+        """The child with these label values, in the order in which the labels are declared."""
+        child = self._children.get(label_values)
+        if child is None:
+            child = self._children[label_values] = self._metric.labels(*label_values)
+        return child
+
+    def remove(self, *label_values: str) -> None:
+        """Stop showing a child, as when its expert host is gone for good."""
+        if self._children.pop(label_values, None) is not None:
+            self._metric.remove(*label_values)
+
+
+class MetricSpec(Generic[M]):
+    """The declaration of a metric; named by the attribute of `Metrics` that holds it."""
+
+    def __init__(
+        self, kind: type[M], help_text: str, labels: tuple[str, ...], buckets: tuple[float, ...]
+    ) -> None:
+        self.kind: type[M] = kind
+        self.help = help_text
+        self.labels = labels
+        self.buckets = buckets  # of a histogram
+        self.attribute = ""
+
+    @property
+    def name(self) -> str:
+        """As Prometheus shows it."""
+        return PREFIX + self.attribute
+
+    def create(self, registry: CollectorRegistry) -> Family[M]:
+        """The metric itself, shown by a registry."""
+        options: dict[str, Any] = {"buckets": self.buckets} if self.buckets else {}
+        return Family(self.kind(self.name, self.help, self.labels, registry=registry, **options))
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.attribute = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> MetricSpec[M]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> Family[M]: ...
+    def __get__(self, instance: object | None, owner: type) -> MetricSpec[M] | Family[M]:
+        return self  # only on the class: an instance holds its Family under the same name
+
+
+def _counter(help_text: str, *labels: str) -> MetricSpec[Counter]:
+    return MetricSpec(Counter, help_text, labels, ())
+
+
+def _gauge(help_text: str, *labels: str) -> MetricSpec[Gauge]:
+    return MetricSpec(Gauge, help_text, labels, ())
+
+
+def _histogram(help_text: str, buckets: tuple[float, ...], *labels: str) -> MetricSpec[Histogram]:
+    return MetricSpec(Histogram, help_text, labels, buckets)
+
+
+class Metrics:
+    """The metrics of one process, on a registry of its own.
+
+    Each part of the cluster touches some of them. All have labels, so that a process shows nothing
+    of what other parts measure.
+    """
+
+    # Gateway. `method` is an RPC's name, `status` a gRPC status code's.
+    gateway_streams = _gauge("Answers that are being streamed", "method")
+    gateway_requests_total = _counter("Calls that ended", "method", "status")
+    gateway_aborted_total = _counter(
+        "Requests given up early; reason: client, deadline or stalled", "method", "reason"
+    )
+
+    # Requests, as the decoder sees them. `reason` is a FinishReason's value.
+    requests_waiting = _gauge("Requests in the queue", "model")
+    requests_running = _gauge("Requests that hold KV blocks", "model")
+    requests_total = _counter("Requests that ended", "model", "tenant", "reason")
+    prompt_tokens_total = _counter("Prompt tokens of accepted requests", "model", "tenant")
+    generated_tokens_total = _counter("Tokens sampled", "model", "tenant")
+    queue_time_seconds = _histogram(
+        "From arrival to the first step", REQUEST_BUCKETS, "model", "tenant"
+    )
+    time_to_first_token_seconds = _histogram(
+        "From arrival to the first token (TTFT)", REQUEST_BUCKETS, "model", "tenant"
+    )
+    inter_token_latency_seconds = _histogram(
+        "From a token to the next one (ITL)", STEP_BUCKETS, "model", "tenant"
+    )
+    request_duration_seconds = _histogram(
+        "From arrival to the end (E2E)", REQUEST_BUCKETS, "model", "tenant"
+    )
+
+    # Steps of the engine. `group` is global or sliding, `state` used or free.
+    step_duration_seconds = _histogram("One step of the engine", STEP_BUCKETS, "model")
+    computed_tokens_total = _counter(
+        "Tokens run through the model; phase: prefill or decode", "model", "phase"
+    )
+    kv_blocks = _gauge("Blocks of the KV cache", "model", "group", "state")
+    preemptions_total = _counter("Requests sent back to the queue for lack of blocks", "model")
+
+    # Expert calls, as the ExpertRouter sees them. `host` is an expert host's id.
+    expert_tokens_total = _counter("Token slots sent to a host", "model", "host", "layer")
+    expert_call_duration_seconds = _histogram(
+        "From dispatch to the answer of a host", CALL_BUCKETS, "model", "host"
+    )
+    expert_wait_seconds_total = _counter(
+        "Time in combine that nothing else hid, waiting for hosts", "model"
+    )
+    expert_retries_total = _counter("Slots asked again after this host failed", "model", "host")
+    expert_link_up = _gauge("1 while the link to a host works", "model", "host")
+    placement_epoch = _gauge("Epoch of the expert placement in use", "model")
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        for spec in METRICS:
+            self.__dict__[spec.attribute] = spec.create(registry)
+
+
+METRICS: tuple[MetricSpec[Any], ...] = tuple(
+    value for value in vars(Metrics).values() if isinstance(value, MetricSpec)
+)
+
+
+@dataclass(frozen=True)
+class MetricsServer:
+    """A running /metrics server; closes at the end of a `with` block."""
+
+    host: str
+    port: int
+    _server: Any
+    _thread: Any
+
+    def close(self) -> None:
+        """Stop serving and free the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=5)
+
+    def __enter__(self) -> MetricsServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def start_metrics_server(host: str, port: int, registry: CollectorRegistry) -> MetricsServer:
+    """Serve `/metrics` of a registry from a thread, on this address only; port 0 takes a free one.
+
+    Raises PortTaken when another process listens there, ConfigError when the address can't be used.
+    """
+    try:
+        server, thread = start_http_server(
+            port, addr=host, registry=registry or CollectorRegistry()
+        )
+    except socket.gaierror:
+        raise ConfigError(f"gateway.host: {host!r} is not an address of this machine.") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(
+                f"{host}:{port}, where /metrics should be, is taken; set another metrics_port."
+            ) from None
+        raise ConfigError(f"/metrics can't listen on {host}:{port}: {error.strerror}.") from None
+    return MetricsServer(host, server.server_port, server, thread)

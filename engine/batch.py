@@ -1,0 +1,100 @@
+"""Batch: the tensors of one step, built from what the scheduler chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.spec import AttentionKind
+from engine.kv_cache import KVCache
+from engine.scheduler import SchedulerOutput
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingSpan:
+    """Rows of the batch whose input is an embedding (an image, a sound), not a token's.
+
+    A place kept for later: no runner reads it yet.
+    """
+
+    start: int  # first row of the batch
+    embeddings: Tensor  # [num_rows, hidden_size]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work: requests one after the other, in the scheduler's order.
+
+    Built on the CPU; `to` moves it. A kind of which no layer owns keys and values is missing from
+    `block_tables` and `slot_mapping`.
+    """
+
+    input_ids: Tensor  # [num_tokens] int64
+    positions: Tensor  # [num_tokens] int64
+    query_lens: list[int]  # per request, its tokens in this step
+    seq_lens: list[int]  # per request, its tokens in the KV cache after this step
+    # Entry i of a row holds positions [i * block_size, (i + 1) * block_size); 0 is the null block,
+    # where nothing is kept: behind the window, or past the end.
+    block_tables: Mapping[AttentionKind, Tensor]  # [num_requests, max_blocks] int64
+    slot_mapping: Mapping[AttentionKind, Tensor]  # [num_tokens] int64, block * block_size + offset
+    logits_indices: Tensor  # [num_logits] int64, the last row of each request that samples
+    embedding_spans: tuple[EmbeddingSpan, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.query_lens)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            block_tables={k: t.to(device, non_blocking=True) for k, t in self.block_tables.items()},
+            slot_mapping={k: t.to(device, non_blocking=True) for k, t in self.slot_mapping.items()},
+            logits_indices=self.logits_indices.to(device, non_blocking=True),
+        )
+
+
+def build_batch(output: SchedulerOutput, kv: KVCache) -> Batch:
+    """Lay out the scheduled tokens. Blocks for them are already in the requests' tables."""
+    scheduled = output.scheduled
+    starts = np.array([s.request.num_computed_tokens for s in scheduled], dtype=np.int64)
+    query_lens = np.array([s.num_new_tokens for s in scheduled], dtype=np.int64)
+    rows = np.array([kv.row(s.request) for s in scheduled], dtype=np.int64)
+    seq_lens = starts + query_lens
+    ends = np.cumsum(query_lens)  # [num_requests], one past each request's last batch row
+
+    positions = np.arange(ends[-1]) + np.repeat(starts - (ends - query_lens), query_lens)
+    input_ids: list[int] = []
+    for start, stop, item in zip(starts.tolist(), seq_lens.tolist(), scheduled, strict=True):
+        input_ids += item.request.token_ids(start, stop)
+
+    block_idx, offset = np.divmod(positions, kv.block_size)
+    token_rows = np.repeat(rows, query_lens)
+    max_blocks = -(-int(seq_lens.max()) // kv.block_size)
+    samples = np.array([s.samples for s in scheduled])
+    return Batch(
+        input_ids=torch.tensor(input_ids, dtype=torch.int64),
+        positions=torch.from_numpy(positions),
+        query_lens=query_lens.tolist(),
+        seq_lens=seq_lens.tolist(),
+        block_tables={
+            kind: torch.from_numpy(group.block_tables[rows, :max_blocks])
+            for kind, group in kv.groups.items()
+        },
+        slot_mapping={
+            kind: torch.from_numpy(
+                group.block_tables[token_rows, block_idx] * kv.block_size + offset
+            )
+            for kind, group in kv.groups.items()
+        },
+        logits_indices=torch.from_numpy(ends[samples] - 1),
+    )

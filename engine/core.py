@@ -1,0 +1,371 @@
+"""EngineCore: requests in, tokens out, one step at a time; knows no network, no processes."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from cluster.errors import BrioletteError, ContextTooLong, InvalidRequest
+from cluster.spec import AttentionKind, ModelSpec
+from engine.batch import Batch, build_batch
+from engine.kv_cache import KVCache, KVCacheConfig
+from engine.request import FinishReason, Request, SamplingParams
+from engine.sampler import Sampler, SamplerOutput, TokenLogprobs
+from engine.scheduler import BlockStore, Policy, Scheduler, SchedulerOutput
+from engine.tokenizer import TextStream, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """Computes a batch; `engine.runner.ModelRunner`, or a stand-in in a test."""
+
+    def execute(self, batch: Batch) -> Tensor:
+        """Logits [num_logits, vocab_size] fp32 of the rows in batch.logits_indices."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpecLimits:
+    """What the core must know of the model."""
+
+    max_model_len: int  # tokens, prompt and output together
+    sliding_window: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+
+    @staticmethod
+    def from_spec(spec: ModelSpec, max_model_len: int | None = None) -> SpecLimits:
+        return SpecLimits(
+            min(max_model_len or spec.max_position_embeddings, spec.max_position_embeddings),
+            spec.sliding_window,
+            spec.vocab_size,
+            spec.eos_token_ids,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step brought for one request. The one with a finish_reason is its last."""
+
+    request_id: str
+    new_token_ids: list[int]
+    text: str  # what the new tokens add to the text; empty without a tokenizer
+    logprobs: list[TokenLogprobs] | None  # one per new token where the request asked for them
+    finish_reason: FinishReason | None
+    error: str | None  # a sentence, with FinishReason.ERROR
+    error_status: str | None  # the gRPC status code's name that goes with it
+    num_prompt_tokens: int
+    num_output_tokens: int
+    matched_stop: str | int | None  # the stop string or stop token id; None at the end of sequence
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges of now, and counters since the start."""
+
+    num_waiting: int
+    num_running: int
+    num_free_blocks: Mapping[AttentionKind, int]
+    num_used_blocks: Mapping[AttentionKind, int]
+    num_steps: int  # counter
+    num_prefill_tokens: int  # counter; recomputed ones too
+    num_decode_tokens: int  # counter
+    num_preemptions: int  # counter
+
+
+class EngineCore:
+    """Runs requests to their end. Not thread-safe: add, abort and step come from one thread.
+
+    Every request that `add` accepts ends with exactly one RequestOutput that has a finish_reason,
+    returned by a `step`, whatever ends it.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        kv: KVCacheConfig,
+        *,
+        spec_limits: SpecLimits,
+        sampler: Sampler | None = None,
+        policy: Policy | None = None,
+        store: BlockStore | None = None,
+        max_num_batched_tokens: int = 512,
+        max_num_seqs: int = 64,
+        max_queue: int = 1024,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Raises NotEnoughMemory when `kv` is too small for any request."""
+        self.runner = runner
+        self.sampler = sampler or Sampler()
+        self.tokenizer = tokenizer
+        self.limits = spec_limits
+        self.kv = KVCache(
+            kv,
+            sliding_window=spec_limits.sliding_window,
+            max_num_seqs=max_num_seqs,
+            max_model_len=spec_limits.max_model_len,
+        )
+        self.scheduler = Scheduler(
+            self.kv,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_queue=max_queue,
+            policy=policy,
+            store=store,
+        )
+        self._requests: dict[str, Request] = {}
+        self._streams: dict[str, TextStream] = {}
+        self._outputs: list[RequestOutput] = []  # of the step under way, and of aborts before it
+        self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step; [] when idle.
+
+        Whatever goes wrong while computing ends the requests of this step with
+        FinishReason.ERROR and no others.
+        """
+        self._expire()
+        output = self.scheduler.schedule()
+        if output.scheduled:
+            try:
+                batch = build_batch(output, self.kv)
+                logits = self.runner.execute(batch)
+                sampled = self.sampler.sample(logits, output.sampling)
+                self._update(output, sampled)
+            except Exception as error:  # the border of the engine loop
+                self._fail(output, error)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do or return something."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self._outputs)
+
+    def add(
+        self,
+        *,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        output_ids: Sequence[int] = (),
+        seed: int | None = None,
+        tenant: str = "default",
+        deadline_s: float | None = None,
+    ) -> Request:
+        """Accept a request; `deadline_s` is on time.monotonic's clock.
+
+        With `output_ids` a request goes on where another engine left it: positions, penalties,
+        seed and text continue as if those tokens had been generated here (pass the seed of the
+        first engine's Request); they count towards max_tokens and aren't returned again.
+
+        Raises InvalidRequest or ContextTooLong for what can never be answered, Overloaded when the
+        queue is full.
+        """
+        if request_id in self._requests:
+            raise InvalidRequest(f"A request with the id {request_id!r} is already running.")
+        self._check_ids(prompt_ids, output_ids)
+        if sampling.stop and self.tokenizer is None:
+            raise InvalidRequest("Stop strings need a tokenizer, and this engine has none.")
+        request = Request(
+            request_id=request_id,
+            prompt_ids=list(prompt_ids),
+            sampling=sampling,
+            seed=_first(seed, sampling.seed, random.getrandbits(63)),
+            max_tokens=self._max_tokens(len(prompt_ids), sampling.max_tokens),
+            tenant=tenant,
+            output_ids=list(output_ids),
+            deadline_s=deadline_s,
+        )
+        self.scheduler.add(request)
+        self._requests[request_id] = request
+        self._resume(request)
+        return request
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a request between two steps and free its blocks at once; unknown ids are ignored.
+
+        The next step returns its last output.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request, reason)
+
+    def stats(self) -> EngineStats:
+        groups = self.kv.groups.items()
+        return EngineStats(
+            num_waiting=len(self.scheduler.waiting),
+            num_running=len(self.scheduler.running),
+            num_free_blocks={kind: group.pool.num_free for kind, group in groups},
+            num_used_blocks={kind: group.pool.num_used for kind, group in groups},
+            num_steps=self._num_steps,
+            num_prefill_tokens=self._num_prefill_tokens,
+            num_decode_tokens=self._num_decode_tokens,
+            num_preemptions=self.scheduler.num_preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that no block, row or request is leaked."""
+        self.scheduler.check_integrity()
+        live = {r.request_id for r in (*self.scheduler.running, *self.scheduler.waiting)}
+        assert live == set(self._requests), "a request is lost"
+        assert set(self._streams) <= live, "a text stream is leaked"
+
+    # After a step
+
+    def _update(self, output: SchedulerOutput, sampled: SamplerOutput) -> None:
+        self.scheduler.update(output)
+        num_decode = sum(item.is_decode for item in output.scheduled)
+        self._num_steps += 1
+        self._num_decode_tokens += num_decode
+        self._num_prefill_tokens += output.num_tokens - num_decode
+        rows = zip(output.sampling, sampled.token_ids, sampled.logprobs, strict=True)
+        for row, (request, token_id, logprobs) in enumerate(rows):
+            if row in sampled.errors:
+                error = BrioletteError(sampled.errors[row])
+                self._finish(request, FinishReason.ERROR, error=error)
+            else:
+                self._append(request, token_id, logprobs)
+
+    def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """Take a sampled token; end the request where that makes it complete."""
+        request.output_ids.append(token_id)
+        text, matched = "", None
+        if not self._is_stop_token(request, token_id):  # which is no part of the text
+            text, matched = self._push_text(request, [token_id])
+        tokens = [token_id], None if logprobs is None else [logprobs]
+        reason, matched_stop = self._end_of(request, matched)
+        if reason is None:
+            self._outputs.append(_output(request, *tokens, text))
+        else:
+            self._finish(request, reason, tokens=tokens, text=text, matched_stop=matched_stop)
+
+    def _end_of(
+        self, request: Request, matched: str | None
+    ) -> tuple[FinishReason | None, str | int | None]:
+        """Why the request ends with its last output token, if it does, and the stop it met."""
+        last = request.output_ids[-1]
+        if self._is_stop_token(request, last):
+            return FinishReason.STOP, last if last in request.sampling.stop_token_ids else None
+        if matched is not None:
+            return FinishReason.STOP, matched
+        if len(request.output_ids) >= request.max_tokens:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def _is_stop_token(self, request: Request, token_id: int) -> bool:
+        sampling = request.sampling
+        is_eos = token_id in self.limits.eos_token_ids and not sampling.ignore_eos
+        return is_eos or token_id in sampling.stop_token_ids
+
+    def _push_text(self, request: Request, token_ids: list[int]) -> tuple[str, str | None]:
+        if self.tokenizer is None:
+            return "", None
+        stream = self._streams.get(request.request_id)
+        if stream is None:
+            stream = TextStream(self.tokenizer, request.sampling.stop)
+            self._streams[request.request_id] = stream
+        return stream.push(token_ids)
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        tokens: tuple[list[int], list[TokenLogprobs] | None] = ([], None),
+        text: str = "",
+        matched_stop: str | int | None = None,
+        error: BrioletteError | None = None,
+    ) -> None:
+        """The one way out of the engine, for every reason."""
+        self.scheduler.finish(request, reason)
+        del self._requests[request.request_id]
+        stream = self._streams.pop(request.request_id, None)
+        if stream is not None:
+            text += stream.finish()
+        self._outputs.append(_output(request, *tokens, text, matched_stop, error))
+
+    def _fail(self, output: SchedulerOutput, error: Exception) -> None:
+        logger.error("A step of %d tokens failed.", output.num_tokens, exc_info=error)
+        if not isinstance(error, BrioletteError):
+            error = BrioletteError(f"{type(error).__name__} while computing: {error}")
+        for item in output.scheduled:
+            if not item.request.is_finished:
+                self._finish(item.request, FinishReason.ERROR, error=error)
+
+    def _expire(self) -> None:
+        now_s = time.monotonic()
+        for request in list(self._requests.values()):
+            if request.deadline_s is not None and request.deadline_s <= now_s:
+                self._finish(request, FinishReason.DEADLINE)
+
+    # At arrival
+
+    def _check_ids(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        if not prompt_ids:
+            raise InvalidRequest("The prompt is empty.")
+        for token_ids in (prompt_ids, output_ids):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.limits.vocab_size:
+                raise InvalidRequest(f"Token ids must be 0 to {self.limits.vocab_size - 1}.")
+
+    def _max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """Resolve max_tokens against the context and the KV cache: what can't fit is refused."""
+        limit, what = self.limits.max_model_len, "the model's context"
+        capacity = self.kv.max_request_tokens
+        if capacity is not None and capacity < limit:
+            limit, what = capacity, "the KV cache"
+        left = limit - num_prompt_tokens
+        if left < 1:
+            raise ContextTooLong(
+                f"The prompt has {num_prompt_tokens} tokens; {what} holds {limit}, "
+                "and the answer needs at least one."
+            )
+        if max_tokens is not None and max_tokens > left:
+            raise ContextTooLong(
+                f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; "
+                f"{what} holds {limit}, so that max_tokens can be at most {left}."
+            )
+        return left if max_tokens is None else max_tokens
+
+    def _resume(self, request: Request) -> None:
+        """Bring the text of earlier output up to date; what it gave was returned back then."""
+        if not request.output_ids:
+            return
+        is_stop = self._is_stop_token(request, request.output_ids[-1])
+        text_ids = request.output_ids[:-1] if is_stop else request.output_ids
+        _, matched = self._push_text(request, text_ids)
+        reason, matched_stop = self._end_of(request, matched)
+        if reason is not None:
+            self._finish(request, reason, matched_stop=matched_stop)
+
+
+def _output(
+    request: Request,
+    new_token_ids: list[int],
+    logprobs: list[TokenLogprobs] | None,
+    text: str,
+    matched_stop: str | int | None = None,
+    error: BrioletteError | None = None,
+) -> RequestOutput:
+    return RequestOutput(
+        request_id=request.request_id,
+        new_token_ids=new_token_ids,
+        text=text,
+        logprobs=logprobs,
+        finish_reason=request.finish_reason,
+        error=None if error is None else str(error),
+        error_status=None if error is None else error.status,
+        num_prompt_tokens=len(request.prompt_ids),
+        num_output_tokens=len(request.output_ids),
+        matched_stop=matched_stop,
+    )
+
+
+def _first(*values: int | None) -> int:
+    return next(value for value in values if value is not None)

@@ -1,0 +1,444 @@
+"""The Gemma 4 text decoder: dense and mixture-of-experts, every member of the family.
+
+Equations as in transformers' Gemma 4 (models/gemma4/modeling_gemma4.py); tensors are read by their
+checkpoint names where they are used. Tokens of all requests of a step lie one after the other in
+one [num_tokens, hidden_size] tensor; attention alone knows which belong together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.checkpoint import Checkpoint
+from cluster.invariant import check_invariance, gated_gelu, linear
+from cluster.spec import AttentionKind, LayerSpec, ModelSpec, RopeSpec
+from engine.attention import Attention, FastAttention, KVTensors
+from engine.batch import Batch
+from engine.invariant_attention import InvariantAttention, check_attention
+from engine.weights import CheckpointWeights, Progress, Weights, decoder_bytes
+
+# Runs to its end unless the experts are remote: then it yields whenever it is about to wait.
+Forward = Generator[None, None, Tensor]
+
+
+class Experts(Protocol):
+    """The experts of every layer, in this process or in others."""
+
+    @property
+    def is_remote(self) -> bool:
+        """False: `combine` never waits, so the forward pass never yields."""
+        ...
+
+    def dispatch(
+        self, layer_idx: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Any:
+        """Start computing; returns a handle for `combine`.
+
+        hidden_states [num_tokens, hidden_size], topk_ids [num_tokens, top_k] int64,
+        topk_weights [num_tokens, top_k] fp32.
+        """
+        ...
+
+    def combine(self, handle: Any) -> Tensor:
+        """The weighted sum of the experts' outputs, [num_tokens, hidden_size].
+
+        Raises Unavailable when no copy of a needed expert can answer.
+        """
+        ...
+
+
+class GemmaDecoder:
+    """The decoder's weights and its forward pass; holds no state of any request."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, *, batch_invariant: bool = False) -> None:
+        """Take the tensors from `weights`.
+
+        Raises ConfigError when this machine can't keep batch_invariant.
+        """
+        self.spec = spec
+        self.batch_invariant = batch_invariant
+        prefix = spec.tensor_prefix
+        build = _Builder(spec, weights, prefix, batch_invariant)
+        embedding = weights.tensor(
+            f"{prefix}embed_tokens.weight", spec.vocab_size, spec.hidden_size
+        )
+        self.embed_tokens = Embedding(embedding, spec.hidden_size)
+        self.per_layer_inputs = PerLayerInputs(build) if spec.ple_size else None
+        self.layers = [
+            DecoderLayer(build.under(f"layers.{layer.layer_idx}."), layer) for layer in spec.layers
+        ]
+        self.norm = build.norm("norm", spec.hidden_size)
+        if not spec.tie_word_embeddings:
+            embedding = weights.tensor("lm_head.weight", spec.vocab_size, spec.hidden_size)
+        self.lm_head = Linear(embedding, None, batch_invariant)
+        self.inv_freq = {
+            layer.kind: _inv_freq(spec.rope[layer.kind], layer.head_dim, embedding.device)
+            for layer in spec.layers
+        }
+        self._num_owning = sum(layer.owns_kv for layer in spec.layers)  # they come first
+        if batch_invariant:
+            check_invariance([*build.gemm_weights, embedding])
+            for heads, head_dim in {(layer.num_kv_heads, layer.head_dim) for layer in spec.layers}:
+                check_attention(
+                    spec.num_attention_heads, heads, head_dim, embedding.dtype, embedding.device
+                )
+
+    @classmethod
+    def load(
+        cls,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_invariant: bool = False,
+        on_progress: Progress | None = None,
+    ) -> GemmaDecoder:
+        """Read everything but the experts.
+
+        Raises CheckpointError, naming the tensor, for one that is missing or has a wrong shape.
+        """
+        total = decoder_bytes(spec, checkpoint, dtype)
+        weights = CheckpointWeights(checkpoint, device, dtype, on_progress, total)
+        return cls(spec, weights, batch_invariant=batch_invariant)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def forward(
+        self, batch: Batch, kv: Mapping[int, KVTensors], experts: Experts | None
+    ) -> Forward:
+        """Logits [num_logits, vocab_size] in fp32, softcapped; keys and values go to `kv`.
+
+        `kv` maps the index of each layer that owns keys and values to its tensors.
+        """
+        x = self.embed_tokens(batch.input_ids)
+        per_layer = None
+        if self.per_layer_inputs is not None:
+            per_layer = self.per_layer_inputs(batch.input_ids, x)  # [num_tokens, layers, ple_size]
+        step = Step(self, batch, kv, experts)
+        logits_indices: Tensor | None = batch.logits_indices
+        for idx, layer in enumerate(self.layers):
+            if idx == self._num_owning and len(batch.logits_indices) < batch.num_tokens:
+                # From here on nothing is written for later tokens, so only the rows whose logits
+                # are asked for go on, if there are any.
+                if len(batch.logits_indices) == 0:
+                    break
+                x = x[batch.logits_indices]
+                per_layer = None if per_layer is None else per_layer[batch.logits_indices]
+                step = Step(self, _narrow(batch), kv, experts)
+                logits_indices = None
+            x = yield from layer.forward(x, None if per_layer is None else per_layer[:, idx], step)
+        if logits_indices is not None:
+            x = x[logits_indices]
+        logits = self.lm_head(self.norm(x)).float()
+        cap = self.spec.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class Step:
+    """What the layers of one forward pass share: rotations, planned attention, slots."""
+
+    def __init__(
+        self,
+        model: GemmaDecoder,
+        batch: Batch,
+        kv: Mapping[int, KVTensors],
+        experts: Experts | None,
+    ) -> None:
+        self.kv, self.experts = kv, experts
+        self.slots = batch.slot_mapping
+        self.rotations = {
+            kind: _rotation(batch.positions, inv_freq, model.dtype)
+            for kind, inv_freq in model.inv_freq.items()
+        }
+        block_size = next(iter(kv.values())).key.shape[1]
+        self.attention = {kind: _plan(model, batch, kind, block_size) for kind in model.inv_freq}
+
+
+class DecoderLayer:
+    """Attention, then the dense MLP with, in a mixture of experts, the routed experts beside it."""
+
+    def __init__(self, build: _Builder, layer: LayerSpec) -> None:
+        spec = build.spec
+        size = spec.hidden_size
+        self.spec = layer
+        self.self_attn = SelfAttention(build.under("self_attn."), layer)
+        self.mlp = MLP(build.under("mlp."), layer.intermediate_size)
+        self.input_layernorm = build.norm("input_layernorm", size)
+        self.post_attention_layernorm = build.norm("post_attention_layernorm", size)
+        self.pre_feedforward_layernorm = build.norm("pre_feedforward_layernorm", size)
+        self.post_feedforward_layernorm = build.norm("post_feedforward_layernorm", size)
+        self.layer_scalar = build.tensor("layer_scalar", 1)
+        self.router: Router | None = None
+        if spec.is_moe:
+            self.router = Router(build.under("router."))
+            self.pre_feedforward_layernorm_2 = build.norm("pre_feedforward_layernorm_2", size)
+            self.post_feedforward_layernorm_1 = build.norm("post_feedforward_layernorm_1", size)
+            self.post_feedforward_layernorm_2 = build.norm("post_feedforward_layernorm_2", size)
+        self.per_layer_residual = PerLayerResidual(build) if spec.ple_size else None
+
+    def forward(self, x: Tensor, per_layer_input: Tensor | None, step: Step) -> Forward:
+        """x [num_tokens, hidden_size] -> the same; per_layer_input [num_tokens, ple_size]."""
+        attended = self.self_attn(self.input_layernorm(x), step)
+        x = x + self.post_attention_layernorm(attended)
+        if self.router is None:
+            mixed = self.mlp(self.pre_feedforward_layernorm(x))
+        else:
+            mixed = yield from self._mixture(self.router, x, step.experts)
+        x = x + self.post_feedforward_layernorm(mixed)
+        if self.per_layer_residual is not None:
+            assert per_layer_input is not None
+            x = x + self.per_layer_residual(x, per_layer_input)
+        return x * self.layer_scalar
+
+    def _mixture(self, router: Router, x: Tensor, experts: Experts | None) -> Forward:
+        """Dense MLP plus routed experts. Both, and the router, read the raw residual, so the dense
+        MLP is computed while the experts' answers are on their way."""
+        assert experts is not None, "a mixture of experts needs experts"
+        topk_ids, topk_weights = router(x)
+        handle = experts.dispatch(
+            self.spec.layer_idx, self.pre_feedforward_layernorm_2(x), topk_ids, topk_weights
+        )
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
+        if experts.is_remote:
+            yield
+        return dense + self.post_feedforward_layernorm_2(experts.combine(handle))
+
+
+class SelfAttention:
+    """Queries, keys and values, normed and rotated; one GEMM makes all three."""
+
+    def __init__(self, build: _Builder, layer: LayerSpec) -> None:
+        spec = build.spec
+        self.layer = layer
+        self.num_heads = spec.num_attention_heads
+        self.num_kv_heads = layer.num_kv_heads if layer.owns_kv else 0
+        q_size, kv_size = self.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        parts = [("q_proj", q_size)]
+        if layer.owns_kv:
+            parts.append(("k_proj", kv_size))
+            if not layer.k_eq_v:
+                parts.append(("v_proj", kv_size))
+        self.qkv_proj = build.fused(parts, spec.hidden_size, bias=spec.attention_bias)
+        self.o_proj = build.linear("o_proj", q_size, spec.hidden_size, bias=spec.attention_bias)
+        self.head_norm = RMSNorm(None, layer.head_dim, spec.rms_norm_eps)
+        norms = [build.tensor("q_norm.weight", layer.head_dim).expand(self.num_heads, -1)]
+        if layer.owns_kv:
+            norms.append(
+                build.tensor("k_norm.weight", layer.head_dim).expand(self.num_kv_heads, -1)
+            )
+        self.qk_norm = torch.cat(norms)  # [num_heads + num_kv_heads, head_dim]
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        layer, num_qk = self.layer, self.num_heads + self.num_kv_heads
+        # Queries, keys and values are normed alike; only queries and keys have a weight.
+        heads = self.head_norm(self.qkv_proj(x).view(x.shape[0], -1, layer.head_dim))
+        qk = _rotate(heads[:, :num_qk] * self.qk_norm, *step.rotations[layer.kind])
+        query = qk[:, : self.num_heads]
+        kv = step.kv[layer.kv_layer_idx]
+        if layer.owns_kv:
+            value = heads[:, -self.num_kv_heads :]  # the normed keys where K = V
+            kv.write(step.slots[layer.kind], qk[:, self.num_heads :], value)
+        return self.o_proj(step.attention[layer.kind](query, kv))
+
+
+class MLP:
+    """Gated MLP; gate and up are one GEMM."""
+
+    def __init__(self, build: _Builder, intermediate_size: int) -> None:
+        size = build.spec.hidden_size
+        self.intermediate_size = intermediate_size
+        self.batch_invariant = build.batch_invariant
+        parts = [("gate_proj", intermediate_size), ("up_proj", intermediate_size)]
+        self.gate_up_proj = build.fused(parts, size)
+        self.down_proj = build.linear("down_proj", intermediate_size, size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = torch.split(self.gate_up_proj(x), self.intermediate_size, dim=1)
+        return self.down_proj(gated_gelu(gate, up, batch_invariant=self.batch_invariant))
+
+
+class Router:
+    """Chooses top_k experts for each token (the model's gate, not the network's ExpertRouter)."""
+
+    def __init__(self, build: _Builder) -> None:
+        spec = build.spec
+        self.top_k = spec.top_k_experts
+        self.norm = RMSNorm(None, spec.hidden_size, spec.rms_norm_eps)
+        self.scale = build.tensor("scale", spec.hidden_size)
+        self.root_size = spec.hidden_size**-0.5
+        self.proj = build.linear("proj", spec.hidden_size, spec.num_experts)
+        self.per_expert_scale = build.tensor("per_expert_scale", spec.num_experts)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [num_tokens, hidden_size] -> topk_ids int64 and topk_weights fp32 [num_tokens, k]."""
+        scores = self.proj(self.norm(x) * self.scale * self.root_size)
+        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        topk_weights, topk_ids = torch.topk(probabilities, self.top_k)
+        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+        return topk_ids, topk_weights * self.per_expert_scale[topk_ids]
+
+
+class PerLayerInputs:
+    """A small embedding of each token for each layer, mixed with a projection of the usual one."""
+
+    def __init__(self, build: _Builder) -> None:
+        spec = build.spec
+        self.shape = (-1, spec.num_layers, spec.ple_size)
+        width = spec.num_layers * spec.ple_size
+        table = build.tensor("embed_tokens_per_layer.weight", spec.ple_vocab_size, width)
+        self.embed_tokens_per_layer = Embedding(table, spec.ple_size)
+        self.per_layer_model_projection = build.linear(
+            "per_layer_model_projection", spec.hidden_size, width
+        )
+        self.projection_scale = spec.hidden_size**-0.5
+        self.per_layer_projection_norm = build.norm("per_layer_projection_norm", spec.ple_size)
+
+    def __call__(self, input_ids: Tensor, embeddings: Tensor) -> Tensor:
+        """input_ids [num_tokens] -> [num_tokens, num_layers, ple_size]."""
+        projected = self.per_layer_model_projection(embeddings) * self.projection_scale
+        projected = self.per_layer_projection_norm(projected.view(self.shape))
+        return (projected + self.embed_tokens_per_layer(input_ids).view(self.shape)) * 2**-0.5
+
+
+class PerLayerResidual:
+    """Adds a layer's per-layer input, gated by the hidden state."""
+
+    def __init__(self, build: _Builder) -> None:
+        size, ple_size = build.spec.hidden_size, build.spec.ple_size
+        self.batch_invariant = build.batch_invariant
+        self.per_layer_input_gate = build.linear("per_layer_input_gate", size, ple_size)
+        self.per_layer_projection = build.linear("per_layer_projection", ple_size, size)
+        self.post_per_layer_input_norm = build.norm("post_per_layer_input_norm", size)
+
+    def __call__(self, x: Tensor, per_layer_input: Tensor) -> Tensor:
+        gate = self.per_layer_input_gate(x)
+        gated = gated_gelu(gate, per_layer_input, batch_invariant=self.batch_invariant)
+        return self.post_per_layer_input_norm(self.per_layer_projection(gated))
+
+
+class RMSNorm:
+    """x / rms(x) * weight, in fp32 inside; the weight is plain, not 1 + weight as in Gemma 3."""
+
+    __slots__ = ("eps", "shape", "weight")
+
+    def __init__(self, weight: Tensor | None, size: int, eps: float) -> None:
+        self.weight, self.shape, self.eps = weight, (size,), eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class Linear:
+    """x @ weight^T + bias."""
+
+    __slots__ = ("batch_invariant", "bias", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, batch_invariant: bool) -> None:
+        self.weight, self.bias, self.batch_invariant = weight, bias, batch_invariant
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
+
+
+class Embedding:
+    """A table whose rows are scaled by sqrt(size), rounded to the table's dtype."""
+
+    def __init__(self, weight: Tensor, size: int) -> None:
+        self.weight = weight
+        self.scale = torch.tensor(size**0.5, dtype=weight.dtype).item()
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        return F.embedding(input_ids, self.weight) * self.scale
+
+
+class _Builder:
+    """Makes the parts of a module from the tensors under its prefix."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, prefix: str, batch_invariant: bool
+    ) -> None:
+        self.spec, self.batch_invariant = spec, batch_invariant
+        self.gemm_weights: list[Tensor] = []  # of all modules, for the check of batch_invariant
+        self._weights, self._prefix = weights, prefix
+
+    def under(self, prefix: str) -> _Builder:
+        child = copy.copy(self)
+        child._prefix += prefix
+        return child
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        return self._weights.tensor(self._prefix + name, *shape)
+
+    def norm(self, name: str, size: int) -> RMSNorm:
+        return RMSNorm(self.tensor(f"{name}.weight", size), size, self.spec.rms_norm_eps)
+
+    def linear(self, name: str, in_size: int, out_size: int, *, bias: bool = False) -> Linear:
+        return self.fused([(name, out_size)], in_size, bias=bias)
+
+    def fused(self, parts: list[tuple[str, int]], in_size: int, *, bias: bool = False) -> Linear:
+        """Projections of the same input, as one: (name, number of outputs) each."""
+        named = [(self._prefix + name, size) for name, size in parts]
+        weight = self._weights.rows(*((f"{n}.weight", size) for n, size in named), columns=in_size)
+        biases = self._weights.vectors(*((f"{n}.bias", s) for n, s in named)) if bias else None
+        self.gemm_weights.append(weight)
+        return Linear(weight, biases, self.batch_invariant)
+
+
+def _plan(model: GemmaDecoder, batch: Batch, kind: AttentionKind, block_size: int) -> Attention:
+    window = model.spec.sliding_window if kind is AttentionKind.SLIDING else None
+    if model.batch_invariant:
+        return InvariantAttention(batch, kind, window, block_size)
+    return FastAttention(batch, kind, window, block_size, model.dtype)
+
+
+def _narrow(batch: Batch) -> Batch:
+    """The rows whose logits are asked for, each as a request with one query; nothing is written."""
+    rows = batch.logits_indices.tolist()
+    request_of = [i for i, length in enumerate(batch.query_lens) for _ in range(length)]
+    requests = torch.tensor([request_of[row] for row in rows], device=batch.input_ids.device)
+    positions = batch.positions[batch.logits_indices]
+    return replace(
+        batch,
+        input_ids=batch.input_ids[batch.logits_indices],
+        positions=positions,
+        query_lens=[1] * len(rows),
+        seq_lens=[position + 1 for position in positions.tolist()],
+        block_tables={kind: table[requests] for kind, table in batch.block_tables.items()},
+        slot_mapping={},
+        logits_indices=torch.arange(len(rows), device=requests.device),
+    )
+
+
+def _inv_freq(rope: RopeSpec, head_dim: int, device: torch.device) -> Tensor:
+    """Angular frequencies [head_dim / 2] in fp32; those past the rotating share are 0."""
+    num_rotating = int(rope.partial_rotary_factor * head_dim // 2)
+    exponents = torch.arange(0, 2 * num_rotating, 2, dtype=torch.float32) / head_dim
+    frequencies = torch.zeros(head_dim // 2)
+    frequencies[:num_rotating] = 1.0 / rope.theta**exponents / rope.factor
+    return frequencies.to(device)
+
+
+def _rotation(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, and sin with the first half negated, both [num_tokens, 1, head_dim]."""
+    angles = positions[:, None, None].float() * inv_freq
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of x [num_tokens, num_heads, head_dim]."""
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return (x * cos).add_(swapped.mul_(sin))

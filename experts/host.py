@@ -1,0 +1,312 @@
+"""ExpertHost: owns groups of experts in every layer and answers expert calls over links."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.checkpoint import Checkpoint
+from cluster.errors import LinkError
+from cluster.links import AUTO, Endpoint, Link, Listener
+from cluster.placement import ExpertPlacement
+from cluster.spec import ModelSpec
+from experts import wire
+from experts.kernels import group_partials
+from experts.load import ExpertLoad
+from experts.weights import OwnedExperts, load_experts
+
+REPLY_DEADLINE_S = 10.0  # for a router to take an answer
+MAX_STRANGERS = 32  # connections that are shaking hands at one time
+
+
+@dataclass(frozen=True, slots=True)
+class HostStats:
+    """What a host has done since it started."""
+
+    host_id: str
+    epoch: int
+    group_ids: tuple[int, ...]
+    num_bytes: int  # of weights
+    num_links: int
+    num_calls: int
+    num_refusals: int
+    compute_s: float
+    expert_load: list[list[int]]  # tokens per layer and logical expert
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """What a host serves at one time: swapped as a whole."""
+
+    epoch: int
+    owned: OwnedExperts
+
+
+class ExpertHost:
+    """The experts of the groups that a placement gives to `host_id`, behind a listener.
+
+    A thread per link reads calls and answers them; one call computes at a time. Use it as a context
+    manager, or `start` and `close` it. `answer_delay_s` is for benches: every answer leaves that
+    long after its call came.
+    """
+
+    def __init__(
+        self,
+        host_id: str,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        placement: ExpertPlacement,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        secret: bytes,
+        batch_invariant: bool = False,
+        *,
+        listen_host: str = "127.0.0.1",
+        listen_port: int = 0,
+        transports: Sequence[str] = AUTO,
+        num_threads: int | None = None,
+        answer_delay_s: float = 0.0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Read the owned experts; `on_progress(layers done, of)`.
+
+        Raises CheckpointError as `load_experts` does.
+        """
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)  # of the whole process
+        self.host_id = host_id
+        self._spec, self._checkpoint = spec, checkpoint
+        self._dtype, self._device, self._secret = dtype, device, secret
+        self._batch_invariant = batch_invariant
+        self._listen = (listen_host, listen_port, transports)
+        self._answer_delay_s = answer_delay_s
+        self._listener: Listener | None = None
+        self._accepting: threading.Thread | None = None
+        self._strangers = threading.Semaphore(MAX_STRANGERS)
+        self._links: set[Link] = set()
+        self._threads: set[threading.Thread] = set()
+        self._compute_lock = threading.Lock()
+        self._is_closing = False
+        self._num_calls = self._num_refusals = 0
+        self._compute_s = 0.0
+        self.load = ExpertLoad(spec.num_layers, spec.num_experts)
+        self._serving = self._load_placement(placement, None, on_progress)
+
+    def start(self) -> Endpoint:
+        """Listen and serve; returns where routers reach this host. Raises PortTaken."""
+        assert self._listener is None
+        self._is_closing = False
+        host, port, transports = self._listen
+        self._listener = Listener(self._secret, self._verify, host, port, transports)
+        self._accepting = threading.Thread(
+            target=self._accept, args=(self._listener,), name="expert-accept", daemon=True
+        )
+        self._accepting.start()
+        return self._listener.endpoint
+
+    def use(self, placement: ExpertPlacement) -> None:
+        """Serve a new placement: load its groups, then swap. Links stay; calls under any other
+        epoch are refused from then on. Raises CheckpointError, and then nothing has changed.
+        """
+        self._serving = self._load_placement(placement, self._serving)
+
+    def stats(self) -> HostStats:
+        """Counters since the start; cheap."""
+        serving = self._serving
+        return HostStats(
+            self.host_id,
+            serving.epoch,
+            serving.owned.group_ids,
+            serving.owned.num_bytes,
+            len(self._links),
+            self._num_calls,
+            self._num_refusals,
+            self._compute_s,
+            self.load.total.tolist(),
+        )
+
+    def close(self) -> None:
+        """Close every link and stop; calls in flight see a closed link."""
+        if self._listener is None:
+            return
+        self._is_closing = True
+        self._listener.close()
+        assert self._accepting is not None
+        self._accepting.join()
+        for link in list(self._links):
+            link.close()
+        for thread in list(self._threads):
+            thread.join(REPLY_DEADLINE_S)
+        self._listener = None
+
+    def __enter__(self) -> ExpertHost:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where routers reach this host, once started."""
+        assert self._listener is not None
+        return self._listener.endpoint
+
+    def answer(self, frame: memoryview) -> list[memoryview]:
+        """Compute one call's frame into the parts of its reply; never raises."""
+        call_id, serving = wire.peek_call_id(frame), self._serving
+        try:
+            call = wire.decode_call(frame, self._spec.num_experts, self._spec.hidden_size)
+            if call.epoch != serving.epoch:
+                reason = f"{self.host_id} serves epoch {serving.epoch}, not {call.epoch}."
+                return self._refuse(call_id, wire.Status.STALE_EPOCH, reason)
+            return self._compute(call, serving)
+        except LinkError as error:
+            return self._refuse(call_id, wire.Status.REFUSED, str(error))
+        except Exception as error:  # the border of an expert call: the router retries elsewhere
+            reason = f"{self.host_id} broke: {type(error).__name__}: {error}"
+            return self._refuse(call_id, wire.Status.FAILED, reason)
+
+    def _compute(self, call: wire.Call, serving: _Serving) -> list[memoryview]:
+        start = time.perf_counter()
+        owned = serving.owned
+        slots = owned.localise(call.slots.to(self._device))
+        if call.layer_idx >= len(owned.layers) or bool((slots.experts < 0).any()):
+            raise LinkError(f"{self.host_id} doesn't own what call {call.call_id} asks for.")
+        layer = owned.layers[call.layer_idx]
+        hidden_states = call.hidden_states.to(self._device)
+        with torch.inference_mode(), self._compute_lock:
+            partials = group_partials(
+                hidden_states, slots, layer, batch_invariant=self._batch_invariant
+            )
+            groups = layer.expert_to_group[slots.experts].cpu().numpy()
+            cells = wire.cells_with_slots(
+                call.slots.tokens.numpy(), groups, len(call.hidden_states)
+            )
+            rows = partials.flatten(0, 1)
+            if len(cells) < len(rows):
+                rows = rows[torch.from_numpy(cells).to(rows.device)]
+            rows = rows.cpu()
+            self.load.count(call.layer_idx, call.slots.experts.numpy())
+            self._num_calls += 1
+            elapsed_s = time.perf_counter() - start
+            self._compute_s += elapsed_s
+        return wire.encode_rows(call.call_id, call.epoch, rows, elapsed_s)
+
+    def _refuse(self, call_id: int, status: wire.Status, reason: str) -> list[memoryview]:
+        self._num_refusals += 1
+        return wire.encode_failure(call_id, self._serving.epoch, status, reason)
+
+    def _verify(self, data: bytes) -> bytes:
+        hello, epoch = wire.Hello.decode(data), self._serving.epoch
+        if hello.host_id != self.host_id:
+            raise LinkError(f"This is expert host {self.host_id}, not {hello.host_id}.")
+        if hello.weights_hash != self._checkpoint.fingerprint:
+            raise LinkError(f"{self.host_id} serves other weights than this decoder's.")
+        if hello.epoch != epoch:
+            raise LinkError(f"{self.host_id} serves epoch {epoch}, not {hello.epoch}.")
+        return b""
+
+    def _accept(self, listener: Listener) -> None:
+        with contextlib.suppress(LinkError):  # closed
+            while True:
+                sock = listener.accept_socket()
+                if not self._strangers.acquire(blocking=False):
+                    sock.close()  # a flood of strangers; routers try again
+                    continue
+                thread = threading.Thread(
+                    target=self._serve, args=(listener, sock), name="expert-link", daemon=True
+                )
+                self._threads.add(thread)
+                thread.start()
+
+    def _serve(self, listener: Listener, sock: socket.socket) -> None:
+        try:
+            with self._welcome(listener, sock) as link:
+                self._links.add(link)
+                try:
+                    while not self._is_closing:
+                        self._reply(link, link.recv(None))
+                finally:
+                    self._links.discard(link)
+        except LinkError:
+            pass  # the router went away, or was told why it is refused
+        finally:
+            self._threads.discard(threading.current_thread())
+
+    def _welcome(self, listener: Listener, sock: socket.socket) -> Link:
+        try:
+            return listener.welcome(sock)
+        finally:
+            self._strangers.release()
+
+    def _reply(self, link: Link, frame: memoryview) -> None:
+        due = time.monotonic() + self._answer_delay_s
+        parts = self.answer(frame)
+        if not self._answer_delay_s:
+            link.send(parts, REPLY_DEADLINE_S)
+            return
+        timer = threading.Timer(due - time.monotonic(), _send_late, (link, parts))
+        timer.daemon = True
+        timer.start()
+
+    def _load_placement(
+        self,
+        placement: ExpertPlacement,
+        before: _Serving | None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> _Serving:
+        group_ids = placement.groups_of(self.host_id)
+        if before is not None and before.owned.group_ids == group_ids:
+            return _Serving(placement.epoch, before.owned)
+        owned = load_experts(
+            self._spec,
+            self._checkpoint,
+            placement.groups,
+            group_ids,
+            self._dtype,
+            self._device,
+            on_progress,
+        )
+        return _Serving(placement.epoch, owned)
+
+
+def serve_host(
+    control: Connection,
+    host_id: str,
+    model_dir: Path,
+    placement: ExpertPlacement,
+    secret: bytes,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    batch_invariant: bool = False,
+    **options: Any,
+) -> None:
+    """Run a host in a process of its own, for tests, benches and `multiprocessing`'s spawn.
+
+    Sends `Endpoint.to_dict()` on `control`, then serves until the other end of it closes; `options`
+    are ExpertHost's.
+    """
+    spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
+    host = ExpertHost(
+        host_id, spec, checkpoint, placement, dtype, device, secret, batch_invariant, **options
+    )
+    with host:
+        control.send(host.endpoint.to_dict())
+        with contextlib.suppress(EOFError):
+            control.recv()
+
+
+def _send_late(link: Link, parts: list[memoryview]) -> None:
+    with contextlib.suppress(LinkError):
+        link.send(parts, REPLY_DEADLINE_S)

@@ -1,0 +1,70 @@
+"""LocalExperts: the Experts protocol in-process, for one machine and as the last resort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cluster.checkpoint import Checkpoint
+from cluster.placement import ExpertGroups
+from cluster.spec import ModelSpec
+from experts.kernels import Slots, group_partials, sum_partials
+from experts.load import ExpertLoad
+from experts.weights import OwnedExperts, load_experts
+
+
+class LocalExperts:
+    """Every expert of every layer in this process.
+
+    `dispatch` computes at once and its handle is the result, so a forward pass never waits.
+    """
+
+    is_remote = False
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        groups: ExpertGroups,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        batch_invariant: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Read all experts. Raises CheckpointError when one is missing or of a wrong shape."""
+        everything = range(groups.num_groups)
+        self._owned: OwnedExperts = load_experts(
+            spec, checkpoint, groups, everything, dtype, device, on_progress
+        )
+        self._batch_invariant = batch_invariant
+        self.load = ExpertLoad(spec.num_layers, spec.num_experts)
+
+    def dispatch(
+        self, layer_idx: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Tensor:
+        """Compute a layer's experts.
+
+        Shapes: hidden_states [num_tokens, hidden], topk_ids and topk_weights [num_tokens, k].
+        Returns the handle for `combine`.
+        """
+        if not topk_ids.is_cuda:  # counting mustn't make a GPU wait
+            self.load.count(layer_idx, topk_ids.reshape(-1).numpy())
+        slots = Slots.from_topk(topk_ids, topk_weights)
+        return sum_partials(self.partials(layer_idx, hidden_states, slots))
+
+    def combine(self, handle: Tensor) -> Tensor:
+        """The routed experts' output: [num_tokens, hidden] in the dtype of the hidden states."""
+        return handle
+
+    def partials(self, layer_idx: int, hidden_states: Tensor, slots: Slots) -> Tensor:
+        """Each group's weighted sum: [num_groups, num_tokens, hidden]. All experts are owned, so
+        logical ids and rows are the same numbers.
+        """
+        return group_partials(
+            hidden_states,
+            slots,
+            self._owned.layers[layer_idx],
+            batch_invariant=self._batch_invariant,
+        )

@@ -1,0 +1,324 @@
+"""ExpertRouter: the Experts protocol over expert hosts, with retry on other copies."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cluster.errors import LinkError, StaleEpoch, Unavailable
+from cluster.links import AUTO, Endpoint, Link
+from cluster.placement import ExpertPlacement
+from cluster.spec import ModelSpec
+from experts import wire
+from experts.kernels import Slots, sum_partials
+from experts.local import LocalExperts
+from experts.peers import Peer, Peers
+from experts.stats import CallStats
+
+Fallback: TypeAlias = LocalExperts | Callable[[], LocalExperts]
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Which copy of each group is asked, until a link opens or closes."""
+
+    generation: object
+    epoch: int
+    group_to_peer: Mapping[int, Peer]  # lacks the groups that nobody can be asked for
+
+
+@dataclass(slots=True)
+class _Sent:
+    """One frame on its way: what was asked of whom."""
+
+    peer: Peer
+    link: Link
+    call_id: int
+    group_ids: tuple[int, ...]
+    cells: IntArray  # [num_rows]: where each row of the reply belongs, as group * tokens + token
+    sent_s: float
+
+
+@dataclass(slots=True)
+class Handle:
+    """An expert call between dispatch and combine, over all its hosts."""
+
+    layer_idx: int
+    hidden_states: Tensor  # [num_tokens, hidden], on the CPU
+    device: torch.device  # of the result
+    tokens: IntArray  # [num_slots], in token order
+    experts: IntArray  # [num_slots]
+    weights: npt.NDArray[np.float32]  # [num_slots]
+    groups: IntArray  # [num_slots]
+    partials: Tensor  # [num_groups, num_tokens, hidden]
+    sent: list[_Sent] = field(default_factory=list)
+    orphans: set[int] = field(default_factory=set)  # groups that no host has been asked for
+    dispatched_s: float = 0.0
+
+
+class ExpertRouter:
+    """Dispatches each layer's slots to the hosts that hold their groups, and combines the answers.
+
+    One frame per layer, micro-batch and host. What fails (a closed link, silence past the deadline,
+    a refusal) is asked again, for its groups only, of another copy, else of the fallback. As groups
+    are the fixed unit of summation, no bit depends on who answered.
+
+    One thread dispatches and combines; `use` and `stats` may be called from others.
+    """
+
+    is_remote = True
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        placement: ExpertPlacement,
+        endpoints: Mapping[str, Endpoint],
+        secret: bytes,
+        weights_hash: str,
+        fallback: Fallback | None = None,
+        deadline_s: float = 2.0,
+        transports: Sequence[str] = AUTO,
+        spin_s: float = 0.0,
+    ) -> None:
+        """Connect to every host of the placement; those that can't be reached are tried again in
+        the background. `deadline_s` is for one host's answer, counted from dispatch.
+        """
+        self._spec, self._deadline_s, self._fallback = spec, deadline_s, fallback
+        self._peers = Peers(secret, weights_hash, transports, spin_s)
+        self._call_ids = itertools.count(1)
+        self._stats = CallStats()
+        self._plan = _Plan(None, 0, {})
+        self._num_groups = placement.groups.num_groups
+        self._expert_to_group = np.array(
+            [placement.groups.group_of(expert) for expert in range(spec.num_experts)],
+            dtype=np.int64,
+        )
+        self._peers.use(placement, endpoints)
+
+    def use(self, placement: ExpertPlacement, endpoints: Mapping[str, Endpoint]) -> None:
+        """Go over to a new placement. Links to hosts that stay where they are stay warm; calls in
+        flight to hosts that leave are asked again elsewhere. The cut into groups never changes.
+        """
+        assert placement.groups == self._peers.placement.groups
+        self._peers.use(placement, endpoints)
+
+    def wait_ready(self, deadline_s: float) -> None:
+        """Return once every host is linked. Raises Unavailable with the reasons if that takes
+        longer than `deadline_s` seconds from now.
+        """
+        end = time.monotonic() + deadline_s
+        while missing := self._peers.problems():
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                raise Unavailable(f"Expert hosts are missing: {missing}.")
+            self._peers.wait_for_change(min(left_s, 0.2))
+
+    def dispatch(
+        self, layer_idx: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Handle:
+        """Send every host its part.
+
+        Shapes: hidden_states [num_tokens, hidden], topk_ids and topk_weights [num_tokens, k].
+        Returns the handle for `combine`; never raises for what a host did.
+        """
+        num_tokens, hidden_size = hidden_states.shape
+        rows = hidden_states.detach().cpu().contiguous()
+        experts = topk_ids.reshape(-1).cpu().numpy()
+        handle = Handle(
+            layer_idx,
+            rows,
+            hidden_states.device,
+            np.repeat(np.arange(num_tokens), topk_ids.shape[1]),
+            experts,
+            topk_weights.reshape(-1).float().cpu().numpy(),
+            self._expert_to_group[experts],
+            rows.new_zeros(self._num_groups, num_tokens, hidden_size),
+        )
+        self._send(handle, set(np.unique(handle.groups).tolist()))
+        handle.dispatched_s = time.perf_counter()
+        return handle
+
+    def combine(self, handle: Handle) -> Tensor:
+        """Wait for the answers and add them up: [num_tokens, hidden] in the hidden states' dtype
+        and on their device. Raises Unavailable when no copy of a group can answer.
+        """
+        start = time.perf_counter()
+        while handle.sent or handle.orphans:
+            while handle.sent:
+                sent = handle.sent.pop()
+                if not self._collect(handle, sent):
+                    handle.orphans.update(sent.group_ids)
+            if handle.orphans:
+                self._retry(handle)
+        self._stats.count_combine(
+            hidden_s=start - handle.dispatched_s, waited_s=time.perf_counter() - start
+        )
+        return sum_partials(handle.partials).to(handle.device)
+
+    def stats(self) -> CallStats:
+        """Counters since the start; a live object, read it only."""
+        return self._stats
+
+    def problems(self) -> dict[str, str]:
+        """The hosts that can't be asked right now, each with the reason."""
+        return self._peers.problems()
+
+    def link_kind(self, host_id: str) -> str:
+        """ "shm", "unix" or "tcp"; empty while there is no link to the host."""
+        _, _, alive = self._peers.snapshot()
+        link = alive[host_id].link if host_id in alive else None
+        return link.kind if link else ""
+
+    def close(self) -> None:
+        """Close every link and stop reconnecting."""
+        self._peers.close()
+
+    def __enter__(self) -> ExpertRouter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _send(self, handle: Handle, group_ids: set[int]) -> None:
+        """Ask for groups; those that nobody can be asked for become orphans."""
+        plan, by_peer = self._current_plan(), dict[str, list[int]]()
+        for group_id in sorted(group_ids):
+            peer = plan.group_to_peer.get(group_id)
+            if peer is None:
+                handle.orphans.add(group_id)
+            else:
+                by_peer.setdefault(peer.host_id, []).append(group_id)
+        for asked in by_peer.values():
+            peer = plan.group_to_peer[asked[0]]
+            sent = self._send_frame(handle, peer, asked, plan.epoch)
+            if sent is None:
+                handle.orphans.update(asked)
+            else:
+                handle.sent.append(sent)
+
+    def _current_plan(self) -> _Plan:
+        if self._plan.generation is not self._peers.generation:
+            generation, placement, alive = self._peers.snapshot()
+            table = [
+                [host for host in hosts if host in alive] for hosts in placement.group_to_hosts
+            ]
+            group_to_peer = {group: alive[host] for group, host in choose_copies(table).items()}
+            self._plan = _Plan(generation, placement.epoch, group_to_peer)
+        return self._plan
+
+    def _send_frame(
+        self, handle: Handle, peer: Peer, group_ids: list[int], epoch: int
+    ) -> _Sent | None:
+        link, num_tokens = peer.link, len(handle.hidden_states)
+        if link is None:
+            return None
+        is_asked = np.zeros(self._num_groups, dtype=np.bool_)
+        is_asked[group_ids] = True
+        slots = is_asked[handle.groups]
+        tokens, groups = handle.tokens[slots], handle.groups[slots]
+        hidden_states = handle.hidden_states
+        has_slot = np.zeros(num_tokens, dtype=np.bool_)
+        has_slot[tokens] = True
+        frame_tokens = tokens
+        if not has_slot.all():  # send only the rows that this host needs
+            hidden_states = hidden_states[torch.from_numpy(has_slot)]
+            frame_tokens = (np.cumsum(has_slot) - 1)[tokens]
+        call_id = next(self._call_ids)
+        parts = wire.encode_call(
+            call_id,
+            epoch,
+            handle.layer_idx,
+            hidden_states,
+            frame_tokens,
+            handle.experts[slots],
+            handle.weights[slots],
+        )
+        cells = wire.cells_with_slots(tokens, groups, num_tokens)
+        sent_s = time.perf_counter()
+        try:
+            link.send(parts, self._deadline_s)
+        except LinkError as error:
+            self._peers.ban(peer, link, str(error))
+            return None
+        peer.outstanding.add(call_id)
+        return _Sent(peer, link, call_id, tuple(group_ids), cells, sent_s)
+
+    def _collect(self, handle: Handle, sent: _Sent) -> bool:
+        """Take in one host's answer; False if it has to be asked again elsewhere."""
+        try:
+            left_s = self._deadline_s - (time.perf_counter() - sent.sent_s)
+            reply = sent.peer.receive(sent.link, sent.call_id, max(0.0, left_s))
+            if reply.status is wire.Status.STALE_EPOCH:
+                raise StaleEpoch(reply.reason)
+            if reply.status is not wire.Status.OK:
+                raise LinkError(reply.reason)
+            rows = handle.partials.flatten(0, 1)
+            if reply.rows.shape != (len(sent.cells), rows.shape[1]) or (
+                reply.rows.dtype is not rows.dtype
+            ):
+                raise LinkError(f"{sent.peer.host_id} answered with rows of a wrong shape.")
+        except LinkError as error:
+            self._stats.num_failures += 1
+            self._peers.ban(sent.peer, sent.link, str(error))
+            return False
+        rows[torch.from_numpy(sent.cells)] = reply.rows
+        sent.peer.num_bans = 0  # only an answer proves that it is well again
+        self._stats.count_call(time.perf_counter() - sent.sent_s, reply.compute_s)
+        return True
+
+    def _retry(self, handle: Handle) -> None:
+        """Ask for the orphans again: another copy, else the fallback, else Unavailable."""
+        group_ids, handle.orphans = handle.orphans, set()
+        self._stats.num_retries += 1
+        self._send(handle, group_ids)
+        if handle.orphans and not handle.sent:
+            self._fall_back(handle)
+
+    def _fall_back(self, handle: Handle) -> None:
+        if self._fallback is None:
+            raise Unavailable(
+                f"No expert host answers for groups {sorted(handle.orphans)}: "
+                f"{self._peers.problems()}."
+            )
+        if not isinstance(self._fallback, LocalExperts):
+            self._fallback = self._fallback()
+        group_ids = sorted(handle.orphans)
+        slots = np.isin(handle.groups, group_ids)
+        partials = self._fallback.partials(
+            handle.layer_idx,
+            handle.hidden_states,
+            Slots(
+                torch.from_numpy(handle.tokens[slots]),
+                torch.from_numpy(handle.experts[slots]),
+                torch.from_numpy(handle.weights[slots]),
+            ),
+        )
+        handle.partials[group_ids] = partials[group_ids]
+        handle.orphans.clear()
+        self._stats.num_fallbacks += 1
+
+
+def choose_copies(group_to_hosts: Sequence[Sequence[str]]) -> dict[int, str]:
+    """One host for each group that has any, so that no host gets many more groups than another.
+
+    Groups with the fewest copies choose first; among equals the earlier copy wins. Pure.
+    """
+    num_groups_of: dict[str, int] = {}
+    choice: dict[int, str] = {}
+    for group_id in sorted(range(len(group_to_hosts)), key=lambda g: len(group_to_hosts[g])):
+        hosts = group_to_hosts[group_id]
+        if hosts:
+            host = min(hosts, key=lambda host: num_groups_of.get(host, 0))
+            num_groups_of[host] = num_groups_of.get(host, 0) + 1
+            choice[group_id] = host
+    return choice

@@ -1,0 +1,53 @@
+"""What a router has measured: calls, their latency, retries, and the time that overlap hid."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+
+# Upper bounds of the latency buckets in seconds: 10 µs to 50 s, about 1.5 apart.
+LATENCY_BOUNDS_S = tuple(
+    mantissa * 10.0**exponent for exponent in range(-5, 2) for mantissa in (1, 1.5, 2, 3, 5, 7)
+)[:-2]
+
+
+@dataclass(slots=True)
+class CallStats:
+    """Counters of one router. A call is one frame to one host and its answer."""
+
+    num_calls: int = 0
+    num_failures: int = 0  # calls that had to be asked again elsewhere
+    num_retries: int = 0
+    num_fallbacks: int = 0  # times that the fallback computed
+    latency_s: float = 0.0  # summed over calls, from sending to the answer in hand
+    compute_s: float = 0.0  # of it, the hosts' own time
+    hidden_s: float = 0.0  # between dispatch and combine
+    waited_s: float = 0.0  # inside combine
+    latency_counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BOUNDS_S) + 1))
+
+    @property
+    def hidden_share(self) -> float:
+        """The share of the time from dispatch to result in which other work was done."""
+        total_s = self.hidden_s + self.waited_s
+        return self.hidden_s / total_s if total_s else 0.0
+
+    def latency_quantile_s(self, quantile: float) -> float:
+        """The upper bound of the bucket that holds the quantile; 0 before the first call."""
+        left = quantile * self.num_calls
+        for bound, count in zip(LATENCY_BOUNDS_S, self.latency_counts, strict=False):
+            left -= count
+            if left <= 0:
+                return bound if self.num_calls else 0.0
+        return LATENCY_BOUNDS_S[-1]
+
+    def count_call(self, latency_s: float, compute_s: float) -> None:
+        """Add one answered call."""
+        self.num_calls += 1
+        self.latency_s += latency_s
+        self.compute_s += compute_s
+        self.latency_counts[bisect.bisect_left(LATENCY_BOUNDS_S, latency_s)] += 1
+
+    def count_combine(self, hidden_s: float, waited_s: float) -> None:
+        """Add one dispatch/combine pair."""
+        self.hidden_s += hidden_s
+        self.waited_s += waited_s

@@ -1,0 +1,92 @@
+"""Reading the slices of the experts that a process owns, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.checkpoint import Checkpoint
+from cluster.placement import ExpertGroups
+from cluster.spec import ModelSpec
+from experts.kernels import LayerExperts, Slots
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedExperts:
+    """The experts of some groups, in every layer.
+
+    `expert_to_row[e]` is expert e's row in each layer's tensors, -1 where it isn't owned.
+    """
+
+    group_ids: tuple[int, ...]  # ascending
+    layers: tuple[LayerExperts, ...]
+    expert_to_row: Tensor  # [num_experts] int64, on the weights' device
+
+    def localise(self, slots: Slots) -> Slots:
+        """The same slots with rows of the layers' tensors in place of logical expert ids."""
+        return Slots(slots.tokens, self.expert_to_row[slots.experts], slots.weights)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights."""
+        return sum(layer.gate_up.nbytes + layer.down.nbytes for layer in self.layers)
+
+
+def load_experts(
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    groups: ExpertGroups,
+    group_ids: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> OwnedExperts:
+    """Read the experts of `group_ids` in every layer; `on_progress(layers done, of)`.
+
+    Raises CheckpointError, naming the tensor, when one is missing or of a wrong shape.
+    """
+    assert groups.num_experts == spec.num_experts and group_ids
+    owned_groups = tuple(sorted(group_ids))
+    runs = _merge_runs([groups.experts_of(group_id) for group_id in owned_groups])
+    owned = [expert for run in runs for expert in run]
+    expert_to_row = torch.full((spec.num_experts,), -1, dtype=torch.int64)
+    expert_to_row[owned] = torch.arange(len(owned))
+    positions = [owned_groups.index(groups.group_of(expert)) for expert in owned]
+    expert_to_group = torch.tensor(positions, device=device)
+    layers: list[LayerExperts] = []
+    for layer in spec.layers:
+        prefix = f"{spec.tensor_prefix}layers.{layer.layer_idx}.experts."
+        hidden, inner = spec.hidden_size, spec.moe_intermediate_size
+        shapes = {
+            "gate_up_proj": (spec.num_experts, 2 * inner, hidden),
+            "down_proj": (spec.num_experts, hidden, inner),
+        }
+        gate_up, down = (
+            _read_runs(checkpoint, prefix + name, runs, shape).to(device=device, dtype=dtype)
+            for name, shape in shapes.items()
+        )
+        layers.append(LayerExperts(gate_up, down, expert_to_group, len(owned_groups)))
+        if on_progress is not None:
+            on_progress(len(layers), spec.num_layers)
+    return OwnedExperts(owned_groups, tuple(layers), expert_to_row.to(device))
+
+
+def _merge_runs(ranges: Sequence[range]) -> list[range]:
+    """Join neighbouring ranges, so that one read takes all of them."""
+    runs: list[range] = []
+    for part in ranges:
+        if runs and runs[-1].stop == part.start:
+            runs[-1] = range(runs[-1].start, part.stop)
+        else:
+            runs.append(part)
+    return runs
+
+
+def _read_runs(
+    checkpoint: Checkpoint, name: str, runs: Sequence[range], shape: tuple[int, ...]
+) -> Tensor:
+    parts = [checkpoint.read_rows(name, run, shape) for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,216 @@
+"""The frames of an expert call: a header, the slots and the hidden states; encoded without copies.
+
+    call   header | tokens i32 | experts i32 | weights f32 | pad to 8 | hidden states, a row a token
+    reply  header | one row for each (group, token) that has a slot, ascending; or a reason, UTF-8
+
+Everything is little-endian. Slots come in token order; a token here is a row of this frame. What a
+decoder returns are views into the frame.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cluster.errors import LinkError
+from experts.kernels import Slots
+
+VERSION = 1
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_TOKENS = MAX_SLOTS = 1 << 20
+
+_CALL = struct.Struct("<4sHHQQIIII")
+_REPLY = struct.Struct("<4sHHQQIIf4x")
+_CALL_MAGIC, _REPLY_MAGIC = b"BXCL", b"BXRP"
+_SLOT_BYTES = 12
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Status(enum.IntEnum):
+    """How a host answered."""
+
+    OK = 0
+    STALE_EPOCH = 1  # it serves another epoch than the call's
+    REFUSED = 2  # the call asks for what it doesn't own, or makes no sense
+    FAILED = 3  # it broke while computing
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a router says in the handshake, so that it can't talk to the wrong host."""
+
+    host_id: str
+    weights_hash: str
+    epoch: int
+
+    def encode(self) -> bytes:
+        """As the handshake carries it."""
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def decode(data: bytes) -> Hello:
+        """Raises LinkError when the bytes are no hello."""
+        try:
+            fields = json.loads(data)
+            return Hello(str(fields["host_id"]), str(fields["weights_hash"]), int(fields["epoch"]))
+        except (ValueError, KeyError, TypeError):
+            raise LinkError("The hello can't be read.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An expert call as a host reads it. Shapes: hidden_states [num_tokens, hidden]."""
+
+    call_id: int
+    epoch: int
+    layer_idx: int
+    hidden_states: Tensor
+    slots: Slots  # logical expert ids
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer as the router reads it; `rows` is [num_rows, hidden], empty unless OK."""
+
+    call_id: int
+    epoch: int
+    status: Status
+    compute_s: float  # the host's own time for the call
+    rows: Tensor
+    reason: str
+
+
+def encode_call(
+    call_id: int,
+    epoch: int,
+    layer_idx: int,
+    hidden_states: Tensor,
+    tokens: IntArray,
+    experts: IntArray,
+    weights: npt.NDArray[np.float32],
+) -> list[memoryview]:
+    """The parts of a call's frame; the hidden states' part is a view of the tensor.
+
+    Shapes: hidden_states [num_tokens, hidden], contiguous on the CPU; the rest [num_slots].
+    """
+    num_tokens, hidden_size = hidden_states.shape
+    num_slots = len(tokens)
+    kind = DTYPES.index(hidden_states.dtype)
+    offset = _hidden_offset(num_slots)
+    head = bytearray(offset)
+    _CALL.pack_into(
+        head, 0, _CALL_MAGIC, VERSION, kind, call_id, epoch, layer_idx, num_tokens, num_slots,
+        hidden_size,
+    )  # fmt: skip
+    slots = np.frombuffer(head, np.int32, 3 * num_slots, _CALL.size).reshape(3, num_slots)
+    slots[0], slots[1], slots[2] = tokens, experts, weights.view(np.int32)
+    return [memoryview(head), _to_bytes(hidden_states)]
+
+
+def decode_call(frame: memoryview, num_experts: int, hidden_size: int) -> Call:
+    """Read a call. Raises LinkError when the frame is malformed or out of bounds in any field."""
+    if len(frame) < _CALL.size:
+        raise LinkError("An expert call is cut short.")
+    magic, version, kind, call_id, epoch, layer_idx, num_tokens, num_slots, hidden = (
+        _CALL.unpack_from(frame)
+    )
+    if magic != _CALL_MAGIC or version != VERSION or kind >= len(DTYPES):
+        raise LinkError("This is no expert call of this version.")
+    if hidden != hidden_size or num_tokens > MAX_TOKENS or num_slots > MAX_SLOTS:
+        raise LinkError("An expert call is of impossible size.")
+    dtype, offset = DTYPES[kind], _hidden_offset(num_slots)
+    if len(frame) != offset + num_tokens * hidden_size * dtype.itemsize:
+        raise LinkError("An expert call isn't as long as it says.")
+    ids = np.frombuffer(frame, np.int32, 2 * num_slots, _CALL.size).reshape(2, num_slots)
+    if num_slots and (ids.min() < 0 or ids[0].max() >= num_tokens or ids[1].max() >= num_experts):
+        raise LinkError("An expert call names a token or an expert that doesn't exist.")
+    weights = np.frombuffer(frame, np.float32, num_slots, _CALL.size + 8 * num_slots)
+    tokens, experts = torch.from_numpy(ids.astype(np.int64)).unbind()
+    hidden_states = _to_rows(frame[offset:], dtype, num_tokens, hidden_size)
+    slots = Slots(tokens, experts, torch.from_numpy(weights))
+    return Call(call_id, epoch, layer_idx, hidden_states, slots)
+
+
+def peek_call_id(frame: memoryview) -> int:
+    """The call id of a frame that may be malformed otherwise, 0 if it is too short for one."""
+    return int(_CALL.unpack_from(frame)[3]) if len(frame) >= _CALL.size else 0
+
+
+def encode_rows(call_id: int, epoch: int, rows: Tensor, compute_s: float) -> list[memoryview]:
+    """The parts of an OK reply. Shape: rows [num_rows, hidden], contiguous on the CPU."""
+    num_rows, hidden_size = rows.shape
+    kind = DTYPES.index(rows.dtype) << 8 | Status.OK
+    head = _REPLY.pack(
+        _REPLY_MAGIC, VERSION, kind, call_id, epoch, num_rows, hidden_size, compute_s
+    )
+    return [memoryview(head), _to_bytes(rows)]
+
+
+def encode_failure(call_id: int, epoch: int, status: Status, reason: str) -> list[memoryview]:
+    """The parts of a reply that says no, and under which epoch the host stands."""
+    head = _REPLY.pack(_REPLY_MAGIC, VERSION, status, call_id, epoch, 0, 0, 0.0)
+    return [memoryview(head), memoryview(reason.encode())]
+
+
+def decode_reply(frame: memoryview) -> Reply:
+    """Read a reply. Raises LinkError when the frame is malformed."""
+    if len(frame) < _REPLY.size:
+        raise LinkError("An expert reply is cut short.")
+    magic, version, kind, call_id, epoch, num_rows, hidden_size, compute_s = _REPLY.unpack_from(
+        frame
+    )
+    kind, status = kind >> 8, kind & 0xFF
+    if magic != _REPLY_MAGIC or version != VERSION or kind >= len(DTYPES) or status > Status.FAILED:
+        raise LinkError("This is no expert reply of this version.")
+    body, dtype = frame[_REPLY.size :], DTYPES[kind]
+    if status != Status.OK:
+        reason = bytes(body).decode(errors="replace")
+        return Reply(call_id, epoch, Status(status), 0.0, torch.empty(0, 0), reason)
+    if len(body) != num_rows * hidden_size * dtype.itemsize:
+        raise LinkError("An expert reply isn't as long as it says.")
+    rows = _to_rows(body, dtype, num_rows, hidden_size)
+    return Reply(call_id, epoch, Status.OK, compute_s, rows, "")
+
+
+def cells_with_slots(tokens: IntArray, groups: IntArray, num_tokens: int) -> IntArray:
+    """The (group, token) pairs that have a slot, as group * num_tokens + token, ascending: the rows
+    of a reply, in order. Shapes: tokens and groups [num_slots].
+    """
+    if not len(tokens):
+        return np.empty(0, np.int64)
+    cells = groups * num_tokens + tokens
+    present = np.zeros(int(cells.max()) + 1, dtype=np.bool_)
+    present[cells] = True
+    return np.flatnonzero(present)
+
+
+def join(parts: Sequence[memoryview]) -> memoryview:
+    """One frame of its parts, as a link delivers it; for tests and tools."""
+    return memoryview(bytearray(b"".join(parts)))
+
+
+def _hidden_offset(num_slots: int) -> int:
+    return (_CALL.size + _SLOT_BYTES * num_slots + 7) & ~7
+
+
+def _to_bytes(rows: Tensor) -> memoryview:
+    assert rows.is_contiguous() and not rows.is_cuda
+    if not rows.numel():
+        return memoryview(b"")
+    return rows.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _to_rows(data: memoryview, dtype: torch.dtype, num_rows: int, hidden_size: int) -> Tensor:
+    if not num_rows * hidden_size:
+        return torch.empty(num_rows, hidden_size, dtype=dtype)
+    flat = torch.frombuffer(data, dtype=dtype, count=num_rows * hidden_size)
+    return flat.view(num_rows, hidden_size)

@@ -1,0 +1,294 @@
+"""Tokenizer and TextStream: exact text in any cut, stop strings, chat templates, broken files."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
+
+from cluster.errors import CheckpointError, InvalidRequest
+from engine.tokenizer import TextStream, Tokenizer
+
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>"]
+CORPUS = ["the cat and the dog", "the théâtre and the café", "this is that, isn't it?", "abcabcab"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<|turn>{{ m.role }}\n{{ m.content if m.content is string else m.content[0].text }}<turn|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+)
+
+
+def wrap(backend: Backend, template: str | None = TEMPLATE) -> Tokenizer:
+    return Tokenizer(hf_wrap(backend, template))
+
+
+def hf_wrap(backend: Backend, template: str | None) -> Any:
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )
+    fast.chat_template = template
+    return fast
+
+
+def byte_level_backend() -> Backend:
+    """A byte-level BPE as the demo model has."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
+
+
+def byte_fallback_backend() -> Backend:
+    """Pieces with `▁` for the space and <0xNN> for the bytes of unknown characters, as Gemma's."""
+    characters = sorted(set("".join(CORPUS).replace(" ", "▁")))
+    pieces = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters, "th"]
+    merges = [("t", "h"), ("▁", "th"), ("▁th", "e")]
+    pieces += ["▁th", "▁the"]
+    model = models.BPE(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=merges,
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = Backend(model)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(" "), behavior="merged_with_previous")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_special_tokens(SPECIAL)
+    return backend
+
+
+TOKENIZERS = {
+    "byte_level": wrap(byte_level_backend()),
+    "byte_fallback": wrap(byte_fallback_backend()),
+}
+every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+
+# Emoji with joiners and skin tones, CJK, combining marks, right-to-left, a real U+FFFD.
+HARD = [
+    "👩‍👩‍👧",
+    "👍🏽",
+    "你好世界",
+    "e\u0301\u0323",
+    "שלום",
+    "नमस्ते",
+    "\ufffd",
+    "\U0001d518",
+    " the ",
+    "\n",
+    "▂",
+]
+texts = st.lists(
+    st.one_of(st.sampled_from(HARD), st.text(st.characters(exclude_categories=["Cs"]), max_size=8)),
+    max_size=8,
+).map("".join)
+
+
+def deltas(stream: TextStream, token_ids: list[int]) -> list[str]:
+    return [*(stream.push([token_id])[0] for token_id in token_ids), stream.finish()]
+
+
+@every_tokenizer
+@settings(max_examples=80, deadline=None)
+@given(text=texts)
+def test_deltas_joined_are_the_text(tokenizer: Tokenizer, text: str) -> None:
+    text = text.replace("▁", "_")  # Gemma's pieces can't tell it from a space
+    token_ids = tokenizer._encode(text)
+    parts = deltas(TextStream(tokenizer), token_ids)
+    assert "".join(parts) == tokenizer.decode(token_ids) == text
+    assert sum(part.count("\ufffd") for part in parts) == text.count("\ufffd")
+
+
+@every_tokenizer
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_any_tokens_give_the_text_of_decode(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """A random model emits bytes that are no characters, and special tokens anywhere."""
+    ids = st.integers(0, tokenizer.vocab_size + 3)
+    token_ids = data.draw(st.lists(ids, max_size=40))
+    assert "".join(deltas(TextStream(tokenizer), token_ids)) == tokenizer.decode(token_ids)
+
+
+@every_tokenizer
+def test_decode_equals_the_tokenizers_own(tokenizer: Tokenizer) -> None:
+    for text in [*HARD, *CORPUS, "a <|turn>b<turn|> c<eos>"]:
+        token_ids = tokenizer._encode(text)
+        assert tokenizer.decode(token_ids) == tokenizer._backend.decode(token_ids)
+
+
+@every_tokenizer
+def test_half_a_character_is_held_back(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer._encode("😀")
+    assert len(token_ids) == 4
+    stream = TextStream(tokenizer)
+    assert [stream.push([token_id])[0] for token_id in token_ids] == ["", "", "", "😀"]
+    stream = TextStream(tokenizer)
+    assert stream.push(token_ids[:2]) == ("", None)
+    assert stream.finish() == "\ufffd"
+    assert stream.finish() == ""
+
+
+def test_time_is_linear() -> None:
+    """20,000 tokens of held-back invalid bytes and of text."""
+    tokenizer = TOKENIZERS["byte_level"]
+    invalid = tokenizer._backend.token_to_id("ÿ")  # byte 0xFF
+    for token_ids in ([invalid] * 20_000, tokenizer._encode("a") * 20_000):
+        start = time.perf_counter()
+        assert len("".join(deltas(TextStream(tokenizer, ["aab", "zz"]), token_ids))) == 20_000
+        assert time.perf_counter() - start < 5
+
+
+# Stop strings
+
+
+@every_tokenizer
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_stop_string_is_found_at_every_split(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    text = data.draw(st.text("abcé", max_size=20))
+    stops = data.draw(st.lists(st.text("abcé", min_size=1, max_size=4), min_size=1, max_size=3))
+    tokens_of_a_char = [token for char in text for token in tokenizer._encode(char)]
+    cuts = data.draw(st.lists(st.integers(0, len(tokens_of_a_char)), max_size=5).map(sorted))
+    expected, stop = reference_stop(text, stops)
+
+    stream, got, met = TextStream(tokenizer, stops), "", None
+    for start, end in zip([0, *cuts], [*cuts, len(tokens_of_a_char)], strict=True):
+        delta, met = stream.push(tokens_of_a_char[start:end])
+        got += delta
+        if met is not None:
+            break
+    assert (got + stream.finish(), met) == (expected, stop)
+
+
+@pytest.mark.parametrize("stops", [["aab"], ["abab"], ["aabaab", "bb"], ["b", "aab"], ["aaaa"]])
+def test_stop_strings_that_overlap_themselves(stops: list[str]) -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    for chars in itertools.product("ab", repeat=9):
+        text, stream, got, met = "".join(chars), TextStream(tokenizer, stops), "", None
+        for char in text:
+            delta, met = stream.push([tokenizer._backend.token_to_id(char)])
+            got += delta
+            if met is not None:
+                break
+        assert (got + stream.finish(), met) == reference_stop(text, stops)
+
+
+def reference_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """Look again at the whole text after each character."""
+    for end in range(1, len(text) + 1):
+        met = [stop for stop in stops if text[:end].endswith(stop)]
+        if met:
+            stop = max(met, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+def test_only_a_possible_stop_is_held_back() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    stream = TextStream(tokenizer, ["<end>"])
+    assert stream.push(tokenizer._encode("a <e")) == ("a ", None)
+    assert stream.push(tokenizer._encode("x <")) == ("<ex ", None)
+    assert stream.push(tokenizer._encode("<")) == ("<", None)
+    assert stream.push(tokenizer._encode("end> more")) == ("", "<end>")
+    assert stream.finish() == ""
+
+
+def test_an_unfinished_stop_is_text() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    stream = TextStream(tokenizer, ["<end>"])
+    assert stream.push(tokenizer._encode("a <en")) == ("a ", None)
+    assert stream.finish() == "<en"
+
+
+# Encoding and chat templates
+
+
+@every_tokenizer
+def test_encode_begins_with_one_bos(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("the cat") == [2, *tokenizer._encode("the cat")]
+    assert tokenizer.encode("<bos>the cat") == [2, *tokenizer._encode("the cat")]
+    assert tokenizer.encode("") == [2]
+
+
+@every_tokenizer
+def test_chat_template_writes_the_only_bos(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}])
+    spelled = "".join(tokenizer.token_text(token_id) for token_id in token_ids)
+    assert spelled == "<bos><|turn>user\nthe cat<turn|>\n<|turn>model\n"
+    assert token_ids.count(2) == 1
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
+    assert tokenizer.apply_chat_template(parts) == token_ids
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([], "at least one message"),
+        ([{"role": "wizard", "content": "hi"}], "unknown role 'wizard'"),
+        ([{"content": "hi"}], "unknown role None"),
+        ([{"role": ["user"], "content": "hi"}], "unknown role"),
+        ([{"role": "user"}], "no text"),
+        ([{"role": "user", "content": 3}], "no text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "not text"),
+        ([{"role": "user", "content": "hi"}, {"role": "tool", "content": "x"}], "no tools here"),
+        ([{"role": "user", "content": []}], "template refuses"),
+        ([{"role": "user", "content": "\ud800"}], "lone surrogate"),
+    ],
+)
+def test_bad_messages_are_refused(messages: list[dict[str, Any]], sentence: str) -> None:
+    with pytest.raises(InvalidRequest, match=sentence):
+        TOKENIZERS["byte_level"].apply_chat_template(messages)
+
+
+def test_without_a_template_there_is_no_chat() -> None:
+    tokenizer = wrap(byte_level_backend(), template=None)
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+# Files
+
+
+def test_load_what_transformers_saved(tmp_path: Path) -> None:
+    hf_wrap(byte_fallback_backend(), TEMPLATE).save_pretrained(tmp_path)
+    loaded, built = Tokenizer.load(tmp_path), TOKENIZERS["byte_fallback"]
+    assert loaded.encode("the 你 cat") == built.encode("the 你 cat")
+    assert (loaded.bos_id, loaded.eos_ids) == (2, (1, 4))
+    assert loaded.vocab_size == built.vocab_size
+    message = {"role": "user", "content": "the cat"}
+    assert loaded.apply_chat_template([message]) == built.apply_chat_template([message])
+
+
+def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    for broken in ("{", "[]", '{"model": 3}', "\0\1"):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(CheckpointError, match="can't be read"):
+            Tokenizer.load(tmp_path)
+
+
+def test_a_decoder_that_looks_around_is_refused() -> None:
+    backend = byte_level_backend()
+    backend.decoder = decoders.WordPiece()
+    with pytest.raises(CheckpointError, match="WordPiece"):
+        wrap(backend)
