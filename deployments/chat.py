@@ -1,0 +1,60 @@
+"""A conversation on a terminal, streamed."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from cluster.errors import BrioletteError, Unavailable
+from deployments.cards import Answer
+from deployments.client import Client
+from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling
+
+
+class Conversation:
+    """Keeps the messages; each question goes out with all that was said before."""
+
+    def __init__(self, client: Client, sampling: Sampling, console: Console) -> None:
+        self._client = client
+        self._sampling = sampling
+        self._console = console
+        self._messages: list[Message] = []
+
+    def ask(self, question: str) -> Answer:
+        """Print the answer as it comes. A failed question leaves the conversation as it was."""
+        messages = [*self._messages, Message(role="user", content=question)]
+        text, num_tokens, piece = "", 0, Generation()
+        try:
+            for piece in self._client.chat(messages, self._sampling):
+                text += piece.text
+                num_tokens += len(piece.token_ids)
+                self._console.out(piece.text, end="", highlight=False)
+        finally:
+            self._console.out("")
+        if not num_tokens:
+            raise Unavailable("The model gave no answer.")
+        self._messages = [*messages, Message(role="assistant", content=text)]
+        return Answer.of(piece, num_tokens)
+
+    def run(self) -> None:
+        """Ask what the user types until the end of input."""
+        import readline  # noqa: F401  # gives input() a history and editing
+
+        self._console.print("Ask something. Ctrl-C ends an answer, Ctrl-D the conversation.")
+        while True:
+            try:
+                question = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                self._console.out("")
+                return
+            if not question:
+                continue
+            try:
+                answer = self.ask(question)
+                self._console.print(
+                    f"[dim]{answer.num_tokens} tokens, first after {answer.ttft_s * 1e3:.0f} ms, "
+                    f"{answer.tokens_per_s:.0f} tokens/s[/]"
+                )
+            except KeyboardInterrupt:
+                continue
+            except BrioletteError as error:
+                self._console.print(f"[red]{error}[/]")

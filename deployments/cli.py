@@ -1,0 +1,177 @@
+"""The command `briolette`: up, status, chat, down, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster.config import Config, parse_overrides
+from cluster.errors import BrioletteError, Unavailable
+from deployments import lifecycle
+from deployments.running import Running
+
+# What brings grpc or torch along is imported by the command that needs it: --help is instant.
+
+DEMO_QUESTIONS = (
+    "Please remember that the code of Anna is 4821.",
+    "What is the capital of Norway?",
+    "What is 27 + 58?",
+    "What is the code of Anna?",
+)
+
+console = Console(highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for a failure, 130 for Ctrl-C."""
+    args = _parser().parse_args(arguments)
+    command: Callable[[Config, argparse.Namespace], int] = args.command
+    try:
+        config = Config.load(args.config, parse_overrides(args.set))
+        return command(config, args)
+    except BrioletteError as error:
+        Console(stderr=True, highlight=False).print(f"[red]error:[/] {error}", markup=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def up(config: Config, args: argparse.Namespace) -> int:
+    """Start the cluster and leave it running."""
+    running = lifecycle.find_running(config.state_dir)
+    if running is not None:
+        where = f"listens on {running.address}" if running.address else "is still starting"
+        console.print(f"Already running: {running.model} {where} (supervisor pid {running.pid}).")
+        return 0
+    running = _start(config)
+    console.print(f"Serving {running.model} on {running.address} (gRPC).")
+    console.print('Try: briolette chat "What is 27 + 58?"     Stop it: briolette down')
+    return 0
+
+
+def down(config: Config, args: argparse.Namespace) -> int:
+    """Stop the cluster."""
+    with console.status("Stopping ..."):
+        was_running = lifecycle.stop(config.state_dir)
+    console.print("Stopped." if was_running else "Nothing is running.")
+    return 0
+
+
+def status(config: Config, args: argparse.Namespace) -> int:
+    """Show the model, where attention and experts run, the queue and the speed."""
+    from deployments.cards import status_card
+    from deployments.client import Client
+
+    running = lifecycle.find_running(config.state_dir)
+    if running is None or running.address is None:
+        console.print("Starting." if running else "Nothing is running; start it: briolette up")
+        return 1
+    with Client(running.address) as client:
+        answer = client.status()
+    console.print(status_card(answer, running.address, running.started))
+    return 0 if answer.ready else 1
+
+
+def chat(config: Config, args: argparse.Namespace) -> int:
+    """Talk to the model."""
+    from deployments.chat import Conversation
+    from deployments.client import Client
+    from protos.briolette.v1.inference_pb2 import Sampling
+
+    address = args.address or _address(config)
+    sampling = Sampling(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)
+    with Client(address) as client:
+        conversation = Conversation(client, sampling, console)
+        if args.question:
+            conversation.ask(" ".join(args.question))
+        else:
+            conversation.run()
+    return 0
+
+
+def demo(config: Config, args: argparse.Namespace) -> int:
+    """Start the cluster, hold a conversation, show the numbers, stop it again."""
+    from deployments.cards import demo_card
+    from deployments.chat import Conversation
+    from deployments.client import Client
+    from protos.briolette.v1.inference_pb2 import Sampling
+
+    found = lifecycle.find_running(config.state_dir)
+    running = found or _start(config)
+    try:
+        with Client(running.address or _address(config)) as client:
+            conversation = Conversation(client, Sampling(temperature=0.0, max_tokens=64), console)
+            answers = []
+            for question in DEMO_QUESTIONS:
+                console.print(f"[bold]>[/] {question}")
+                answers.append(conversation.ask(question))
+            console.print(demo_card(_settled(client), answers))
+    finally:
+        if found is None:
+            down(config, args)
+    return 0
+
+
+def _settled(client: Any) -> Any:
+    """The status after the last answer: it is sent once a second."""
+    import time
+
+    time.sleep(1.2)
+    return client.status()
+
+
+def _start(config: Config) -> Running:
+    from deployments.cards import StartDisplay
+
+    try:
+        with StartDisplay(console) as display:
+            return lifecycle.start(config, display.show)
+    except KeyboardInterrupt:
+        console.print("Interrupted; everything that was started is stopped.")
+        raise
+
+
+def _address(config: Config) -> str:
+    running = lifecycle.find_running(config.state_dir)
+    if running is None:
+        raise Unavailable("Nothing is running; start it: briolette up")
+    if running.address is None:
+        raise Unavailable("The cluster is still starting.")
+    return running.address
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="briolette", description="Serve a Gemma 4 model from the cards that you have."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _command(commands, up)
+    _command(commands, status)
+    talk = _command(commands, chat)
+    talk.add_argument("question", nargs="*", help="ask this one question, then end")
+    talk.add_argument("--address", help="host:port of a gateway; default: the one that is running")
+    talk.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    talk.add_argument("--seed", type=int, help="makes sampling repeatable")
+    talk.add_argument("--max-tokens", type=int, help="longest answer")
+    _command(commands, down)
+    _command(commands, demo)
+    return parser
+
+
+def _command(commands: Any, function: Callable[[Config, argparse.Namespace], int]) -> Any:
+    parser = commands.add_parser(function.__name__, help=function.__doc__)
+    parser.add_argument("--config", type=Path, help="a YAML file; every key has a default")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one key"
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

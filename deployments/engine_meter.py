@@ -1,0 +1,80 @@
+"""What the decoder tells Prometheus about requests and steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.metrics import Metrics
+from engine.core import RequestOutput
+from engine.request import Request
+from protos.briolette.v1.admin_pb2 import EngineLoad
+
+
+@dataclass(slots=True)
+class _Clock:
+    tenant: str
+    arrived: float
+    last_token: float | None = None
+
+
+class EngineMeter:
+    """Counts and times every request; called by the step loop only."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._clocks: dict[str, _Clock] = {}
+        self._computed = {"prefill": 0, "decode": 0}
+        self._preemptions = 0
+
+    def accepted(self, request: Request) -> None:
+        """A request entered the queue."""
+        self._clocks[request.request_id] = _Clock(request.tenant, request.arrival_s)
+        self._metrics.prompt_tokens_total(self._model, request.tenant).inc(len(request.prompt_ids))
+
+    def started(self, request: Request, queue_s: float) -> None:
+        """A request had its first step."""
+        self._metrics.queue_time_seconds(self._model, request.tenant).observe(queue_s)
+
+    def step(self, outputs: Sequence[RequestOutput], started: float) -> None:
+        """A step that began at `started` (time.monotonic) is done."""
+        now = time.monotonic()
+        self._metrics.step_duration_seconds(self._model).observe(now - started)
+        for output in outputs:
+            clock = self._clocks.get(output.request_id)
+            if clock is None:
+                continue
+            labels = (self._model, clock.tenant)
+            if output.new_token_ids:
+                self._token(clock, len(output.new_token_ids), now)
+            if output.finish_reason is not None:
+                del self._clocks[output.request_id]
+                self._metrics.requests_total(*labels, output.finish_reason.value).inc()
+                self._metrics.request_duration_seconds(*labels).observe(now - clock.arrived)
+
+    def load(self, load: EngineLoad) -> None:
+        """The engine's gauges and counters, once a second."""
+        metrics, model = self._metrics, self._model
+        metrics.requests_waiting(model).set(load.num_waiting)
+        metrics.requests_running(model).set(load.num_running)
+        for group in load.kv_blocks:
+            metrics.kv_blocks(model, group.group, "used").set(group.used)
+            metrics.kv_blocks(model, group.group, "free").set(group.total - group.used)
+        totals = {"prefill": load.prefill_tokens, "decode": load.decode_tokens}
+        for phase, total in totals.items():
+            metrics.computed_tokens_total(model, phase).inc(total - self._computed[phase])
+        self._computed = totals
+        metrics.preemptions_total(model).inc(load.preemptions - self._preemptions)
+        self._preemptions = load.preemptions
+
+    def _token(self, clock: _Clock, num_tokens: int, now: float) -> None:
+        labels = (self._model, clock.tenant)
+        self._metrics.generated_tokens_total(*labels).inc(num_tokens)
+        if clock.last_token is None:
+            self._metrics.time_to_first_token_seconds(*labels).observe(now - clock.arrived)
+        else:
+            gap = (now - clock.last_token) / num_tokens
+            self._metrics.inter_token_latency_seconds(*labels).observe(gap)
+        clock.last_token = now

@@ -1,0 +1,92 @@
+"""An expert host in a Serve replica: start, health, and where it can be reached."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from cluster.config import Config
+from cluster.links import AUTO
+from cluster.metrics import Metrics, start_metrics_server
+from deployments.layout import host_threads, place_experts
+from deployments.loading import Source
+from deployments.start_report import reporting
+from experts.host import ExpertHost
+
+
+class ExpertHostReplica:
+    """One host slot: a process of its own with the groups that the placement gives to `host_id`.
+
+    Ray keeps exactly one alive and gives it its card; the data plane goes past Ray.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], host_id: str, secret: bytes) -> None:
+        config = Config.from_dict(settings)
+        with reporting(config.state_dir, host_id) as reporter:
+            source = Source.open(config)
+            placement = place_experts(config, source.spec)
+            assert placement is not None
+            self._groups = placement.groups_of(host_id)
+            self._host = ExpertHost(
+                host_id,
+                source.spec,
+                source.checkpoint,
+                placement,
+                source.dtype,
+                source.device,
+                secret,
+                config.batch_invariant,
+                transports=AUTO if config.experts.transport == "auto" else ("tcp",),
+                num_threads=host_threads(config, len(placement.host_ids)),
+                on_progress=reporter.progress,
+            )
+            self._endpoint = self._host.start()
+            self._device = str(source.device)
+            self._meter = HostMeter(self._host, config.model_id)
+            self._metrics = start_metrics_server(config.gateway.host, 0, self._meter.registry)
+
+    def describe(self) -> dict[str, Any]:
+        """Who and where this is, in plain values; see `deployments.host_directory`."""
+        return {
+            "host_id": self._host.host_id,
+            "pid": os.getpid(),
+            "device": self._device,
+            "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+            "metrics_port": self._metrics.port,
+            "group_ids": list(self._groups),
+            "endpoint": self._endpoint.to_dict(),
+        }
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Serve pushes this to every router of the deployment."""
+        return self.describe()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_host"):
+            self._host.close()
+
+
+class HostMeter:
+    """A host's load, written into its metrics whenever Prometheus asks."""
+
+    def __init__(self, host: ExpertHost, model: str) -> None:
+        self.registry = CollectorRegistry()
+        self._host = host
+        self._model = model
+        self._metrics = Metrics(self.registry)
+        self._counted: list[int] = []
+        self.registry.register(self)  # last: its collect() comes after the metric's own
+
+    def collect(self) -> list[Any]:
+        """Called for every scrape."""
+        tokens = [sum(row) for row in self._host.stats().expert_load]
+        before = self._counted or [0] * len(tokens)
+        for layer_idx, (now, then) in enumerate(zip(tokens, before, strict=True)):
+            self._metrics.expert_tokens_total(self._model, self._host.host_id, str(layer_idx)).inc(
+                now - then
+            )
+        self._counted = tokens
+        return []

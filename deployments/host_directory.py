@@ -1,0 +1,109 @@
+"""Where the decoder's expert hosts are: found through Serve's handles, found again after a loss."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cluster.errors import Unavailable
+from cluster.links import Endpoint
+
+POLL_S = 0.2  # while hosts are missing at the start
+WATCH_S = 0.5  # between two looks at the links
+ASK_S = 2.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HostInfo:
+    """What a running host says of itself."""
+
+    host_id: str
+    pid: int
+    device: str
+    visible_devices: str
+    metrics_port: int
+    group_ids: tuple[int, ...]
+    endpoint: Endpoint
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> HostInfo:
+        values = {**fields, "endpoint": Endpoint.from_dict(fields["endpoint"])}
+        return HostInfo(**{**values, "group_ids": tuple(fields["group_ids"])})
+
+
+class Handle(Protocol):
+    """What is used of a Serve DeploymentHandle."""
+
+    def broadcast(self, method: str) -> Any: ...
+
+
+class HostDirectory:
+    """The last known whereabouts of every host; keeps them when Serve can't be asked."""
+
+    def __init__(self, handles: Mapping[str, Handle]) -> None:
+        self._handles = handles
+        self._hosts: dict[str, HostInfo] = {}
+        self._stopping = threading.Event()
+
+    @property
+    def hosts(self) -> list[HostInfo]:
+        return [self._hosts[host_id] for host_id in sorted(self._hosts)]
+
+    @property
+    def endpoints(self) -> dict[str, Endpoint]:
+        return {host.host_id: host.endpoint for host in self._hosts.values()}
+
+    def wait_for_all(self, timeout_s: float) -> None:
+        """Until every host has started. Raises Unavailable with the names of the missing."""
+        give_up_at = time.monotonic() + timeout_s
+        while missing := self._handles.keys() - self._hosts.keys():
+            if time.monotonic() > give_up_at:
+                raise Unavailable(f"Expert hosts don't start: {', '.join(sorted(missing))}.")
+            if not any([self.look(host_id) for host_id in missing]):
+                time.sleep(POLL_S)
+
+    def look(self, host_id: str) -> bool:
+        """Ask Serve for one host; True when it is somewhere else than before."""
+        try:
+            answers = (
+                self._handles[host_id]
+                .broadcast("describe")
+                .results(timeout_s=ASK_S, return_exceptions=True)
+            )
+        except Exception as error:  # Ray's own: no replica, dead replica, controller away
+            log.debug("%s can't be asked: %s", host_id, error)
+            return False
+        found = [HostInfo.from_dict(answer) for answer in answers if isinstance(answer, dict)]
+        if not found or found[-1] == self._hosts.get(host_id):
+            return False
+        self._hosts[host_id] = found[-1]
+        log.info("%s is process %d.", host_id, found[-1].pid)
+        return True
+
+    def watch(
+        self, problems: Callable[[], Mapping[str, str]], on_moved: Callable[[], None]
+    ) -> None:
+        """From now on, in a thread: look again for hosts that can't be reached.
+
+        `problems()` names them with the reason; `on_moved()` is called after one was found in a
+        new place.
+        """
+        threading.Thread(
+            target=self._watch, args=(problems, on_moved), name="host directory", daemon=True
+        ).start()
+
+    def close(self) -> None:
+        self._stopping.set()
+
+    def _watch(
+        self, problems: Callable[[], Mapping[str, str]], on_moved: Callable[[], None]
+    ) -> None:
+        while not self._stopping.wait(WATCH_S):
+            if any([self.look(host_id) for host_id in problems()]):
+                on_moved()

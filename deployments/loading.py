@@ -1,0 +1,155 @@
+"""From a configuration to an engine in this process, with whatever experts it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.checkpoint import Checkpoint, resolve_model
+from cluster.config import Config
+from cluster.errors import ConfigError, NotEnoughMemory, Unavailable
+from cluster.spec import ModelSpec
+from deployments.layout import expert_groups
+from engine.core import EngineCore, SpecLimits
+from engine.kv_cache import KVCacheConfig, size_kv_cache
+from engine.model import Experts, GemmaDecoder
+from engine.request import SamplingParams
+from engine.runner import ModelRunner
+from engine.tokenizer import Tokenizer
+from experts.local import LocalExperts
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The model as every part opens it: without reading a weight."""
+
+    model_dir: Path
+    spec: ModelSpec
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+
+    @staticmethod
+    def open(config: Config) -> Source:
+        """Raises CheckpointError, or ConfigError for a device that isn't there."""
+        model_dir = resolve_model(config.model_source)
+        device = pick_device(config)
+        return Source(
+            model_dir,
+            ModelSpec.load(model_dir),
+            Checkpoint(model_dir),
+            device,
+            pick_dtype(config, device),
+        )
+
+
+def load_engine(
+    config: Config, source: Source, experts: Experts | None, on_progress: Progress | None = None
+) -> EngineCore:
+    """Load the attention side, size the KV cache, and put the engine together.
+
+    Raises CheckpointError or NotEnoughMemory.
+    """
+    try:
+        model = GemmaDecoder.load(
+            source.spec,
+            source.checkpoint,
+            source.device,
+            source.dtype,
+            config.batch_invariant,
+            on_progress,
+        )
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughMemory(f"The model doesn't fit on {source.device}: {error}") from None
+    tokenizer = Tokenizer.load(source.model_dir)
+    limits = SpecLimits.from_spec(source.spec, config.engine.max_model_len)
+    limits = with_turn_end(limits, tokenizer)
+    kv = size_cache(config, source, limits.max_model_len)
+    return EngineCore(
+        ModelRunner(model, kv, experts, num_micro_batches=config.experts.micro_batches),
+        kv,
+        spec_limits=limits,
+        max_num_batched_tokens=config.engine.max_num_batched_tokens,
+        max_num_seqs=config.engine.max_num_seqs,
+        max_queue=config.engine.max_queue,
+        tokenizer=tokenizer,
+    )
+
+
+def load_local_experts(
+    config: Config, source: Source, on_progress: Progress | None = None
+) -> LocalExperts | None:
+    """The experts in this process; None for a dense model."""
+    if not source.spec.is_moe:
+        return None
+    return LocalExperts(
+        source.spec,
+        source.checkpoint,
+        expert_groups(config, source.spec),
+        source.dtype,
+        source.device,
+        config.batch_invariant,
+        on_progress,
+    )
+
+
+def warm_up(engine: EngineCore) -> None:
+    """Produce two tokens. Raises Unavailable when that fails: the engine can't serve."""
+    engine.add(
+        request_id="warm-up",
+        prompt_ids=[engine.limits.eos_token_ids[0] if engine.limits.eos_token_ids else 0],
+        sampling=SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True),
+    )
+    while engine.has_work:
+        for output in engine.step():
+            if output.error is not None:
+                raise Unavailable(f"The first token failed: {output.error}")
+
+
+def pick_device(config: Config) -> torch.device:
+    """`device` of the configuration, where auto is the card that this process sees, if any."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise ConfigError(f"device {config.device!r} is none that torch knows.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but this process sees no card.")
+    return device
+
+
+def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """`dtype` of the configuration; auto is float32 on a CPU, bfloat16 on a card."""
+    if config.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
+
+
+def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheConfig:
+    """Blocks of each KV cache group, from the bytes or the number of blocks that are configured."""
+    engine = config.engine
+    if engine.num_blocks is not None:
+        kinds = {layer.kind for layer in source.spec.layers if layer.owns_kv}
+        return KVCacheConfig(engine.block_size, {kind: engine.num_blocks for kind in kinds})
+    return size_kv_cache(
+        source.spec,
+        engine.kv_bytes,
+        max_model_len,
+        dtype=source.dtype,
+        block_size=engine.block_size,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+    )
+
+
+def with_turn_end(limits: SpecLimits, tokenizer: Tokenizer) -> SpecLimits:
+    """The end-of-turn token ends an answer too, also where generation_config.json is missing."""
+    ends = dict.fromkeys((*limits.eos_token_ids, *tokenizer.eos_ids))
+    return SpecLimits(limits.max_model_len, limits.sliding_window, limits.vocab_size, tuple(ends))

@@ -1,0 +1,103 @@
+"""Ray and Serve on this machine: quiet, on loopback only, and gone without a trace afterwards.
+
+`prepare_environment` must run before anything imports ray.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config
+from cluster.errors import Unavailable
+from deployments.running import write_private
+
+APP_NAME = "briolette"
+
+
+def prepare_environment(config: Config) -> None:
+    """Settings that Ray reads from the environment, for this process and all it starts."""
+    token = config.state_dir / "ray_token"
+    write_private(token, secrets.token_hex(32))
+    os.environ.update(
+        {
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the node's address becomes 127.0.0.1
+            "RAY_enable_metrics_collection": "0",  # its exporter would listen on every address
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_worker_niceness": "0",  # replicas compute: Serve would run them at nice 15
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung host would hold its memory
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a part without a GPU sees none
+        }
+    )
+
+
+@contextmanager
+def ray_cluster(config: Config, ray_dir: Path) -> Iterator[None]:
+    """A Ray of our own with Serve, for the length of a `with` block; its files are in `ray_dir`."""
+    import ray
+    from ray import serve
+
+    try:
+        ray.init(
+            address=config.ray.address,
+            namespace=config.ray.namespace,
+            configure_logging=False,
+            log_to_driver=False,
+            **({} if config.ray.address else _own_ray(config, ray_dir)),
+        )
+        serve.start(proxy_location="Disabled")
+        yield
+    finally:
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+
+
+def run_app(application: Any) -> None:
+    """Deploy without waiting for the replicas."""
+    from ray import serve
+    from ray.serve.api import RunTarget
+
+    serve.run_many(
+        [RunTarget(application, name=APP_NAME, route_prefix=None)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+
+
+def check_app() -> None:
+    """Raise Unavailable, with Serve's own message, when the application could not be deployed."""
+    from ray import serve
+
+    app = serve.status().applications.get(APP_NAME)
+    if app is not None and app.status.value == "DEPLOY_FAILED":
+        messages = [d.message for d in app.deployments.values() if d.message] or [app.message]
+        raise Unavailable("Ray Serve could not start a part: " + _last_line(messages[0]))
+
+
+def num_gpus() -> float:
+    """The GPUs that Ray knows of."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0.0))
+
+
+def _own_ray(config: Config, ray_dir: Path) -> dict[str, Any]:
+    return {
+        # Ray starts as many processes at once as it has CPUs; the parts ask for none.
+        "num_cpus": config.ray.num_cpus or 4 + config.experts.num_hosts,
+        "num_gpus": config.ray.num_gpus,
+        "object_store_memory": config.ray.object_store_bytes,
+        "include_dashboard": config.ray.dashboard,
+        "_temp_dir": str(ray_dir),
+    }
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]

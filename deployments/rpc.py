@@ -1,0 +1,114 @@
+"""The border of an RPC: bytes in, a status and a sentence out, counted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from cluster.errors import BrioletteError, InvalidRequest, Overloaded
+from cluster.metrics import Metrics
+
+STALL_S = 20.0  # a client that takes no message for so long is not reading
+
+log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class StalledClient(Overloaded):
+    """The client doesn't take what is sent to it."""
+
+
+class Methods:
+    """Makes gRPC handlers of methods that take parsed requests and raise our errors."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def streamed(
+        self,
+        name: str,
+        method: Callable[[Any, Context], AsyncGenerator[Message, None]],
+        request_type: type[Message],
+    ) -> Handler:
+        """A server-streaming method."""
+
+        async def handle(data: bytes, context: Context) -> None:
+            async with self._answering(name, context):
+                request = parse(request_type, data)
+                async with aclosing(method(request, context)) as messages:
+                    async for message in messages:
+                        await write(context, message)
+
+        return grpc.unary_stream_rpc_method_handler(handle, None, serialize)
+
+    def unary(
+        self,
+        name: str,
+        method: Callable[[Any, Context], Awaitable[Message]],
+        request_type: type[Message],
+    ) -> Handler:
+        """A method with one message each way."""
+
+        async def handle(data: bytes, context: Context) -> Message | None:
+            async with self._answering(name, context):
+                return await method(parse(request_type, data), context)
+            return None  # never reached: an error has ended in a status
+
+        return grpc.unary_unary_rpc_method_handler(handle, None, serialize)
+
+    @asynccontextmanager
+    async def _answering(self, name: str, context: Context) -> AsyncIterator[None]:
+        """Turns every error into a status and a sentence."""
+        status = "OK"
+        self._metrics.gateway_streams(name).inc()
+        try:
+            yield
+        except BrioletteError as error:
+            status = error.status
+            if isinstance(error, StalledClient):
+                self._metrics.gateway_aborted_total(name, "stalled").inc()
+            await context.abort(grpc.StatusCode[status], str(error))
+        except asyncio.CancelledError:
+            left_s = context.time_remaining()
+            is_late = left_s is not None and left_s <= 0
+            status = "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
+            self._metrics.gateway_aborted_total(name, "deadline" if is_late else "client").inc()
+            raise
+        except Exception:
+            status = "INTERNAL"
+            log.exception("%s failed in the gateway.", name)
+            await context.abort(
+                grpc.StatusCode.INTERNAL, "The gateway failed on this request; its log says why."
+            )
+        finally:
+            self._metrics.gateway_streams(name).dec()
+            self._metrics.gateway_requests_total(name, status).inc()
+
+
+def parse(request_type: type[Message], data: bytes) -> Message:
+    """We parse ourselves: gRPC would call a malformed message an internal error."""
+    try:
+        return request_type.FromString(data)
+    except DecodeError:
+        name = request_type.DESCRIPTOR.full_name
+        raise InvalidRequest(f"The message is not a valid {name}.") from None
+
+
+def serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+async def write(context: Context, message: Message) -> None:
+    """Send one message; a client that doesn't take it in time is given up."""
+    try:
+        async with asyncio.timeout(STALL_S):
+            await context.write(message)
+    except TimeoutError:
+        raise StalledClient("The client stopped reading.") from None

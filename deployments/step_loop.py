@@ -1,0 +1,243 @@
+"""The decoder's step loop: requests in from the gateways, steps, each step's news out again.
+
+Knows neither Ray nor the model: it drives anything that has the surface of EngineCore.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.errors import BrioletteError
+from deployments.engine_meter import EngineMeter
+from deployments.stream_link import GatewayLinks
+from deployments.wire import to_load, to_output, to_sampling_params
+from engine.core import EngineStats, RequestOutput
+from engine.request import FinishReason, Request, SamplingParams
+from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad
+from protos.briolette.v1.stream_pb2 import Add, Failure, FromDecoder, Output, ToDecoder
+
+STATUS_PERIOD_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What the loop needs of engine.core.EngineCore."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def add(
+        self,
+        *,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        seed: int | None = None,
+        tenant: str = "default",
+        deadline_s: float | None = None,
+    ) -> Request: ...
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> object: ...
+    def step(self) -> list[RequestOutput]: ...
+    def stats(self) -> EngineStats: ...
+
+
+@dataclass(slots=True)
+class _Served:
+    """A request that is in the engine, and where its answer goes."""
+
+    gateway_id: int
+    request: Request
+    queue_s: float | None = None  # until its first step
+
+
+class StepLoop:
+    """Steps the engine in a thread of its own while there is work; sleeps while there is none.
+
+    `fill_status(status)` writes what the loop doesn't know: the model, the experts, readiness. It
+    runs in the step thread, at most once a second, so it must not wait for anything.
+    """
+
+    def __init__(
+        self, engine: Engine, meter: EngineMeter, fill_status: Callable[[ClusterStatus], None]
+    ) -> None:
+        self._engine = engine
+        self._fill_status = fill_status
+        self._gateways: GatewayLinks | None = None
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._meter = meter
+        self._served: dict[str, _Served] = {}
+        self._queued: list[_Served] = []  # those whose first step is still to come
+        self._status = ClusterStatus()
+        self._status_at = 0.0
+        self._is_running = True
+        self._thread = threading.Thread(target=self._run, name="step loop", daemon=True)
+
+    def start(self, gateways: GatewayLinks) -> None:
+        """Run from now on; gateways may send as soon as this returns."""
+        self._gateways = gateways
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the step that runs."""
+        self._is_running = False
+        self.wake()
+        self._thread.join(timeout=10)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    # Called from other threads
+
+    def wake(self) -> None:
+        """Look at the status soon, even while idle."""
+        self._inbox.put(self._expire_status)
+
+    def on_message(self, gateway_id: int, message: ToDecoder) -> None:
+        """A gateway sent requests or aborts."""
+        self._inbox.put(lambda: self._take(gateway_id, message))
+
+    def on_lost(self, gateway_id: int) -> None:
+        """A gateway is gone, and with it everybody who waits for its answers."""
+        self._inbox.put(lambda: self._drop(gateway_id))
+
+    def greeting(self) -> FromDecoder:
+        """The first message to a new gateway."""
+        return FromDecoder(status=self._status)
+
+    # The step thread
+
+    def _run(self) -> None:
+        assert self._gateways is not None
+        try:
+            while self._is_running:
+                self._read_inbox()
+                if self._engine.has_work:
+                    self._step()
+                if time.monotonic() - self._status_at >= STATUS_PERIOD_S:
+                    self._send_status()
+        except Exception:
+            log.exception("The step loop ends; the decoder must be replaced.")
+        finally:
+            self._gateways.close()  # so that no stream waits for ever
+
+    def _read_inbox(self) -> None:
+        """Do what was asked for; wait for something to be asked while the engine is idle."""
+        try:
+            if not self._engine.has_work:
+                self._inbox.get(timeout=STATUS_PERIOD_S)()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _step(self) -> None:
+        started = time.monotonic()
+        try:
+            outputs = self._engine.step()
+            self._note_started(started)
+            self._meter.step(outputs, started)
+            self._deliver(outputs)
+        except Exception:
+            log.exception("A step failed; every request ends with it.")
+            self._fail_all("The decoder failed on this step; its log says why.")
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """One message for each gateway that has streams in this step."""
+        news: defaultdict[int, list[Output]] = defaultdict(list)
+        for output in outputs:
+            if (served := self._served.get(output.request_id)) is None:
+                continue  # aborted: nobody waits for it
+            news[served.gateway_id].append(to_output(output, served.queue_s or 0.0))
+            if output.finish_reason is not None:
+                del self._served[output.request_id]
+        for gateway_id, items in news.items():
+            self._send(gateway_id, FromDecoder(outputs=items))
+
+    def _note_started(self, step_started: float) -> None:
+        """Note the time in the queue of those whose first tokens this step has computed."""
+        waiting = []
+        for served in self._queued:
+            if served.request.num_computed_tokens:
+                served.queue_s = step_started - served.request.arrival_s
+                self._meter.started(served.request, served.queue_s)
+            elif not served.request.is_finished:
+                waiting.append(served)
+        self._queued = waiting
+
+    def _take(self, gateway_id: int, message: ToDecoder) -> None:
+        for add in message.adds:
+            self._add(gateway_id, add)
+        for request_id in message.aborts:
+            if self._served.pop(request_id, None) is not None:
+                self._engine.abort(request_id)
+
+    def _add(self, gateway_id: int, add: Add) -> None:
+        now = time.monotonic()
+        try:
+            request = self._engine.add(
+                request_id=add.request_id,
+                prompt_ids=list(add.prompt_ids),
+                sampling=to_sampling_params(add.sampling),
+                tenant=add.tenant,
+                deadline_s=now + add.timeout_s if add.HasField("timeout_s") else None,
+            )
+        except BrioletteError as error:
+            self._refuse(gateway_id, add.request_id, error.status, str(error))
+            return
+        served = _Served(gateway_id, request)
+        self._served[add.request_id] = served
+        self._queued.append(served)
+        self._meter.accepted(request)
+
+    def _refuse(self, gateway_id: int, request_id: str, status: str, sentence: str) -> None:
+        failure = Failure(status=status, sentence=sentence)
+        self._send(
+            gateway_id, FromDecoder(outputs=[Output(request_id=request_id, failure=failure)])
+        )
+
+    def _drop(self, gateway_id: int) -> None:
+        lost = [rid for rid, served in self._served.items() if served.gateway_id == gateway_id]
+        for request_id in lost:
+            del self._served[request_id]
+            self._engine.abort(request_id)
+
+    def _fail_all(self, sentence: str) -> None:
+        for request_id, served in list(self._served.items()):
+            self._engine.abort(request_id, FinishReason.ERROR)
+            self._refuse(served.gateway_id, request_id, "INTERNAL", sentence)
+        self._served.clear()
+
+    def _send(self, gateway_id: int, message: FromDecoder) -> None:
+        assert self._gateways is not None
+        self._gateways.send(gateway_id, message)
+
+    def _expire_status(self) -> None:
+        self._status_at = 0.0
+
+    def _send_status(self) -> None:
+        assert self._gateways is not None
+        status = ClusterStatus(load=self._load())
+        self._meter.load(status.load)
+        self._fill_status(status)
+        self._status = status
+        self._status_at = time.monotonic()
+        self._gateways.broadcast(FromDecoder(status=status))
+
+    def _load(self) -> EngineLoad:
+        """The engine's numbers; the rate is kept from the last second in which there was one."""
+        load = to_load(self._engine.stats())
+        before = self._status.load
+        new_tokens = load.decode_tokens - before.decode_tokens
+        if new_tokens > 0 and self._status_at > 0:
+            load.decode_tokens_per_s = new_tokens / (time.monotonic() - self._status_at)
+        else:
+            load.decode_tokens_per_s = before.decode_tokens_per_s
+        return load

@@ -1,0 +1,102 @@
+"""The streams of a gateway: what each request has received and its client hasn't yet taken."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+from cluster.errors import BrioletteError, Overloaded, Unavailable
+from protos.briolette.v1.inference_pb2 import FINISH_REASON_UNSPECIFIED, Generation
+from protos.briolette.v1.stream_pb2 import Failure, Output
+
+MAX_BUFFERED_TOKENS = 4096  # a client that is further behind than this is not reading
+
+
+class RequestFailed(BrioletteError):
+    """The decoder ended a request without an answer; carries the decoder's own status."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.sentence)
+        self.status = failure.status  # type: ignore[misc]  # the class says what is usual
+
+
+class Stream:
+    """One request's answer on its way to its client.
+
+    Pieces that the client hasn't taken yet are merged into one, so a slow client costs one message
+    however far behind it is, up to MAX_BUFFERED_TOKENS.
+    """
+
+    def __init__(self) -> None:
+        self.request_id = uuid.uuid4().hex
+        self.is_finished = False  # the decoder has nothing more for it
+        self._pending: Generation | None = None
+        self._error: BrioletteError | None = None
+        self._wake = asyncio.Event()
+
+    def push(self, output: Output) -> None:
+        """Take what the decoder sent."""
+        if output.HasField("failure"):
+            self.fail(RequestFailed(output.failure))
+            return
+        piece = output.generation
+        self.is_finished = piece.finish_reason != FINISH_REASON_UNSPECIFIED
+        if self._pending is None:
+            self._pending = piece
+        else:
+            merge(self._pending, piece)
+        if len(self._pending.token_ids) > MAX_BUFFERED_TOKENS and not self.is_finished:
+            self.fail(Overloaded("The client reads more slowly than the model writes."), False)
+        self._wake.set()
+
+    def fail(self, error: BrioletteError, is_finished: bool = True) -> None:
+        """End with an error; what was not taken yet is lost."""
+        self._error = error
+        self.is_finished = is_finished
+        self._wake.set()
+
+    async def take(self) -> Generation:
+        """Everything new, as soon as there is something. Raises what the stream failed with."""
+        await self._wake.wait()
+        self._wake.clear()
+        if self._error is not None:
+            raise self._error
+        piece, self._pending = self._pending, None
+        assert piece is not None
+        return piece
+
+
+def merge(answer: Generation, piece: Generation) -> None:
+    """Append a piece to what is there of an answer."""
+    text = answer.text + piece.text
+    answer.MergeFrom(piece)
+    answer.text = text
+
+
+class Streams:
+    """Every open stream by its request id."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, Stream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self) -> Stream:
+        stream = Stream()
+        self._streams[stream.request_id] = stream
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        self._streams.pop(stream.request_id, None)
+
+    def push(self, output: Output) -> None:
+        """Hand on an output; one for a stream that is closed already is dropped."""
+        if (stream := self._streams.get(output.request_id)) is not None:
+            stream.push(output)
+
+    def fail_all(self, reason: str) -> None:
+        """End every open stream with UNAVAILABLE."""
+        for stream in self._streams.values():
+            if not stream.is_finished:
+                stream.fail(Unavailable(reason))

@@ -1,0 +1,186 @@
+"""The process behind `briolette up`: owns Ray, says how the start goes, stays, cleans up.
+
+Run as `python -m deployments.supervisor STATE_DIR PIPE`: the configuration is in
+STATE_DIR/config.json, one JSON object for each piece of news goes into the pipe.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.config import Config
+from cluster.errors import BrioletteError, Unavailable
+from deployments.preflight import check
+from deployments.ray_cluster import (
+    check_app,
+    num_gpus,
+    prepare_environment,
+    ray_cluster,
+    run_app,
+)
+from deployments.running import LOCK, Running
+from deployments.start_report import StartReport, clear_reports, log_to, read_reports
+
+POLL_S = 0.1
+
+log = logging.getLogger(__name__)
+
+
+class AlreadyRunning(BrioletteError):
+    """Another supervisor holds this state directory."""
+
+
+class Stopped(Exception):
+    """`briolette down` or Ctrl-C came while the cluster was starting."""
+
+
+class News:
+    """The pipe to the process that started us; it may close its end at any time."""
+
+    def __init__(self, fd: int) -> None:
+        self._pipe: Any = os.fdopen(fd, "w", buffering=1)
+
+    def tell(self, **news: Any) -> None:
+        try:
+            self._pipe.write(json.dumps(news) + "\n")
+        except (BrokenPipeError, ValueError):
+            self.close()
+
+    def close(self) -> None:
+        with suppress(BrokenPipeError):
+            self._pipe.close()
+
+
+def main() -> int:
+    state_dir, news = Path(sys.argv[1]), News(int(sys.argv[2]))
+    stop = threading.Event()
+    catch_signals(stop)
+    assert os.getsid(0) == os.getpid(), "the supervisor leads a session of its own"
+    log_to(state_dir, "supervisor")
+    try:
+        config = Config.from_dict(json.loads((state_dir / "config.json").read_text()))
+        with holding(state_dir):
+            supervise(config, news, stop)
+    except Stopped:
+        news.tell(error="The start was interrupted.")
+        return 1
+    except BrioletteError as error:
+        log.error("%s", error)
+        news.tell(error=str(error))
+        return 1
+    except Exception as error:
+        log.exception("The cluster could not start.")
+        news.tell(
+            error=f"{type(error).__name__}: {error} ({state_dir}/logs/supervisor.log has more)"
+        )
+        return 1
+    return 0
+
+
+def supervise(config: Config, news: News, stop: threading.Event) -> None:
+    """From nothing to SERVING, and from the signal to stop back to nothing."""
+    news.tell(phase="Checking the model")
+    found = check(config)
+    prepare_environment(config)
+    clear_reports(config.state_dir)
+    running = Running.this_process(config)
+    running.write(config.state_dir)
+    try:
+        news.tell(phase="Starting Ray")
+        with ray_cluster(config, Path(running.ray_dir)):
+            catch_signals(stop)  # Ray has put its own handlers in place of ours
+            raise_if(stop)
+            from deployments.app import build
+
+            news.tell(phase="Starting the parts")
+            run_app(build(config, found.spec, secrets.token_bytes(32), num_gpus()))
+            address = wait_until_serving(config, news, stop)
+            replace(running, address=address).write(config.state_dir)
+            news.tell(serving=address)
+            news.close()
+            stop.wait()
+    finally:
+        running.clean_up(config.state_dir)
+
+
+def wait_until_serving(config: Config, news: News, stop: threading.Event) -> str:
+    """The gateway's address, once it says SERVING. Raises what kept a part from starting."""
+    give_up_at = time.monotonic() + config.ray.start_timeout_s
+    told: list[StartReport] = []
+    next_check = 0.0
+    while time.monotonic() < give_up_at:
+        raise_if(stop, POLL_S)
+        reports = read_reports(config.state_dir)
+        for report in reports:
+            if report.error is not None:
+                raise Unavailable(report.error)
+        if reports != told:
+            told = reports
+            news.tell(parts={report.part: report.progress for report in reports})
+        if time.monotonic() > next_check:
+            check_app()
+            next_check = time.monotonic() + 1.0
+        address = next((r.address for r in reports if r.part == "gateway" and r.address), None)
+        if address is not None and is_serving(address):
+            return address
+    raise Unavailable(
+        f"The cluster is not ready after {config.ray.start_timeout_s:g} s (ray.start_timeout_s); "
+        f"{config.state_dir}/logs has the logs of its parts."
+    )
+
+
+def is_serving(address: str) -> bool:
+    """What the gateway's health service says."""
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+@contextmanager
+def holding(state_dir: Path) -> Iterator[None]:
+    """The lock that says that a cluster of this state directory is alive; ends with the process."""
+    with open(state_dir / LOCK, "w") as lock:
+        for _ in range(5):  # somebody who looks whether we run holds it for a moment
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(POLL_S)
+        else:
+            raise AlreadyRunning(f"A cluster with the state_dir {state_dir} is already running.")
+        yield
+
+
+def catch_signals(stop: threading.Event) -> None:
+    """`down` sends SIGTERM."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def raise_if(stop: threading.Event, timeout_s: float = 0.0) -> None:
+    if stop.wait(timeout_s):
+        raise Stopped
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The wire: protobuf definitions and their committed stubs (regenerate with scripts/protos)."""

@@ -1,0 +1,1 @@
+"""Package briolette of the wire."""

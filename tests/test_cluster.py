@@ -1,0 +1,222 @@
+"""End to end on Ray: one cluster on this machine, with two pretended cards, for the whole module."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.config import Config
+from cluster.errors import Unavailable
+from deployments import cli, lifecycle
+from deployments.client import Client
+from deployments.loading import Source, load_engine, load_local_experts
+from deployments.running import Running
+from engine.request import SamplingParams
+from protos.briolette.v1.admin_pb2 import ClusterStatus
+from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling
+
+pytestmark = pytest.mark.cluster
+
+QUESTION = [Message(role="user", content="What is the capital of Norway?")]
+SETTINGS = {
+    "batch_invariant": True,
+    "gateway": {"port": 0, "metrics_port": 0},
+    "engine": {"kv_bytes": 64 << 20, "max_model_len": 1024},
+    "experts": {"num_copies": 2, "num_gpus_per_host": 1, "deadline_s": 5.0},
+    "ray": {"num_gpus": 2},
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> Iterator[Config]:
+    with tempfile.TemporaryDirectory() as state_dir:
+        yield Config.load(None, {**SETTINGS, "state_dir": state_dir})
+
+
+@pytest.fixture(scope="module")
+def running(config: Config) -> Iterator[Running]:
+    running = lifecycle.start(config, lambda news: None)
+    pids = session_pids(running)
+    assert len(pids) >= 5
+    yield running
+    pids |= session_pids(running)
+    assert lifecycle.stop(config.state_dir)
+    left = {pid: name_of(pid) for pid in pids if psutil.pid_exists(pid)}
+    assert not left
+    assert not session_pids(running)
+    assert not Path(running.ray_dir).exists()
+    assert lifecycle.find_running(config.state_dir) is None
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[Client]:
+    assert running.address is not None
+    with Client(running.address) as client:
+        wait_for(lambda: client.status().load.num_running == 0)
+        yield client
+
+
+def session_pids(running: Running) -> set[int]:
+    """Every process of the cluster but zombies."""
+    pids = set()
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getsid(process.pid) == running.pid and process.info["status"] != "zombie":
+                pids.add(process.pid)
+        except ProcessLookupError:
+            pass
+    return pids
+
+
+def name_of(pid: int) -> str:
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return ""
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up_at, "waited too long"
+        time.sleep(0.05)
+
+
+def answer(client: Client, max_tokens: int = 48) -> list[int]:
+    pieces = client.chat(QUESTION, greedy(max_tokens))
+    return [token for piece in pieces for token in piece.token_ids]
+
+
+def greedy(max_tokens: int) -> Sampling:
+    return Sampling(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def test_the_cluster_says_what_the_engine_alone_says(config: Config, client: Client) -> None:
+    source = Source.open(config)
+    engine = load_engine(config, source, load_local_experts(config, source))
+    assert engine.tokenizer is not None
+    turns = [{"role": message.role, "content": message.content} for message in QUESTION]
+    engine.add(
+        request_id="alone",
+        prompt_ids=engine.tokenizer.apply_chat_template(turns),
+        sampling=SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True),
+    )
+    alone = []
+    while engine.has_work:
+        alone += [token for output in engine.step() for token in output.new_token_ids]
+    assert answer(client) == alone
+
+
+def test_each_host_has_a_card_of_its_own(client: Client) -> None:
+    status = client.status()
+    assert sorted(host.visible_devices for host in status.expert_hosts) == ["0", "1"]
+    assert [list(host.group_ids) for host in status.expert_hosts] == [[0, 1, 2, 3]] * 2
+    assert {host.link for host in status.expert_hosts} == {"shm"}
+    assert status.expert_calls.num_calls > 0 and 0 <= status.expert_calls.hidden_share <= 1
+
+
+def test_every_part_is_a_process_of_its_own_with_a_full_share(
+    running: Running, client: Client
+) -> None:
+    pids = part_pids(client.status())
+    assert len(pids) == 4 and set(pids) <= session_pids(running)
+    assert [psutil.Process(pid).nice() for pid in pids] == [os.nice(0)] * 4
+    environ = psutil.Process(client.status().decoder.pid).environ()
+    assert environ.get("CUDA_VISIBLE_DEVICES", "") == ""
+
+
+def part_pids(status: ClusterStatus) -> list[int]:
+    hosts = [host.part.pid for host in status.expert_hosts]
+    return [status.gateway.pid, status.decoder.pid, *hosts]
+
+
+def test_everything_listens_on_loopback(running: Running, client: Client) -> None:
+    """All but one port of each replica: Ray's own, which Ray's token protects."""
+    exposed: dict[int, int] = {}
+    for pid in session_pids(running):
+        for connection in psutil.Process(pid).net_connections("inet"):
+            is_listening = connection.status == psutil.CONN_LISTEN
+            if is_listening and connection.laddr.ip not in ("127.0.0.1", "::1"):
+                exposed[pid] = exposed.get(pid, 0) + 1
+    assert exposed == dict.fromkeys(part_pids(client.status()), 1)
+
+
+def test_metrics_of_every_part(client: Client) -> None:
+    answer(client, 4)
+    time.sleep(1.2)  # gauges and expert counters are brought in once a second
+    status = client.status()
+    assert "briolette_gateway_requests_total" in metrics(status.gateway.metrics_port)
+    decoder = metrics(status.decoder.metrics_port)
+    for name in ("time_to_first_token_seconds", "kv_blocks", "expert_link_up", "requests_total"):
+        assert f"briolette_{name}" in decoder
+    for host in status.expert_hosts:
+        assert "briolette_expert_tokens_total" in metrics(host.part.metrics_port)
+
+
+def metrics(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+        return str(page.read().decode())
+
+
+def test_cancelling_frees_the_blocks(client: Client) -> None:
+    pieces = client.chat(QUESTION, greedy(900))
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]  # a generator
+    wait_for(lambda: not any(group.used for group in client.status().load.kv_blocks))
+
+
+def test_commands_see_the_running_cluster(
+    config: Config, running: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ["--set", f"state_dir={config.state_dir}"]
+    assert cli.main(["up", *at]) == 0
+    assert "Already running" in capsys.readouterr().out
+    assert cli.main(["status", *at]) == 0
+    card = capsys.readouterr().out
+    assert str(running.address) in card and "experts 0" in card and "attention" in card
+    assert cli.main(["chat", *at, "--max-tokens", "4", "Hello!"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert cli.main(["chat", *at, "--temperature", "-1", "Hello!"]) == 1
+    assert "temperature" in capsys.readouterr().err
+
+
+def test_killing_an_expert_host_changes_no_token(client: Client) -> None:
+    undisturbed = answer(client, 200)
+    host = client.status().expert_hosts[0]
+    tokens: list[int] = []
+    pieces: Iterator[Generation] = client.chat(QUESTION, greedy(200))
+    for piece in pieces:
+        tokens += piece.token_ids
+        if len(tokens) >= 20 and psutil.pid_exists(host.part.pid):
+            threading.Thread(target=os.kill, args=(host.part.pid, signal.SIGKILL)).start()
+            break
+    tokens += [token for piece in pieces for token in piece.token_ids]
+    assert tokens == undisturbed
+    wait_for(lambda: is_replaced(client.status(), host.part.pid), 60)  # Serve repairs it
+    assert answer(client, 200) == undisturbed
+
+
+def is_replaced(status: ClusterStatus, old_pid: int) -> bool:
+    return status.ready and all(
+        host.link and host.part.pid != old_pid for host in status.expert_hosts
+    )
+
+
+def test_killing_every_host_is_said_and_repaired(client: Client) -> None:
+    for host in client.status().expert_hosts:
+        os.kill(host.part.pid, signal.SIGKILL)
+    with pytest.raises(Unavailable):
+        answer(client)
+    wait_for(lambda: not client.status().ready)
+    wait_for(lambda: client.status().ready, 60)
+    assert len(answer(client)) == 48

@@ -1,0 +1,485 @@
+"""The gateway over real gRPC and a real link, with the engine core and a runner that counts."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client import CollectorRegistry
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from cluster.config import GatewayConfig
+from cluster.errors import LinkError, Overloaded, PortTaken, Unavailable
+from cluster.links import Endpoint, Listener
+from cluster.metrics import Metrics
+from cluster.spec import AttentionKind
+from deployments.engine_meter import EngineMeter
+from deployments.gateway import Gateway
+from deployments.step_loop import StepLoop
+from deployments.stream_link import DecoderLink, GatewayLinks, verify_gateway
+from deployments.streams import MAX_BUFFERED_TOKENS, Stream
+from engine.batch import Batch
+from engine.core import EngineCore, SpecLimits
+from engine.kv_cache import KVCacheConfig
+from engine.tokenizer import Tokenizer
+from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest
+from protos.briolette.v1.admin_pb2_grpc import AdminStub
+from protos.briolette.v1.inference_pb2 import (
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_STOP,
+    ChatRequest,
+    CompleteRequest,
+    Generation,
+    ListModelsRequest,
+    Message,
+    Sampling,
+    TokenIds,
+    TokenizeRequest,
+)
+from protos.briolette.v1.inference_pb2_grpc import InferenceStub
+from protos.briolette.v1.stream_pb2 import Output
+
+SECRET = b"secret of this test"
+CONTEXT = 512
+TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
+GREEDY = Sampling(temperature=0.0, max_tokens=8)
+
+
+class CountingRunner:
+    """The token after t is t + 1: an answer to "...a" is "bcdef..."."""
+
+    def __init__(self) -> None:
+        self.step_s = 0.0
+        self.error: Exception | None = None
+
+    def execute(self, batch: Batch) -> Tensor:
+        time.sleep(self.step_s)
+        if self.error is not None:
+            raise self.error
+        ids = (batch.input_ids[batch.logits_indices] + 1) % 256
+        return torch.nn.functional.one_hot(ids, 256).float() * 50
+
+
+def make_tokenizer() -> Tokenizer:
+    """Bytes are tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (ord(c) > 255, ord(c)))
+    by_byte = {bytes_of(char): char for char in alphabet}
+    vocab = {by_byte[byte]: byte for byte in range(256)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE))
+
+
+def bytes_of(char: str) -> int:
+    from engine.tokenizer import _byte_level
+
+    return _byte_level(char)[0]
+
+
+class Decoder:
+    """Everything of a decoder but the model, with a listener that gateways can find."""
+
+    def __init__(self, tokenizer: Tokenizer, max_queue: int = 4, max_num_seqs: int = 4) -> None:
+        self.runner = CountingRunner()
+        self.ready = True
+        self.engine = EngineCore(
+            self.runner,
+            KVCacheConfig(16, {kind: 200 for kind in AttentionKind}),
+            spec_limits=SpecLimits(CONTEXT, 64, 256, ()),
+            max_num_batched_tokens=256,
+            max_num_seqs=max_num_seqs,
+            max_queue=max_queue,
+            tokenizer=tokenizer,
+        )
+        meter = EngineMeter(Metrics(CollectorRegistry()), "counter")
+        self.loop = StepLoop(self.engine, meter, self._fill_status)
+        self.open()
+
+    def open(self) -> None:
+        self.listener = Listener(SECRET, verify_gateway)
+        self.endpoint: Endpoint | None = self.listener.endpoint
+        self.gateways = GatewayLinks(
+            self.listener, self.loop.greeting, self.loop.on_message, self.loop.on_lost
+        )
+        self.loop.start(self.gateways)
+
+    def find(self) -> Endpoint:
+        if self.endpoint is None:
+            raise LinkError("There is no decoder.")
+        return self.endpoint
+
+    def close(self) -> None:
+        self.endpoint = None
+        self.gateways.close()
+        self.loop.close()
+
+    def _fill_status(self, status: ClusterStatus) -> None:
+        status.ready = self.ready
+        status.reason = "" if self.ready else "No copy of expert group 2 is alive."
+        status.model, status.context_tokens, status.vocab_size = "counter", CONTEXT, 256
+
+
+@contextmanager
+def running_gateway(
+    tokenizer: Tokenizer, find: Callable[[], Endpoint], **config: Any
+) -> Iterator[Gateway]:
+    """A gateway on a free port, on an asyncio loop in a thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start() -> Gateway:
+        settings = GatewayConfig(**{"port": 0, **config})
+        gateway = Gateway(settings, tokenizer, find, SECRET, Metrics(CollectorRegistry()))
+        await gateway.start()
+        return gateway
+
+    gateway = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    try:
+        yield gateway
+    finally:
+        asyncio.run_coroutine_threadsafe(gateway.stop(0.0), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def cluster(tokenizer: Tokenizer) -> Iterator[tuple[Decoder, Gateway]]:
+    decoder = Decoder(tokenizer)
+    with running_gateway(tokenizer, decoder.find) as gateway:
+        wait_for(lambda: serving(gateway))
+        yield decoder, gateway
+    decoder.close()
+
+
+@pytest.fixture
+def decoder(cluster: tuple[Decoder, Gateway]) -> Iterator[Decoder]:
+    decoder = cluster[0]
+    yield decoder
+    decoder.runner.step_s, decoder.runner.error = 0.0, None
+    wait_for(lambda: not decoder.engine.has_work)
+    decoder.engine.check_integrity()
+
+
+@pytest.fixture
+def channel(cluster: tuple[Decoder, Gateway], decoder: Decoder) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(f"127.0.0.1:{cluster[1].port}") as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.Channel) -> InferenceStub:
+    return InferenceStub(channel)
+
+
+def serving(gateway: Gateway) -> bool:
+    with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up_at, "waited too long"
+        time.sleep(0.01)
+
+
+def chat(content: str = "a", role: str = "user", **sampling: Any) -> ChatRequest:
+    settings = {"temperature": 0.0, "max_tokens": 8, **sampling}
+    message = Message(role=role, content=content)
+    return ChatRequest(messages=[message], sampling=Sampling(**settings))
+
+
+def complete(text: str = "a", **sampling: Any) -> CompleteRequest:
+    settings = {"temperature": 0.0, "max_tokens": 8, **sampling}
+    return CompleteRequest(text=text, sampling=Sampling(**settings))
+
+
+def failure(call: Callable[[], Any]) -> tuple[str, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code().name, caught.value.details()  # type: ignore[attr-defined]
+
+
+# Answers
+
+
+def test_a_stream_says_the_same_as_one_message(stub: InferenceStub) -> None:
+    pieces = list(stub.Complete(complete(logprobs=2)))
+    whole = stub.CompleteOnce(complete(logprobs=2))
+    assert "".join(piece.text for piece in pieces) == whole.text == "bcdefghi"
+    ids = [token for piece in pieces for token in piece.token_ids]
+    assert ids == list(whole.token_ids) == list(b"bcdefghi")
+    assert pieces[-1].usage == whole.usage
+    assert (whole.usage.prompt_tokens, whole.usage.output_tokens) == (1, 8)
+    assert pieces[-1].finish_reason == whole.finish_reason == FINISH_REASON_LENGTH
+    assert all(piece.finish_reason == 0 for piece in pieces[:-1])
+    assert 0 <= whole.timings.queue_s <= whole.timings.ttft_s <= whole.timings.total_s < 5
+    assert pieces[0].request_id and not any(piece.request_id for piece in pieces[1:])
+    assert len(whole.logprobs) == 8
+    assert whole.logprobs[0].alternatives[0].text == "b"
+    assert whole.logprobs[0].logprob == pytest.approx(0.0, abs=1e-6)
+
+
+def test_chat_goes_through_the_template(stub: InferenceStub) -> None:
+    answer = stub.ChatOnce(chat("hello"))
+    assert answer.text == ";<=>?@AB"  # what counts on from the colon of "assistant:"
+    ids = stub.Tokenize(TokenizeRequest(messages=chat("hello").messages)).token_ids
+    assert bytes(ids) == b"user:hello\nassistant:"
+    assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_stop_strings_and_token_ids(stub: InferenceStub) -> None:
+    answer = stub.CompleteOnce(complete(stop=["ef"], max_tokens=50))
+    assert (answer.text, answer.finish_reason) == ("bcd", FINISH_REASON_STOP)
+    assert answer.matched_stop == "ef"
+    by_ids = CompleteRequest(token_ids=TokenIds(ids=[97, 98]), sampling=GREEDY)
+    assert stub.CompleteOnce(by_ids).text == "cdefghij"
+
+
+def test_many_streams_at_once(stub: InferenceStub) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        prompts = [chr(ord("a") + i) for i in range(8)]
+        answers = pool.map(lambda text: stub.CompleteOnce(complete(text, max_tokens=40)), prompts)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert list(answer.token_ids) == [ord(prompt) + 1 + i for i in range(40)]
+
+
+def test_models_status_and_reflection(channel: grpc.Channel, stub: InferenceStub) -> None:
+    (model,) = stub.ListModels(ListModelsRequest()).models
+    assert (model.id, model.context_tokens, model.vocab_size) == ("counter", CONTEXT, 256)
+    status = AdminStub(channel).GetStatus(GetStatusRequest())
+    assert status.ready and status.gateway.pid
+    assert {group.group for group in status.load.kv_blocks} == {"sliding", "global"}
+    reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    (answer,) = reflection.ServerReflectionInfo(iter([request]))
+    names = {service.name for service in answer.list_services_response.service}
+    assert {"briolette.v1.Inference", "briolette.v1.Admin", "grpc.health.v1.Health"} <= names
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "words"),
+    [
+        (ChatRequest(sampling=GREEDY), "INVALID_ARGUMENT", "message"),
+        (chat(role="wizard"), "INVALID_ARGUMENT", "role"),
+        (chat("x" * CONTEXT), "INVALID_ARGUMENT", "context"),
+        (chat(max_tokens=CONTEXT), "INVALID_ARGUMENT", "max_tokens"),
+        (chat(max_tokens=0), "INVALID_ARGUMENT", "max_tokens"),
+        (chat(temperature=-1.0), "INVALID_ARGUMENT", "temperature"),
+        (chat(temperature=float("nan")), "INVALID_ARGUMENT", "temperature"),
+        (chat(top_p=0.0), "INVALID_ARGUMENT", "top_p"),
+        (chat(stop=[""]), "INVALID_ARGUMENT", "stop"),
+        (chat(seed=2**64 - 1), "INVALID_ARGUMENT", "seed"),
+        (ChatRequest(model="gpt", messages=chat().messages), "NOT_FOUND", "counter"),
+    ],
+)
+def test_bad_chat(stub: InferenceStub, request_: ChatRequest, status: str, words: str) -> None:
+    for call in (lambda: stub.ChatOnce(request_), lambda: list(stub.Chat(request_))):
+        code, sentence = failure(call)
+        assert (code, words in sentence, sentence.endswith(".")) == (status, True, True), sentence
+
+
+def test_bad_completion(stub: InferenceStub) -> None:
+    assert failure(lambda: stub.CompleteOnce(complete("")))[0] == "INVALID_ARGUMENT"
+    too_high = CompleteRequest(token_ids=TokenIds(ids=[256]), sampling=GREEDY)
+    assert failure(lambda: stub.CompleteOnce(too_high))[0] == "INVALID_ARGUMENT"
+    assert failure(lambda: stub.CompleteOnce(CompleteRequest()))[0] == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("method", ["Chat", "Complete"])
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x12\x04\x0a\x02\xc3\x28"])
+def test_bytes_that_are_no_message(channel: grpc.Channel, method: str, data: bytes) -> None:
+    """Garbage, and a role of invalid UTF-8."""
+    call = channel.unary_stream(f"/briolette.v1.Inference/{method}")
+    code, sentence = failure(lambda: list(call(data)))
+    assert (code, "valid" in sentence) == ("INVALID_ARGUMENT", True)
+
+
+def test_a_message_of_100_mb(channel: grpc.Channel) -> None:
+    call = channel.unary_unary("/briolette.v1.Inference/ChatOnce")
+    assert failure(lambda: call(b"\0" * 100_000_000, timeout=20))[0] == "RESOURCE_EXHAUSTED"
+
+
+def test_bad_input_disturbs_nobody(stub: InferenceStub, decoder: Decoder) -> None:
+    decoder.runner.step_s = 0.002
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(lambda: stub.CompleteOnce(complete(max_tokens=100)))
+        for _ in range(5):
+            failure(lambda: stub.ChatOnce(chat(temperature=-1.0)))
+        assert list(long.result().token_ids) == [98 + i for i in range(100)]
+
+
+# Ends before the end
+
+
+def test_cancelling_aborts_within_a_step(stub: InferenceStub, decoder: Decoder) -> None:
+    decoder.runner.step_s = 0.02
+    call = stub.Complete(complete(max_tokens=400))
+    next(iter(call))
+    assert decoder.engine.stats().num_running == 1
+    call.cancel()
+    wait_for(lambda: not decoder.engine.has_work, 0.5)
+    assert all(not used for used in decoder.engine.stats().num_used_blocks.values())
+
+
+def test_a_deadline_aborts(stub: InferenceStub, decoder: Decoder) -> None:
+    decoder.runner.step_s = 0.02
+    started = time.monotonic()
+    call = lambda: stub.CompleteOnce(complete(max_tokens=400), timeout=0.2)  # noqa: E731
+    assert failure(call)[0] == "DEADLINE_EXCEEDED"
+    assert time.monotonic() - started < 1.0
+    wait_for(lambda: not decoder.engine.has_work, 0.5)
+
+
+def test_a_full_queue_refuses_at_once(stub: InferenceStub, decoder: Decoder) -> None:
+    decoder.runner.step_s = 0.02
+    calls = [stub.Complete(complete(max_tokens=100)) for _ in range(12)]  # 4 run, 4 wait
+    codes = []
+    for call in calls:
+        try:
+            next(iter(call))
+        except grpc.RpcError as error:
+            codes.append(error.code().name)  # type: ignore[attr-defined]
+    for call in calls:
+        call.cancel()
+    assert codes and set(codes) == {"UNAVAILABLE"}
+
+
+def test_a_client_that_stops_reading_is_given_up(
+    cluster: tuple[Decoder, Gateway], decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.rpc.STALL_S", 0.3)
+    decoder.runner.step_s = 0.01
+    address = f"127.0.0.1:{cluster[1].port}"
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
+    with grpc.insecure_channel(address, options) as channel:
+        call = InferenceStub(channel).Complete(complete(max_tokens=CONTEXT - 2, logprobs=20))
+        wait_for(lambda: decoder.engine.has_work)
+        wait_for(lambda: not decoder.engine.has_work, 10)
+        assert decoder.engine.stats().num_decode_tokens
+        code, sentence = failure(lambda: list(call))
+        assert (code, "reading" in sentence) == ("UNAVAILABLE", True)
+
+
+def test_a_slow_stream_is_bounded() -> None:
+    async def behind() -> None:
+        stream = Stream()
+        for _ in range(MAX_BUFFERED_TOKENS + 1):
+            stream.push(Output(generation=Generation(text="a", token_ids=[1])))
+        with pytest.raises(Overloaded):
+            await stream.take()
+
+    asyncio.run(behind())
+
+
+# What goes wrong behind the gateway
+
+
+def test_a_failing_step_ends_its_requests_only(stub: InferenceStub, decoder: Decoder) -> None:
+    decoder.runner.error = Unavailable("No copy of expert group 2 answers.")
+    assert failure(lambda: stub.CompleteOnce(complete())) == (
+        "UNAVAILABLE",
+        "No copy of expert group 2 answers.",
+    )
+    decoder.runner.error = RuntimeError("a bug")
+    assert failure(lambda: stub.CompleteOnce(complete()))[0] == "INTERNAL"
+    decoder.runner.error = None
+    assert stub.CompleteOnce(complete()).text == "bcdefghi"
+
+
+def test_health_follows_the_decoder(
+    cluster: tuple[Decoder, Gateway], stub: InferenceStub, decoder: Decoder
+) -> None:
+    decoder.ready = False
+    decoder.loop.wake()
+    wait_for(lambda: not serving(cluster[1]))
+    code, sentence = failure(lambda: stub.ChatOnce(chat()))
+    assert (code, "group 2" in sentence) == ("UNAVAILABLE", True)
+    decoder.ready = True
+    decoder.loop.wake()
+    wait_for(lambda: serving(cluster[1]))
+
+
+def test_a_lost_decoder_ends_streams_and_the_next_one_is_found(tokenizer: Tokenizer) -> None:
+    first = Decoder(tokenizer)
+    first.runner.step_s = 0.02
+    decoders = [first]
+    with running_gateway(tokenizer, lambda: decoders[-1].find()) as gateway:
+        wait_for(lambda: serving(gateway))
+        with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
+            stub = InferenceStub(channel)
+            call = stub.Complete(complete(max_tokens=300))
+            next(iter(call))
+            first.close()
+            code, sentence = failure(lambda: list(call))
+            assert (code, "decoder" in sentence) == ("UNAVAILABLE", True)
+            wait_for(lambda: not serving(gateway))
+            assert failure(lambda: stub.ChatOnce(chat()))[0] == "UNAVAILABLE"
+            decoders.append(Decoder(tokenizer))
+            wait_for(lambda: serving(gateway))
+            assert stub.CompleteOnce(complete()).text == "bcdefghi"
+    decoders[-1].close()
+
+
+def test_a_gateway_that_goes_takes_its_requests_along(tokenizer: Tokenizer) -> None:
+    decoder = Decoder(tokenizer)
+    decoder.runner.step_s = 0.02
+    with running_gateway(tokenizer, decoder.find) as gateway:
+        wait_for(lambda: serving(gateway))
+        with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
+            next(iter(InferenceStub(channel).Complete(complete(max_tokens=400))))
+            gateway._link.close()
+            wait_for(lambda: not decoder.engine.has_work)
+    decoder.close()
+
+
+def test_the_secret_is_needed(tokenizer: Tokenizer) -> None:
+    decoder = Decoder(tokenizer)
+    messages: list[object] = []
+    loop = asyncio.new_event_loop()
+    link = DecoderLink(loop, b"wrong", decoder.find, messages.append, lambda _: None)
+    loop.run_until_complete(asyncio.sleep(0.3))
+    link.close()
+    decoder.close()
+    assert not messages
+
+
+def test_a_taken_port_is_said(tokenizer: Tokenizer) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(PortTaken, match=str(port)),
+            running_gateway(tokenizer, no_decoder, port=port),
+        ):
+            pass
+
+
+def no_decoder() -> Endpoint:
+    raise LinkError("There is no decoder.")
