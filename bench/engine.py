@@ -20,7 +20,6 @@ from bench.models import BenchModel, load_models, random_prompts
 from bench.peers import NotMeasured
 from bench.timing import System, Timing
 
-NUM_THREADS = 2
 PROMPT_LEN = 128
 NUM_TOKENS = 64
 
@@ -35,17 +34,19 @@ Timings = dict[str, dict[int, list[Timing]]]
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print the card, return the JSON object."""
     args = _arguments(argv)
-    pin(NUM_THREADS)
+    pin(args.threads)
     results: dict[str, Any] = {}
     checks: list[Check] = []
     card: list[str] = []
     for model in load_models(args.models):
         deadline = time.monotonic() + args.minutes * 60 / len(args.models)
-        timings, failures = measure(model, args.systems, args.streams, args.repeats, deadline)
+        timings, failures = measure(
+            model, args.systems, args.streams, args.repeats, deadline, args.threads
+        )
         results[model.name] = {"speeds": to_results(timings), "not_measured": failures}
         checks += checks_of(model.name, timings)
         card += card_of(model.name, timings, failures)
-    return report("engine", results, checks, card, num_threads=NUM_THREADS, keep=args.keep)
+    return report("engine", results, checks, card, num_threads=args.threads, keep=args.keep)
 
 
 def measure(
@@ -54,10 +55,11 @@ def measure(
     streams: Sequence[int],
     repeats: int,
     deadline: float,
+    num_threads: int = 2,
 ) -> tuple[Timings, dict[str, str]]:
     """Both phases. Also returns why systems that are missing could not be measured."""
     failures: dict[str, str] = {}
-    makers = _makers(model)
+    makers = _makers(model, num_threads)
     alone = [name for name in system_names if name != CLUSTER]
     timings = _phase({n: makers[n] for n in alone}, model, streams, repeats, deadline, failures)
     if CLUSTER in system_names:
@@ -185,15 +187,15 @@ def _measure_streams(
             _note(f"{model.name}, {num_streams} streams, {name}: {timing.output_tok_s:.0f} tok/s")
 
 
-def _makers(model: BenchModel) -> dict[str, Callable[[], System]]:
+def _makers(model: BenchModel, num_threads: int) -> dict[str, Callable[[], System]]:
     from bench.ours import Cluster, InProcess
     from bench.peers import LlamaCpp, Transformers
 
     return {
-        IN_PROCESS: lambda: InProcess(model, NUM_THREADS),
-        INVARIANT: lambda: InProcess(model, NUM_THREADS, batch_invariant=True),
-        TRANSFORMERS: lambda: Transformers(model, NUM_THREADS),
-        LLAMA_CPP: lambda: LlamaCpp(model, NUM_THREADS),
+        IN_PROCESS: lambda: InProcess(model, num_threads),
+        INVARIANT: lambda: InProcess(model, num_threads, batch_invariant=True),
+        TRANSFORMERS: lambda: Transformers(model, num_threads),
+        LLAMA_CPP: lambda: LlamaCpp(model, num_threads),
         CLUSTER: lambda: Cluster(model),
     }
 
@@ -214,6 +216,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", default=systems, choices=systems)
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 4, 8, 16])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="and cores to stay on")
     parser.add_argument("--minutes", type=float, default=8.0, help="then no more repetitions")
     parser.add_argument("--no-keep", dest="keep", action="store_false", help="write no file")
     return parser.parse_args(argv)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bench.models import NUM_SPECIAL_IDS, SPACE
 from cluster.checkpoint import Checkpoint
 from cluster.spec import AttentionKind, LayerSpec, ModelSpec
 
@@ -126,22 +127,13 @@ def _add_geometry(writer: Any, spec: ModelSpec) -> None:
 
 
 def _add_vocabulary(writer: Any, spec: ModelSpec) -> None:
-    """A SentencePiece-like vocabulary that only has to exist: bytes, then one word per id."""
+    """A vocabulary that only has to exist: a word for each id, and no text ever goes in."""
     from gguf import TokenType
 
-    num_control = 8
-    tokens, types = [], []
-    for token_id in range(spec.vocab_size):
-        byte = token_id - num_control
-        if byte < 0:
-            tokens.append(f"<control{token_id}>")
-            types.append(TokenType.CONTROL)
-        elif byte < 256:
-            tokens.append(f"<0x{byte:02X}>")
-            types.append(TokenType.BYTE)
-        else:
-            tokens.append(f"\N{LOWER ONE EIGHTH BLOCK}w{token_id}")
-            types.append(TokenType.NORMAL)
+    tokens = [f"{SPACE}w{token_id}" for token_id in range(spec.vocab_size)]
+    types = [TokenType.NORMAL] * spec.vocab_size
+    for token_id in range(NUM_SPECIAL_IDS):
+        tokens[token_id], types[token_id] = f"<control{token_id}>", TokenType.CONTROL
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([-float(token_id) for token_id in range(spec.vocab_size)])

@@ -66,7 +66,7 @@ def load_models(names: list[str]) -> list[BenchModel]:
     models = []
     for name in names:
         if name == "moe-50m":
-            models.append(BenchModel(name, random_moe(bench_cache_dir() / "moe-50m-v2", MOE_50M)))
+            models.append(BenchModel(name, random_moe(bench_cache_dir() / "moe-50m-v3", MOE_50M)))
         elif name == "demo":
             if (DEMO_DIR / "config.json").exists():
                 models.append(BenchModel(name, DEMO_DIR))
@@ -89,12 +89,13 @@ def random_moe(model_dir: Path, text_config: dict[str, Any], seed: int = 0) -> P
     generator = torch.Generator().manual_seed(seed)
     model = Gemma4ForCausalLM(Gemma4TextConfig(**text_config)).float()
     with torch.no_grad():
-        for name, tensor in list(model.named_parameters()) + list(model.named_buffers()):
-            if (tensor.dim() >= 2 and "weight" in name) or "experts." in name:
-                fan_in = tensor.shape[-1]
-                tensor.normal_(0.0, fan_in**-0.5, generator=generator)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.dim() >= 2:
+                tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
             elif name.endswith(("norm.weight", "scale")) or "layernorm" in name:
                 tensor.normal_(1.0, 0.1, generator=generator)
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                tensor.mul_(tensor.shape[0] ** -0.25)  # scores aren't scaled: no one-hot softmax
     staging = model_dir.with_name(f"{model_dir.name}.{os.getpid()}.tmp")
     model.save_pretrained(staging)
     write_word_tokenizer(staging, text_config["vocab_size"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.drive import drive
 from bench.models import BenchModel
 from bench.peers import NotMeasured
 from bench.timing import Timing
@@ -30,28 +31,10 @@ class InProcess:
         self.name = "in-process, invariant" if batch_invariant else "in-process"
         config = bench_config(model, {"experts.mode": "local", "batch_invariant": batch_invariant})
         source = Source.open(config)
-        self._engine: Any = load_engine(config, source, load_local_experts(config, source))
-        self._num_requests = 0
+        self._engine = load_engine(config, source, load_local_experts(config, source))
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
-        from engine.request import SamplingParams
-
-        sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-        times: dict[str, list[float]] = {}
-        started = time.perf_counter()
-        for prompt in prompts:
-            self._num_requests += 1
-            request_id = f"bench-{self._num_requests}"
-            self._engine.add(request_id=request_id, prompt_ids=prompt, sampling=sampling)
-            times[request_id] = []
-        while self._engine.has_work:
-            outputs = self._engine.step()
-            now = time.perf_counter() - started
-            for output in outputs:
-                if output.error is not None:
-                    raise RuntimeError(output.error)
-                times[output.request_id] += [now] * len(output.new_token_ids)
-        return Timing(list(times.values()))
+        return drive(self._engine, prompts, num_tokens)
 
     def close(self) -> None:
         del self._engine
@@ -66,7 +49,6 @@ class Cluster:
         """Raises NotMeasured when the cluster doesn't come up."""
         from deployments import lifecycle
 
-        # The cluster shares the cores that this process is pinned to; each part gets its share.
         self._state_dir = Path(tempfile.mkdtemp(prefix="briolette-bench-"))
         self._config = bench_config(
             model,
@@ -76,6 +58,7 @@ class Cluster:
                 "state_dir": str(self._state_dir),
                 "gateway.port": 0,
                 "gateway.metrics_port": 0,
+                "ray.start_timeout_s": 240.0,
                 **(overrides or {}),
             },
         )

@@ -36,46 +36,54 @@ class Transformers:
         self._best: dict[int, str] = {}
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
-        self._choose(prompts)
-        return self._generate(prompts, num_tokens)
+        num_streams = len(prompts)
+        if num_streams not in self._best:
+            self._best[num_streams] = try_experts(self._model, prompts)
+        self._model.set_experts_implementation(self._best[num_streams])
+        return generate_timed(self._model, prompts, num_tokens)
 
     def close(self) -> None:
         del self._model
 
-    def _choose(self, prompts: list[list[int]]) -> None:
-        """Set the expert implementation that is fastest for so many streams."""
-        num_streams = len(prompts)
-        if num_streams not in self._best:
-            # batched_mm copies an expert's weights for each token: hopeless in a wide prefill.
-            names = ["eager", "grouped_mm"] + (["batched_mm"] if num_streams == 1 else [])
-            seconds = {}
-            for name in names:
-                self._model.set_experts_implementation(name)
-                self._generate(prompts, 2)
-                seconds[name] = self._generate(prompts, 8).total_s
-            self._best[num_streams] = min(seconds, key=seconds.__getitem__)
-        self._model.set_experts_implementation(self._best[num_streams])
 
-    @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
-        times: list[float] = []
+def try_experts(model: Any, prompts: list[list[int]]) -> str:
+    """Set transformers' expert implementation that is fastest for these prompts; its name."""
+    # batched_mm copies an expert's weights for each token: hopeless in a wide prefill.
+    names = ["eager", "grouped_mm"] + (["batched_mm"] if len(prompts) == 1 else [])
+    seconds = {}
+    for name in names:
+        model.set_experts_implementation(name)
+        generate_timed(model, prompts, 2)
+        seconds[name] = generate_timed(model, prompts, 8).total_s
+    best = min(seconds, key=seconds.__getitem__)
+    model.set_experts_implementation(best)
+    return best
 
-        def note(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            """A stopping criterion that only looks at the clock: it is asked after each token."""
-            times.append(time.perf_counter() - started)
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
-        input_ids = torch.tensor(prompts)
-        started = time.perf_counter()
-        self._model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            do_sample=False,
-            min_new_tokens=num_tokens,
-            max_new_tokens=num_tokens,
-            stopping_criteria=[note],
-        )
-        return Timing([times] * len(prompts))
+@torch.inference_mode()
+def generate_timed(model: Any, prompts: list[list[int]], num_tokens: int) -> Timing:
+    """transformers' `generate` on equally long prompts, greedy, past end-of-sequence tokens."""
+    times: list[float] = []
+    input_ids = torch.tensor(prompts, device=model.device)
+    goes_on = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+
+    def note(*args: Any, **kwargs: Any) -> torch.Tensor:
+        """A stopping criterion that only looks at the clock: it is asked after each token."""
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+        return goes_on
+
+    started = time.perf_counter()
+    model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        do_sample=False,
+        min_new_tokens=num_tokens,
+        max_new_tokens=num_tokens,
+        stopping_criteria=[note],
+    )
+    return Timing([times] * len(prompts))
 
 
 class LlamaCpp:

@@ -98,12 +98,18 @@ class Link:
         size = sum(map(len, views))
         if size > self._max_message_bytes:
             raise LinkError(f"A message of {size} bytes; {self._max_message_bytes} is most.")
-        views = [memoryview(_HEADER.pack(_MARK, size)), *(view for view in views if len(view))]
+        views.insert(0, memoryview(_HEADER.pack(_MARK, size)))
         end = _end_of(deadline_s)
         with self._send_lock:
             self._check_open()
             try:
-                while views := _advance(views, self._pipe.write(views)):
+                num_left = _HEADER.size + size
+                while True:
+                    count = self._pipe.write(views)
+                    num_left -= count
+                    if num_left == 0:
+                        break
+                    views = _advance(views, count)
                     self._wait_for_room(_left(end))
             except LinkTimeout as error:  # half a message is out
                 self._break()
@@ -208,7 +214,8 @@ class Link:
             start += self._num_body
             self._finish_body()
         self._num_scratch = stop - start
-        self._scratch[: self._num_scratch] = self._scratch[start:stop]
+        if self._num_scratch:  # the beginning of a header
+            self._scratch[: self._num_scratch] = self._scratch[start:stop]
 
     def _finish_body(self) -> None:
         if self._body is not None and self._num_body == len(self._body):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from prometheus_client import CollectorRegistry
 
 from cluster.config import Config
 from cluster.errors import Unavailable
-from cluster.links import AUTO, Listener
+from cluster.links import Listener
 from cluster.metrics import Metrics, start_metrics_server
 from cluster.placement import ExpertPlacement
 from deployments.engine_meter import EngineMeter
 from deployments.expert_meter import ExpertMeter
 from deployments.host_directory import Handle, HostDirectory, HostInfo
-from deployments.layout import decoder_threads, expert_groups, place_experts
+from deployments.layout import decoder_threads, expert_groups, place_experts, transports
 from deployments.loading import Source, load_engine, load_local_experts, warm_up
 from deployments.start_report import Reporter, reporting
 from deployments.step_loop import StepLoop
@@ -40,16 +40,19 @@ class DecoderReplica:
         with reporting(config.state_dir, "decoder") as reporter:
             self._config = config
             self._source = Source.open(config)
+            self._registry = CollectorRegistry()
+            self._metrics = Metrics(self._registry)
             torch.set_num_threads(decoder_threads(config, len(hosts)))
             placement = place_experts(config, self._source.spec)
             if placement is None:
                 self._experts = None
                 self._load_local(reporter)
             else:
-                self._experts = RemoteExperts(config, self._source, placement, secret, hosts)
-                self._engine = load_engine(
-                    config, self._source, self._experts.connect(), reporter.progress
-                )
+                handles = dict(zip(placement.host_ids, hosts, strict=True))
+                meter = ExpertMeter(self._metrics, config.model_id)
+                self._experts = RemoteExperts(placement, HostDirectory(handles), meter)
+                router = self._experts.connect(config, self._source, secret)
+                self._engine = load_engine(config, self._source, router, reporter.progress)
             warm_up(self._engine)
             self._start_serving(secret)
 
@@ -77,15 +80,10 @@ class DecoderReplica:
 
     def _start_serving(self, secret: bytes) -> None:
         config = self._config
-        registry = CollectorRegistry()
-        metrics = Metrics(registry)
-        self._metrics = start_metrics_server(config.gateway.host, 0, registry)
-        self._expert_meter = ExpertMeter(metrics, config.model_id)
-        self._loop = StepLoop(
-            self._engine, EngineMeter(metrics, config.model_id), self._fill_status
-        )
-        transports = AUTO if config.experts.transport == "auto" else ("tcp",)
-        self._listener = Listener(secret, verify_gateway, transports=transports)
+        self._metrics_port = start_metrics_server(config.gateway.host, 0, self._registry).port
+        meter = EngineMeter(self._metrics, config.model_id)
+        self._loop = StepLoop(self._engine, meter, self._fill_status)
+        self._listener = Listener(secret, verify_gateway, transports=transports(config))
         self._loop.start(
             GatewayLinks(
                 self._listener, self._loop.greeting, self._loop.on_message, self._loop.on_lost
@@ -101,7 +99,7 @@ class DecoderReplica:
         status.context_tokens = self._engine.limits.max_model_len
         status.vocab_size = spec.vocab_size
         status.decoder.CopyFrom(
-            Part(pid=os.getpid(), device=str(self._source.device), metrics_port=self._metrics.port)
+            Part(pid=os.getpid(), device=str(self._source.device), metrics_port=self._metrics_port)
         )
         if spec.is_moe:
             num_groups = expert_groups(self._config, spec).num_groups
@@ -110,42 +108,36 @@ class DecoderReplica:
             )
         if self._experts is not None:
             self._experts.fill_status(status)
-            self._expert_meter.update(self._experts)
 
 
 class RemoteExperts:
     """The hosts and the router to them, kept together through losses."""
 
     def __init__(
-        self,
-        config: Config,
-        source: Source,
-        placement: ExpertPlacement,
-        secret: bytes,
-        handles: tuple[Handle, ...],
+        self, placement: ExpertPlacement, directory: HostDirectory, meter: ExpertMeter
     ) -> None:
         self.placement = placement
-        self.directory = HostDirectory(dict(zip(placement.host_ids, handles, strict=True)))
+        self.directory = directory
         self.router: ExpertRouter
-        self._config, self._source, self._secret = config, source, secret
+        self._meter = meter
 
-    def connect(self) -> ExpertRouter:
+    def connect(self, config: Config, source: Source, secret: bytes) -> ExpertRouter:
         """Wait for every host and link to it. Raises Unavailable when one stays away."""
-        timeout_s = self._config.ray.start_timeout_s
-        self.directory.wait_for_all(timeout_s)
+        self.directory.wait_for_all(config.ray.start_timeout_s)
         self.router = ExpertRouter(
-            self._source.spec,
+            source.spec,
             self.placement,
             self.directory.endpoints,
-            self._secret,
-            self._source.checkpoint.fingerprint,
-            deadline_s=self._config.experts.deadline_s,
-            transports=AUTO if self._config.experts.transport == "auto" else ("tcp",),
+            secret,
+            source.checkpoint.fingerprint,
+            deadline_s=config.experts.deadline_s,
+            transports=transports(config),
+            observer=self._meter,
         )
-        self.router.wait_ready(timeout_s)
+        self.router.wait_ready(config.ray.start_timeout_s)
         return self.router
 
-    def watch(self, on_change: Any) -> None:
+    def watch(self, on_change: Callable[[], None]) -> None:
         """Follow hosts that Serve replaces."""
 
         def moved() -> None:
@@ -168,6 +160,7 @@ class RemoteExperts:
             status.ready = False
             status.reason = f"No expert host is alive for groups {', '.join(map(str, dead))}."
         stats = self.router.stats()
+        self._meter.update(self.placement, stats, problems)
         status.expert_calls.CopyFrom(
             ExpertCalls(
                 num_calls=stats.num_calls,

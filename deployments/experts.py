@@ -9,9 +9,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from cluster.config import Config
-from cluster.links import AUTO
 from cluster.metrics import Metrics, start_metrics_server
-from deployments.layout import host_threads, place_experts
+from deployments.layout import host_threads, place_experts, transports
 from deployments.loading import Source
 from deployments.start_report import reporting
 from experts.host import ExpertHost
@@ -39,7 +38,7 @@ class ExpertHostReplica:
                 source.device,
                 secret,
                 config.batch_invariant,
-                transports=AUTO if config.experts.transport == "auto" else ("tcp",),
+                transports=transports(config),
                 num_threads=host_threads(config, len(placement.host_ids)),
                 on_progress=reporter.progress,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from cluster.config import Config
+from cluster.links import AUTO
 from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import ModelSpec
 
@@ -44,6 +45,11 @@ def decoder_threads(config: Config, num_hosts: int) -> int:
 def host_threads(config: Config, num_hosts: int) -> int:
     """CPU threads of each expert host."""
     return config.experts.threads or _core_share(num_hosts + 1)
+
+
+def transports(config: Config) -> tuple[str, ...]:
+    """What links may use, in order of preference."""
+    return tuple(AUTO) if config.experts.transport == "auto" else ("tcp",)
 
 
 def _gpu_share(config: Config, num_gpus: float, num_parts: int) -> float:

@@ -57,6 +57,7 @@ def start(config: Config, on_news: Callable[[dict[str, Any]], None]) -> Running:
                 on_news(news)
     except BaseException:
         _end(process.pid)
+        clean_up(config.state_dir)
         raise
     running = find_running(config.state_dir)
     if running is None or running.address is None:

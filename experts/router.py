@@ -21,7 +21,7 @@ from experts import wire
 from experts.kernels import Slots, sum_partials
 from experts.local import LocalExperts
 from experts.peers import Peer, Peers
-from experts.stats import CallStats
+from experts.stats import CallObserver, CallStats
 
 Fallback: TypeAlias = LocalExperts | Callable[[], LocalExperts]
 
@@ -89,6 +89,7 @@ class ExpertRouter:
         deadline_s: float = 2.0,
         transports: Sequence[str] = AUTO,
         spin_s: float = 0.0,
+        observer: CallObserver | None = None,
     ) -> None:
         """Connect to every host of the placement; those that can't be reached are tried again in
         the background. `deadline_s` is for one host's answer, counted from dispatch.
@@ -97,6 +98,7 @@ class ExpertRouter:
         self._peers = Peers(secret, weights_hash, transports, spin_s)
         self._call_ids = itertools.count(1)
         self._stats = CallStats()
+        self._observer = observer
         self._plan = _Plan(None, 0, {})
         self._num_groups = placement.groups.num_groups
         self._expert_to_group = np.array(
@@ -269,11 +271,16 @@ class ExpertRouter:
                 raise LinkError(f"{sent.peer.host_id} answered with rows of a wrong shape.")
         except LinkError as error:
             self._stats.num_failures += 1
+            if self._observer is not None:
+                self._observer.failed(sent.peer.host_id)
             self._peers.ban(sent.peer, sent.link, str(error))
             return False
         rows[torch.from_numpy(sent.cells)] = reply.rows
         sent.peer.num_bans = 0  # only an answer proves that it is well again
-        self._stats.count_call(time.perf_counter() - sent.sent_s, reply.compute_s)
+        latency_s = time.perf_counter() - sent.sent_s
+        self._stats.count_call(latency_s, reply.compute_s)
+        if self._observer is not None:
+            self._observer.answered(sent.peer.host_id, latency_s)
         return True
 
     def _retry(self, handle: Handle) -> None:

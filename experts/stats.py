@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass, field
+from typing import Protocol
 
 # Upper bounds of the latency buckets in seconds: 10 µs to 50 s, about 1.5 apart.
 LATENCY_BOUNDS_S = tuple(
     mantissa * 10.0**exponent for exponent in range(-5, 2) for mantissa in (1, 1.5, 2, 3, 5, 7)
 )[:-2]
+
+
+class CallObserver(Protocol):
+    """Is told of every call, in the thread that combines: it must be quick."""
+
+    def answered(self, host_id: str, latency_s: float) -> None: ...
+    def failed(self, host_id: str) -> None: ...
 
 
 @dataclass(slots=True)

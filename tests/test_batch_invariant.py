@@ -81,7 +81,7 @@ def prompt(vocab_size: int, length: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_batch_and_any_chunking(
     subjects: dict[str, Subject], name: str, data: st.DataObject

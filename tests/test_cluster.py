@@ -1,8 +1,9 @@
-"""End to end on Ray: one cluster on this machine, with two pretended cards, for the whole module."""
+"""End to end on Ray: one cluster on this machine with two pretended cards, for the module."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from cluster.config import Config
+from cluster.config import DEMO_MODEL_DIR, Config
 from cluster.errors import Unavailable
 from deployments import cli, lifecycle
 from deployments.client import Client
@@ -26,21 +28,25 @@ from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling
 
 pytestmark = pytest.mark.cluster
 
+LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
+
 QUESTION = [Message(role="user", content="What is the capital of Norway?")]
 SETTINGS = {
     "batch_invariant": True,
     "gateway": {"port": 0, "metrics_port": 0},
     "engine": {"kv_bytes": 64 << 20, "max_model_len": 1024},
     "experts": {"num_copies": 2, "num_gpus_per_host": 1, "deadline_s": 5.0},
-    "ray": {"num_gpus": 2},
+    "ray": {"num_gpus": 2, "start_timeout_s": 300},
     "device": "cpu",
 }
 
 
 @pytest.fixture(scope="module")
 def config() -> Iterator[Config]:
-    with tempfile.TemporaryDirectory() as state_dir:
-        yield Config.load(None, {**SETTINGS, "state_dir": state_dir})
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "demo"  # a copy: a training run may export a better one meanwhile
+        shutil.copytree(DEMO_MODEL_DIR, model)
+        yield Config.load(None, {**SETTINGS, "model": str(model), "state_dir": f"{folder}/state"})
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +108,7 @@ def greedy(max_tokens: int) -> Sampling:
 
 
 def test_the_cluster_says_what_the_engine_alone_says(config: Config, client: Client) -> None:
+    torch.set_num_threads(1)  # the cluster's processes want the cores
     source = Source.open(config)
     engine = load_engine(config, source, load_local_experts(config, source))
     assert engine.tokenizer is not None
@@ -146,7 +153,7 @@ def test_everything_listens_on_loopback(running: Running, client: Client) -> Non
     for pid in session_pids(running):
         for connection in psutil.Process(pid).net_connections("inet"):
             is_listening = connection.status == psutil.CONN_LISTEN
-            if is_listening and connection.laddr.ip not in ("127.0.0.1", "::1"):
+            if is_listening and connection.laddr.ip not in LOOPBACK:
                 exposed[pid] = exposed.get(pid, 0) + 1
     assert exposed == dict.fromkeys(part_pids(client.status()), 1)
 
@@ -212,11 +219,15 @@ def is_replaced(status: ClusterStatus, old_pid: int) -> bool:
     )
 
 
-def test_killing_every_host_is_said_and_repaired(client: Client) -> None:
-    for host in client.status().expert_hosts:
-        os.kill(host.part.pid, signal.SIGKILL)
-    with pytest.raises(Unavailable):
-        answer(client)
+def test_killing_the_decoder_and_all_hosts_is_said_and_repaired(client: Client) -> None:
+    before = client.status()
+    pieces = client.chat(QUESTION, greedy(900))
+    next(pieces)
+    for pid in part_pids(before)[1:]:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(Unavailable, match="decoder"):
+        list(pieces)
     wait_for(lambda: not client.status().ready)
-    wait_for(lambda: client.status().ready, 60)
+    wait_for(lambda: client.status().ready, 120)
+    assert not set(part_pids(client.status())[1:]) & set(part_pids(before))
     assert len(answer(client)) == 48

@@ -94,7 +94,7 @@ def bytes_of(char: str) -> int:
 class Decoder:
     """Everything of a decoder but the model, with a listener that gateways can find."""
 
-    def __init__(self, tokenizer: Tokenizer, max_queue: int = 4, max_num_seqs: int = 4) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_queue: int = 8, max_num_seqs: int = 4) -> None:
         self.runner = CountingRunner()
         self.ready = True
         self.engine = EngineCore(
@@ -358,7 +358,7 @@ def test_a_deadline_aborts(stub: InferenceStub, decoder: Decoder) -> None:
 
 def test_a_full_queue_refuses_at_once(stub: InferenceStub, decoder: Decoder) -> None:
     decoder.runner.step_s = 0.02
-    calls = [stub.Complete(complete(max_tokens=100)) for _ in range(12)]  # 4 run, 4 wait
+    calls = [stub.Complete(complete(max_tokens=30)) for _ in range(20)]  # 4 run, 8 wait
     codes = []
     for call in calls:
         try:

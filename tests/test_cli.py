@@ -1,0 +1,170 @@
+"""The command line without a cluster: what a user can get wrong, and what each mistake says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.config import DEMO_MODEL_DIR, Config
+from cluster.errors import BrioletteError, CheckpointError, ConfigError, NotEnoughMemory, PortTaken
+from cluster.spec import ModelSpec
+from deployments import cli, lifecycle, preflight
+from deployments.layout import decoder_gpus, decoder_threads, host_gpus, host_threads, place_experts
+from deployments.start_report import read_reports, reporting
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield int(other.getsockname()[1])
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command that fails says: one sentence, and no stack trace."""
+    assert cli.main(list(arguments)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error:") and "Traceback" not in said
+    return " ".join(said.split())
+
+
+def settings(tmp_path: Path, **overrides: object) -> Config:
+    ports = {"gateway.port": 0, "gateway.metrics_port": 0}
+    return Config.load(None, {"state_dir": str(tmp_path), **ports, **overrides})
+
+
+def test_a_wrong_key_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = failure(capsys, "up", "--set", "gateway.prot=1", "--set", f"state_dir={tmp_path}")
+    assert "gateway.prot" in said and "did you mean gateway.port" in said
+    file = tmp_path / "config.yaml"
+    file.write_text("modle: demo\n")
+    assert "modle" in failure(capsys, "up", "--config", str(file))
+    assert "can't be read" in failure(capsys, "up", "--config", str(tmp_path / "none.yaml"))
+
+
+def test_up_says_why_it_fails_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the detached process, as a user meets it."""
+    at = ["--set", f"state_dir={tmp_path}", "--set", "gateway.port=0"]
+    said = failure(capsys, "up", *at, "--set", "model=/no/such/model")
+    assert "/no/such/model" in said and "does not exist" in said
+    assert lifecycle.find_running(tmp_path) is None
+    assert not (tmp_path / "running.json").exists()
+
+
+def test_ctrl_c_while_starting_leaves_nothing(tmp_path: Path) -> None:
+    arguments = ["up", "--set", f"state_dir={tmp_path}", "--set", "gateway.port=0"]
+    arguments += ["--set", "gateway.metrics_port=0", "--set", "engine.kv_bytes=64MiB"]
+    command = [sys.executable, "-m", "deployments.cli", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        running = None
+        while running is None and process.poll() is None:
+            time.sleep(0.05)
+            running = lifecycle.find_running(tmp_path)
+        time.sleep(1.0)  # in the middle of Ray's start
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert running is not None and process.returncode == 130
+    assert "everything that was started is stopped" in " ".join(said.split())
+    assert not Path(running.ray_dir).exists() and lifecycle.find_running(tmp_path) is None
+    assert [pid for pid in psutil.pids() if in_session(pid, running.pid)] == []
+
+
+def in_session(pid: int, session_id: int) -> bool:
+    try:
+        return os.getsid(pid) == session_id
+    except ProcessLookupError:
+        return False
+
+
+@pytest.mark.parametrize("key", ["gateway.port", "gateway.metrics_port"])
+def test_a_taken_port_is_said(tmp_path: Path, taken_port: int, key: str) -> None:
+    with pytest.raises(PortTaken, match=f"{taken_port}.*{key}"):
+        preflight.check(settings(tmp_path, **{key: taken_port}))
+
+
+def test_too_little_memory_is_said(tmp_path: Path) -> None:
+    with pytest.raises(NotEnoughMemory, match=r"GB .* are free"):
+        preflight.check(settings(tmp_path, **{"engine.kv_bytes": 10**15, "device": "cpu"}))
+
+
+def test_a_model_that_is_none_is_said(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match="llama"):
+        preflight.check(settings(tmp_path, model=str(tmp_path)))
+
+
+def test_more_hosts_than_experts_is_said(tmp_path: Path) -> None:
+    many = {"experts.num_hosts": 17, "experts.num_groups": 32}
+    with pytest.raises(ConfigError, match="num_hosts"):
+        preflight.check(settings(tmp_path, **many))
+
+
+def test_without_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = ["--set", f"state_dir={tmp_path}"]
+    assert cli.main(["status", *at]) == 1
+    assert "Nothing is running" in capsys.readouterr().out
+    assert "Nothing is running" in failure(capsys, "chat", *at, "Hello!")
+    assert cli.main(["down", *at]) == 0
+    assert "Nothing is running" in capsys.readouterr().out
+
+
+def test_help_is_instant() -> None:
+    """Heavy packages are imported by the commands that need them."""
+    code = (
+        "import sys, deployments.cli\n"
+        "print(sorted({'torch', 'ray', 'grpc', 'transformers'} & set(sys.modules)))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True
+    )
+    assert output.stdout.strip() == "[]"
+
+
+def test_a_part_that_fails_leaves_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BrioletteError), reporting(tmp_path, "host0") as reporter:
+        reporter.progress(1, 4)
+        assert read_reports(tmp_path)[0].progress == 0.25
+        raise CheckpointError("Tensor 'x' is missing.")
+    (report,) = read_reports(tmp_path)
+    assert (report.part, report.error) == ("host0", "Tensor 'x' is missing.")
+
+
+def test_who_gets_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    spec = ModelSpec.load(DEMO_MODEL_DIR)
+    config = Config()
+    placement = place_experts(config, spec)
+    assert placement is not None and placement.host_ids == ["host0", "host1"]
+    assert decoder_threads(config, 2) == host_threads(config, 2) == 4
+    assert (decoder_gpus(config, 0, 2), host_gpus(config, 0, 2)) == (0, 0)
+    assert (decoder_gpus(config, 1, 2), host_gpus(config, 1, 2)) == (pytest.approx(0.3334), 0.3333)
+    assert (decoder_gpus(config, 4, 2), host_gpus(config, 4, 2)) == (1, 1)
+    local = Config.load(None, {"experts.mode": "local"})
+    assert place_experts(local, spec) is None and decoder_threads(local, 0) == 12
+
+
+def test_a_broken_checkpoint_is_said_with_its_tensor(tmp_path: Path) -> None:
+    from deployments.loading import Source, load_local_experts
+
+    model = tmp_path / "model"
+    shutil.copytree(DEMO_MODEL_DIR, model)
+    config = json.loads((model / "config.json").read_text())
+    config["moe_intermediate_size"] += 1
+    (model / "config.json").write_text(json.dumps(config))
+    changed = settings(tmp_path, model=str(model))
+    with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj"):
+        load_local_experts(changed, Source.open(changed))
