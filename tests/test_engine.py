@@ -23,7 +23,7 @@ from experts.local import LocalExperts
 from tests.tiny_models import tiny_model
 
 NUM_TOKENS = 16
-GAP = 1e-4  # between the two best logits, under which fp32 may choose either
+GAP = 1e-6  # between the two best logits, under which fp32 may choose either
 
 AMPLE = KVCacheConfig(4, {AttentionKind.GLOBAL: 200, AttentionKind.SLIDING: 200})
 CRAMPED = KVCacheConfig(4, {AttentionKind.GLOBAL: 33, AttentionKind.SLIDING: 14})
