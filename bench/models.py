@@ -11,6 +11,7 @@ from typing import Any
 REPO_ROOT = Path(__file__).resolve().parent.parent
 DEMO_DIR = REPO_ROOT / "demo" / "gemma4-moe-demo"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's sign for a space
+VERSION = 3  # of the random weights that are kept between runs
 NUM_SPECIAL_IDS = 8  # ids below are special tokens and never part of a prompt
 
 # 49.4 M parameters, of which 37.7 M are experts and 17.0 M are read for a token.
@@ -39,6 +40,16 @@ MOE_50M: dict[str, Any] = {
     "bos_token_id": 2,
 }
 
+# Small experts beside a large dense MLP: a host's answer takes the time that a bench injects.
+LIGHT_EXPERTS = MOE_50M | {
+    "vocab_size": 2048,
+    "intermediate_size": 1024,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
+RANDOM_MODELS = {"moe-50m": MOE_50M, "light-experts": LIGHT_EXPERTS}
+
 
 @dataclass(frozen=True, slots=True)
 class BenchModel:
@@ -62,16 +73,18 @@ def bench_cache_dir() -> Path:
 
 
 def load_models(names: list[str]) -> list[BenchModel]:
-    """The benches' models by name: "moe-50m" (written once) and "demo" (skipped where absent)."""
+    """The benches' models by name: random ones, written once, and "demo", skipped where absent."""
     models = []
     for name in names:
-        if name == "moe-50m":
-            models.append(BenchModel(name, random_moe(bench_cache_dir() / "moe-50m-v3", MOE_50M)))
+        if name in RANDOM_MODELS:
+            model_dir = bench_cache_dir() / f"{name}-v{VERSION}"
+            models.append(BenchModel(name, random_moe(model_dir, RANDOM_MODELS[name])))
         elif name == "demo":
             if (DEMO_DIR / "config.json").exists():
                 models.append(BenchModel(name, DEMO_DIR))
         else:
-            raise ValueError(f"Unknown bench model {name!r}; known are moe-50m and demo.")
+            known = ", ".join((*RANDOM_MODELS, "demo"))
+            raise ValueError(f"Unknown bench model {name!r}; known are {known}.")
     return models
 
 

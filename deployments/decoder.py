@@ -15,14 +15,14 @@ from cluster.errors import Unavailable
 from cluster.links import Listener
 from cluster.metrics import Metrics, start_metrics_server
 from cluster.placement import ExpertPlacement
-from deployments.engine_meter import EngineMeter
+from deployments.meters import EngineMeter
 from deployments.expert_meter import ExpertMeter
 from deployments.host_directory import Handle, HostDirectory, HostInfo
 from deployments.layout import decoder_threads, expert_groups, place_experts, transports
 from deployments.loading import Source, load_engine, load_local_experts, warm_up
 from deployments.start_report import Reporter, reporting
 from deployments.step_loop import StepLoop
-from deployments.stream_link import GatewayLinks, verify_gateway
+from deployments.decoder_link import GatewayLinks, verify_gateway
 from experts.router import ExpertRouter
 from protos.briolette.v1.admin_pb2 import ClusterStatus, ExpertCalls, ExpertHost, Part
 

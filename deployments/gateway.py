@@ -32,7 +32,7 @@ from cluster.links import Endpoint
 from cluster.metrics import Metrics, start_metrics_server
 from deployments.rpc import Context, Methods
 from deployments.start_report import reporting
-from deployments.stream_link import DecoderLink
+from deployments.decoder_link import DecoderLink
 from deployments.streams import Stream, Streams, merge
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1 import admin_pb2, inference_pb2

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.errors import BrioletteError
-from deployments.engine_meter import EngineMeter
-from deployments.stream_link import GatewayLinks
-from deployments.wire import to_load, to_output, to_sampling_params
+from deployments.meters import EngineMeter
+from deployments.decoder_link import GatewayLinks
+from deployments.messages import to_load, to_output, to_sampling_params
 from engine.core import EngineStats, RequestOutput
 from engine.request import FinishReason, Request, SamplingParams
 from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad

@@ -13,7 +13,6 @@ import os
 import secrets
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,8 +45,8 @@ class AlreadyRunning(BrioletteError):
     """Another supervisor holds this state directory."""
 
 
-class Stopped(Exception):
-    """`briolette down` or Ctrl-C came while the cluster was starting."""
+class Stopped(BaseException):
+    """`briolette down` or Ctrl-C: raised wherever the main thread is, as KeyboardInterrupt is."""
 
 
 class News:
@@ -69,17 +68,15 @@ class News:
 
 def main() -> int:
     state_dir, news = Path(sys.argv[1]), News(int(sys.argv[2]))
-    stop = threading.Event()
-    catch_signals(stop)
+    catch_signals()
     assert os.getsid(0) == os.getpid(), "the supervisor leads a session of its own"
     log_to(state_dir, "supervisor")
     try:
         config = Config.from_dict(json.loads((state_dir / "config.json").read_text()))
         with holding(state_dir):
-            supervise(config, news, stop)
+            supervise(config, news)
     except Stopped:
         news.tell(error="The start was interrupted.")
-        return 1
     except BrioletteError as error:
         log.error("%s", error)
         news.tell(error=str(error))
@@ -93,7 +90,7 @@ def main() -> int:
     return 0
 
 
-def supervise(config: Config, news: News, stop: threading.Event) -> None:
+def supervise(config: Config, news: News) -> None:
     """From nothing to SERVING, and from the signal to stop back to nothing."""
     news.tell(phase="Checking the model")
     found = check(config)
@@ -104,28 +101,28 @@ def supervise(config: Config, news: News, stop: threading.Event) -> None:
     try:
         news.tell(phase="Starting Ray")
         with ray_cluster(config, Path(running.ray_dir)):
-            catch_signals(stop)  # Ray has put its own handlers in place of ours
-            raise_if(stop)
+            catch_signals()  # Ray has put its own handlers in place of ours
             from deployments.app import build
 
             news.tell(phase="Starting the parts")
             run_app(build(config, found.spec, secrets.token_bytes(32), num_gpus()))
-            address = wait_until_serving(config, news, stop)
+            address = wait_until_serving(config, news)
             replace(running, address=address).write(config.state_dir)
             news.tell(serving=address)
             news.close()
-            stop.wait()
+            while True:
+                signal.pause()  # until Stopped
     finally:
         running.clean_up(config.state_dir)
 
 
-def wait_until_serving(config: Config, news: News, stop: threading.Event) -> str:
+def wait_until_serving(config: Config, news: News) -> str:
     """The gateway's address, once it says SERVING. Raises what kept a part from starting."""
     give_up_at = time.monotonic() + config.ray.start_timeout_s
     told: list[StartReport] = []
     next_check = 0.0
     while time.monotonic() < give_up_at:
-        raise_if(stop, POLL_S)
+        time.sleep(POLL_S)
         reports = read_reports(config.state_dir)
         for report in reports:
             if report.error is not None:
@@ -171,15 +168,16 @@ def holding(state_dir: Path) -> Iterator[None]:
         yield
 
 
-def catch_signals(stop: threading.Event) -> None:
-    """`down` sends SIGTERM."""
+def catch_signals() -> None:
+    """`down` sends SIGTERM. The first one counts: what follows must not break the cleaning up."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, _raise_stopped)
 
 
-def raise_if(stop: threading.Event, timeout_s: float = 0.0) -> None:
-    if stop.wait(timeout_s):
-        raise Stopped
+def _raise_stopped(*_: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    raise Stopped
 
 
 if __name__ == "__main__":

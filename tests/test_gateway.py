@@ -27,10 +27,10 @@ from cluster.errors import LinkError, Overloaded, PortTaken, Unavailable
 from cluster.links import Endpoint, Listener
 from cluster.metrics import Metrics
 from cluster.spec import AttentionKind
-from deployments.engine_meter import EngineMeter
+from deployments.meters import EngineMeter
 from deployments.gateway import Gateway
 from deployments.step_loop import StepLoop
-from deployments.stream_link import DecoderLink, GatewayLinks, verify_gateway
+from deployments.decoder_link import DecoderLink, GatewayLinks, verify_gateway
 from deployments.streams import MAX_BUFFERED_TOKENS, Stream
 from engine.batch import Batch
 from engine.core import EngineCore, SpecLimits
@@ -219,7 +219,7 @@ def complete(text: str = "a", **sampling: Any) -> CompleteRequest:
 def failure(call: Callable[[], Any]) -> tuple[str, str]:
     with pytest.raises(grpc.RpcError) as caught:
         call()
-    return caught.value.code().name, caught.value.details()  # type: ignore[attr-defined]
+    return caught.value.code().name, caught.value.details() or ""
 
 
 # Answers
@@ -315,13 +315,13 @@ def test_bad_completion(stub: InferenceStub) -> None:
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x12\x04\x0a\x02\xc3\x28"])
 def test_bytes_that_are_no_message(channel: grpc.Channel, method: str, data: bytes) -> None:
     """Garbage, and a role of invalid UTF-8."""
-    call = channel.unary_stream(f"/briolette.v1.Inference/{method}")
+    call: Any = channel.unary_stream(f"/briolette.v1.Inference/{method}")
     code, sentence = failure(lambda: list(call(data)))
     assert (code, "valid" in sentence) == ("INVALID_ARGUMENT", True)
 
 
 def test_a_message_of_100_mb(channel: grpc.Channel) -> None:
-    call = channel.unary_unary("/briolette.v1.Inference/ChatOnce")
+    call: Any = channel.unary_unary("/briolette.v1.Inference/ChatOnce")
     assert failure(lambda: call(b"\0" * 100_000_000, timeout=20))[0] == "RESOURCE_EXHAUSTED"
 
 
@@ -364,7 +364,7 @@ def test_a_full_queue_refuses_at_once(stub: InferenceStub, decoder: Decoder) -> 
         try:
             next(iter(call))
         except grpc.RpcError as error:
-            codes.append(error.code().name)  # type: ignore[attr-defined]
+            codes.append(error.code().name)
     for call in calls:
         call.cancel()
     assert codes and set(codes) == {"UNAVAILABLE"}

@@ -1,14 +1,20 @@
-"""What the decoder tells Prometheus about requests and steps."""
+"""What each part tells Prometheus: the decoder of requests and expert calls, a host of its load."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry
 
 from cluster.metrics import Metrics
+from cluster.placement import ExpertPlacement
 from engine.core import RequestOutput
 from engine.request import Request
+from experts.host import ExpertHost
+from experts.stats import CallStats
 from protos.briolette.v1.admin_pb2 import EngineLoad
 
 
@@ -20,7 +26,7 @@ class _Clock:
 
 
 class EngineMeter:
-    """Counts and times every request; called by the step loop only."""
+    """Counts and times every request of the decoder; called by the step loop only."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._metrics = metrics
@@ -78,3 +84,56 @@ class EngineMeter:
             gap = (now - clock.last_token) / num_tokens
             self._metrics.inter_token_latency_seconds(*labels).observe(gap)
         clock.last_token = now
+
+
+class ExpertMeter:
+    """Is told of every expert call by the router, and of the rest once a second."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._waited_s = 0.0
+
+    def answered(self, host_id: str, latency_s: float) -> None:
+        self._metrics.expert_call_duration_seconds(self._model, host_id).observe(latency_s)
+
+    def failed(self, host_id: str) -> None:
+        self._metrics.expert_retries_total(self._model, host_id).inc()
+
+    def update(
+        self, placement: ExpertPlacement, stats: CallStats, problems: Mapping[str, str]
+    ) -> None:
+        """The links, the placement, and the time that nothing hid."""
+        for host_id in placement.host_ids:
+            is_up = host_id not in problems
+            self._metrics.expert_link_up(self._model, host_id).set(is_up)
+        self._metrics.placement_epoch(self._model).set(placement.epoch)
+        waited_s = stats.waited_s
+        self._metrics.expert_wait_seconds_total(self._model).inc(waited_s - self._waited_s)
+        self._waited_s = waited_s
+
+
+class HostMeter:
+    """A host's load, written into its metrics whenever Prometheus asks."""
+
+    def __init__(self, host: ExpertHost, model: str) -> None:
+        self.registry = CollectorRegistry()
+        self._host = host
+        self._model = model
+        self._counted: list[int] = []
+        self._metrics: Metrics | None = None
+        self.registry.register(self)  # first: its collect() comes before the metrics' own
+        self._metrics = Metrics(self.registry)
+
+    def collect(self) -> list[Any]:
+        """Called for every scrape, and once by `register`."""
+        if self._metrics is None:
+            return []
+        tokens = [sum(row) for row in self._host.stats().expert_load]
+        before = self._counted or [0] * len(tokens)
+        for layer_idx, (now, then) in enumerate(zip(tokens, before, strict=True)):
+            self._metrics.expert_tokens_total(self._model, self._host.host_id, str(layer_idx)).inc(
+                now - then
+            )
+        self._counted = tokens
+        return []
