@@ -249,6 +249,8 @@ class _Serial:
     def combine(self, handle: Tensor) -> Tensor:
         return handle
 
+    def abandon(self, handle: Tensor) -> None: ...
+
 
 class _NoExperts:
     """Routed experts that give nothing and take no time."""
@@ -262,6 +264,8 @@ class _NoExperts:
 
     def combine(self, handle: Tensor) -> Tensor:
         return handle
+
+    def abandon(self, handle: Tensor) -> None: ...
 
 
 def _engine(

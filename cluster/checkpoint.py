@@ -17,7 +17,7 @@ from cluster.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model"]
-SAMPLE_BYTES = 4096  # of each end of a file's tensors, for the fingerprint
+NUM_SAMPLES, SAMPLE_BYTES = 4, 1024  # of each tensor, spread over it, for the fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,6 @@ class Checkpoint:
             name: _Entry(path, tuple(entry["shape"]))
             for path in self._paths
             for name, entry in _read_header(path).items()
-            if name != "__metadata__"
         }
         self._handles: dict[Path, Any] = {}  # safetensors has no type for its handle
 
@@ -93,17 +92,22 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Tells two checkpoints apart without reading them: a hash of the configuration, of every
-        file's header (names, dtypes, shapes, offsets) and of the ends of its data.
+        file's header (names, dtypes, shapes, offsets) and of samples of every tensor.
         """
         digest = hashlib.sha256()
         config = self.model_dir / "config.json"
         digest.update(config.read_bytes() if config.exists() else b"")
         for path in self._paths:
-            with path.open("rb") as file:
+            entries = _read_header(path)
+            with path.open("rb", buffering=0) as file:
                 size = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(size + SAMPLE_BYTES))
-                file.seek(-min(SAMPLE_BYTES, path.stat().st_size), 2)
-                digest.update(file.read())
+                digest.update(file.read(size))
+                for entry in entries.values():
+                    start, stop = entry["data_offsets"]
+                    last = max(start, stop - SAMPLE_BYTES)
+                    for part in range(NUM_SAMPLES):
+                        file.seek(8 + size + start + (last - start) * part // (NUM_SAMPLES - 1))
+                        digest.update(file.read(min(SAMPLE_BYTES, stop - start)))
         return digest.hexdigest()
 
     def _entry(self, name: str, shape: tuple[int, ...] | None) -> _Entry:
@@ -149,7 +153,7 @@ def _checkpoint_files(model_dir: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
             raise CheckpointError(f"{index} is not a safetensors index.") from None
         paths = [model_dir / name for name in names]
     else:
@@ -164,18 +168,26 @@ def _checkpoint_files(model_dir: Path) -> list[Path]:
     return paths
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file: 8 bytes of length, then that many of JSON."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(size) if size <= path.stat().st_size else b""
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """A safetensors file's header (8 bytes of length, then that many of JSON) without metadata;
+    `shape` and `data_offsets` of every tensor are there.
+    """
     try:
-        entries: dict[str, Any] = json.loads(header)
-        end = max(
-            (e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"), default=0
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(size) if size <= path.stat().st_size else b""
+        entries: dict[str, dict[str, Any]] = json.loads(header)
+        entries.pop("__metadata__", None)
+        end = 0
+        for entry in entries.values():
+            _, stop = map(int, entry["data_offsets"])
+            end = max(end, stop)
+            tuple(map(int, entry["shape"]))
+        is_whole = 8 + size + end <= path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is not a safetensors file.") from None
-    if 8 + size + end > path.stat().st_size:
+    if not is_whole:
         raise CheckpointError(f"{path} is cut short; download it again.")
     return entries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import math
 import re
 import types
@@ -35,10 +36,10 @@ def _setting(
 class GatewayConfig:
     """Where clients connect."""
 
-    host: str = _setting("127.0.0.1", "address of the gRPC server and of /metrics; loopback only")
+    host: str = _setting("127.0.0.1", "loopback address of the gRPC server and of /metrics")
     port: int = _setting(50051, "of the gRPC server; 0 takes a free one", "", 0, 65535)
     metrics_port: int | None = _setting(9464, "of /metrics; 0 takes a free one", "", 0, 65535)
-    max_message_bytes: int = _setting(4 << 20, "longest request", "bytes", 1 << 10, 1 << 30)
+    max_message_bytes: int = _setting(4 << 20, "longest request", "bytes", 1 << 10, 128 << 20)
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,14 @@ class ExpertsConfig:
 class RayConfig:
     """The Ray cluster that places the processes."""
 
-    address: str | None = _setting(None, "of a running Ray cluster; null starts one here")
     namespace: str = _setting("briolette", "Ray namespace")
-    num_cpus: int | None = _setting(None, "CPUs to declare; null is what is there", "CPUs", 1)
+    num_cpus: int | None = _setting(
+        None, "CPUs to declare; null starts all parts at once", "CPUs", 1
+    )
     num_gpus: int | None = _setting(None, "GPUs to declare; null is what is there", "GPUs", 0)
     object_store_bytes: int = _setting(128 << 20, "Ray's object store", "bytes", 80 << 20)
     dashboard: bool = _setting(False, "serve Ray's dashboard on loopback")
-    start_timeout_s: float = _setting(120.0, "for the whole cluster to come up", "s", 1, 86400)
+    start_timeout_s: float = _setting(120.0, "without progress ends a start", "s", 1, 86400)
 
 
 @dataclass(frozen=True)
@@ -294,8 +296,17 @@ _TYPE_NAMES = {
 
 
 def _check_together(config: Config) -> None:
-    engine, experts = config.engine, config.experts
+    gateway, engine, experts = config.gateway, config.engine, config.experts
     checks = (
+        (
+            _is_loopback(gateway.host),
+            f"gateway.host must be localhost or 127.x.y.z, not {gateway.host!r}: there are no API "
+            "keys and no TLS yet",
+        ),
+        (
+            gateway.port == 0 or gateway.port != gateway.metrics_port,
+            "gateway.port and gateway.metrics_port can't be the same",
+        ),
         (
             experts.num_copies <= experts.num_hosts,
             "experts.num_copies can't be above experts.num_hosts: copies never share a host",
@@ -313,6 +324,13 @@ def _check_together(config: Config) -> None:
     for holds, sentence in checks:
         if not holds:
             raise ConfigError(f"{sentence}.")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.IPv4Address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _to_dict(section: Any) -> dict[str, Any]:

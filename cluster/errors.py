@@ -73,10 +73,8 @@ class PortTaken(BrioletteError):
 
 
 class LinkError(BrioletteError):
-    """A link between two processes broke, timed out or refused its handshake; safe to retry elsewhere."""
+    """A link between two processes broke, timed out or refused its handshake; the call can be
+    retried elsewhere.
+    """
 
     status = "UNAVAILABLE"
-
-
-class StaleEpoch(LinkError):
-    """An expert host was asked under a placement epoch that it doesn't serve."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -37,6 +38,7 @@ MAX_MESSAGE_BYTES = 256 << 20
 AUTO = handshake.TRANSPORTS  # in order of preference
 HANDSHAKE_S = 5.0
 SCRATCH_BYTES = 128 * 1024
+NO_FILES_S = 0.05  # until the next try when this process may open no more files
 MAX_INBOX = 64  # messages taken in while a send waits for room
 
 _HEADER = struct.Struct("<II")  # a mark, then the length in bytes
@@ -86,7 +88,6 @@ class Link:
         self._num_scratch = 0  # bytes in scratch: less than a header between two reads
         self._body: memoryview | None = None  # of a message that is still coming
         self._num_body = 0
-        self._epoll: select.epoll | None = None
 
     def send(self, parts: Sequence[Buffer], deadline_s: float | None = None) -> None:
         """Send one message, the parts one after the other, without joining them first.
@@ -116,7 +117,8 @@ class Link:
                 raise LinkError("The other side took no message within the deadline.") from error
 
     def recv(self, deadline_s: float | None = None) -> memoryview:
-        """The next message, in memory of its own. Raises LinkTimeout when none came in time,
+        """The next message, in memory of its own. `deadline_s` is for silence: bytes of a message
+        that is still coming push it out. Raises LinkTimeout when nothing came for so long,
         LinkError when the other side is gone or sends something else.
         """
         end = _end_of(deadline_s)
@@ -127,33 +129,24 @@ class Link:
             may_wait = not self._pipe.prefers_wait
             while not self._inbox:
                 if may_wait and self._pump():
+                    end = _end_of(deadline_s)
                     continue
                 left_s = _left(end)
                 self._pipe.wait(left_s, read=True, write=False)
                 may_wait = True
-                if left_s == 0 and not self._pump():
-                    raise LinkTimeout("No message within the deadline.")
+                if left_s == 0:
+                    if not self._pump():
+                        raise LinkTimeout("No message within the deadline.")
+                    end = _end_of(deadline_s)
             return self._inbox.popleft()
         finally:
             self._recv_lock.release()
-
-    def fileno(self) -> int:
-        """A descriptor that polls readable when a message may have come; then call `recv(0)` until
-        it raises LinkTimeout.
-        """
-        if self._epoll is None:
-            self._epoll = select.epoll()
-            for fd in self._pipe.readable_fds():
-                self._epoll.register(fd, select.EPOLLIN)
-        return self._epoll.fileno()
 
     def close(self) -> None:
         """Close for both sides and free everything. Threads inside send or recv get LinkError."""
         self._break()  # wakes them, so that the locks come free
         with self._send_lock, self._recv_lock:
             self._pipe.close()
-            if self._epoll is not None:
-                self._epoll.close()
             self._pipe = _CLOSED
 
     def __enter__(self) -> Link:
@@ -238,9 +231,8 @@ class Listener:
         host: str = "127.0.0.1",
         port: int = 0,
         transports: Sequence[str] = AUTO,
-        spin_s: float = 0.0,
     ) -> None:
-        self._secret, self._verify, self._spin_s = secret, verify, spin_s
+        self._secret, self._verify = secret, verify
         self._transports = transports
         self._sockets = [_listen_tcp(host, port)]
         unix_name = None
@@ -279,8 +271,11 @@ class Listener:
                 left_s = _left(end)
                 self._poll.poll(None if left_s is None else left_s * 1000)
                 for sock in self._sockets:
-                    with contextlib.suppress(OSError):  # nobody there, or gone again
+                    try:
                         return sock.accept()[0]
+                    except OSError as error:  # nobody there, or gone again
+                        if error.errno in (errno.EMFILE, errno.ENFILE):
+                            time.sleep(NO_FILES_S)  # who waits stays readable: don't spin
                 if left_s == 0:
                     raise LinkTimeout("No link within the deadline.")
         raise LinkError("The listener is closed.")
@@ -323,7 +318,7 @@ class Listener:
             raise
         if not fds:
             raise LinkError("This machine has no shared memory for links.")
-        return SharedMemoryPipe(sock, fds, is_acceptor=True, spin_s=self._spin_s)
+        return SharedMemoryPipe(sock, fds, is_acceptor=True)
 
 
 def connect(
@@ -332,7 +327,6 @@ def connect(
     hello: bytes,
     deadline_s: float = HANDSHAKE_S,
     transports: Sequence[str] = AUTO,
-    spin_s: float = 0.0,
 ) -> Link:
     """Link to a listener by the first transport whose handshake succeeds; `link.hello` is the
     listener's welcome.
@@ -348,7 +342,7 @@ def connect(
         if transport == "shm" and not HAS_SHARED_MEMORY:
             continue
         try:
-            return _connect_by(transport, endpoint, secret, hello, end, spin_s)
+            return _connect_by(transport, endpoint, secret, hello, end)
         except LinkRefused:
             raise
         except (LinkError, OSError) as error:
@@ -357,7 +351,7 @@ def connect(
 
 
 def _connect_by(
-    transport: str, endpoint: Endpoint, secret: bytes, hello: bytes, end: float, spin_s: float
+    transport: str, endpoint: Endpoint, secret: bytes, hello: bytes, end: float
 ) -> Link:
     left_s = max(0.001, end - time.monotonic())
     if transport == "tcp":
@@ -372,7 +366,7 @@ def _connect_by(
         welcome = handshake.offer(sock, transport, secret, hello, left_s)
         if transport == "shm":
             fds = _receive_fds(sock)
-            return Link(SharedMemoryPipe(sock, fds, is_acceptor=False, spin_s=spin_s), welcome)
+            return Link(SharedMemoryPipe(sock, fds, is_acceptor=False), welcome)
         _set_options(sock)
         return Link(SocketPipe(sock), welcome)
     except BaseException:
@@ -446,9 +440,6 @@ class _ClosedPipe:
         raise LinkError("The link is closed.")
 
     def wait(self, timeout_s: float | None, *, read: bool, write: bool) -> None: ...
-
-    def readable_fds(self) -> list[int]:
-        return []
 
     def shutdown(self) -> None: ...
 

@@ -19,7 +19,10 @@ M = TypeVar("M", Counter, Gauge, Histogram)
 # Upper bounds in seconds.
 REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
-CALL_BUCKETS = (25e-6, 50e-6, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.025, 0.1, 0.5, 1)
+CALL_BUCKETS = (
+    *(step * 10.0**exponent for exponent in range(-5, -1) for step in (1, 1.5, 2, 3, 5, 7)),
+    *(0.1, 0.2, 0.5, 1, 5, 25),
+)
 
 
 class Family(Generic[M]):
@@ -140,7 +143,7 @@ class Metrics:
     expert_wait_seconds_total = _counter(
         "Time in combine that nothing else hid, waiting for hosts", "model"
     )
-    expert_retries_total = _counter("Slots asked again after this host failed", "model", "host")
+    expert_retries_total = _counter("Calls that failed at this host", "model", "host")
     expert_link_up = _gauge("1 while the link to a host works", "model", "host")
     placement_epoch = _gauge("Epoch of the expert placement in use", "model")
 

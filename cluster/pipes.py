@@ -10,7 +10,6 @@ import os
 import platform
 import select
 import socket
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -38,7 +37,6 @@ class Pipe(Protocol):
     def read_into(self, target: memoryview) -> int: ...
     def write(self, parts: Sequence[memoryview]) -> int: ...
     def wait(self, timeout_s: float | None, *, read: bool, write: bool) -> None: ...
-    def readable_fds(self) -> list[int]: ...
     def shutdown(self) -> None: ...  # wakes both sides; any thread may call it
     def close(self) -> None: ...
 
@@ -81,9 +79,6 @@ class SocketPipe:
         mask = (select.POLLIN if read else 0) | (select.POLLOUT if write else 0)
         self._polls[mask].poll(_to_ms(timeout_s))
 
-    def readable_fds(self) -> list[int]:
-        return [self._sock.fileno()]
-
     def shutdown(self) -> None:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -106,19 +101,24 @@ class SharedMemoryPipe:
     kind = "shm"
     prefers_wait = False
 
-    def __init__(
-        self, sock: socket.socket, fds: Sequence[int], *, is_acceptor: bool, spin_s: float = 0.0
-    ) -> None:
-        """Takes over the socket and the descriptors of `create_shared_fds`, whatever happens."""
+    def __init__(self, sock: socket.socket, fds: Sequence[int], *, is_acceptor: bool) -> None:
+        """Takes over the socket and the descriptors of `create_shared_fds`, whatever happens.
+
+        Raises LinkError when the memory can't be mapped.
+        """
         memory_fd, *bells = fds
         mine, theirs = (bells[:2], bells[2:]) if is_acceptor else (bells[2:], bells[:2])
         self._sock, self._fds = sock, list(bells)
         self._data_bell, self._space_bell = mine
         self._peer_data_bell, self._peer_space_bell = theirs
-        self._spin_s = spin_s
         try:
             size = os.fstat(memory_fd).st_size
             self._memory = mmap.mmap(memory_fd, size)
+        except (OSError, ValueError) as error:
+            sock.close()
+            for fd in bells:
+                os.close(fd)
+            raise LinkError(f"The shared memory can't be mapped: {error}.") from None
         finally:
             os.close(memory_fd)
         half = size // 2
@@ -179,17 +179,12 @@ class SharedMemoryPipe:
         return total
 
     def wait(self, timeout_s: float | None, *, read: bool, write: bool) -> None:
-        if read and not write and self._spin_s and self._spin(timeout_s):
-            return
         for fd, _ in self._polls[read, write].poll(_to_ms(timeout_s)):
             if fd == self._sock.fileno():
                 self._is_at_end = True  # nothing is ever sent on it
             else:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(fd)
-
-    def readable_fds(self) -> list[int]:
-        return [self._data_bell, self._sock.fileno()]
 
     def shutdown(self) -> None:
         with contextlib.suppress(OSError):
@@ -211,14 +206,6 @@ class SharedMemoryPipe:
         if first < len(part):
             self._tx[: len(part) - first] = part[first:]
         return len(part)
-
-    def _spin(self, timeout_s: float | None) -> bool:
-        budget = self._spin_s if timeout_s is None else min(self._spin_s, timeout_s)
-        end = time.perf_counter() + budget
-        while time.perf_counter() < end:
-            if self._rx_words[HEAD] != self._read:
-                return True
-        return False
 
 
 def create_shared_fds(ring_bytes: int = RING_BYTES) -> list[int]:

@@ -103,9 +103,18 @@ class ModelSpec:
     def from_config(config: Mapping[str, Any]) -> ModelSpec:
         """Parse the parsed config.json of any member of the family.
 
-        Raises CheckpointError for an unknown model_type, a missing key, or a feature that text
-        generation can't have (`use_bidirectional_attention: all`).
+        Raises CheckpointError for an unknown model_type, a missing key, a value of a wrong type, or
+        a feature that text generation can't have (`use_bidirectional_attention: all`).
         """
+        try:
+            return ModelSpec._parse(config)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise CheckpointError(
+                f"config.json is not a Gemma 4 config: {type(error).__name__}: {error}."
+            ) from None
+
+    @staticmethod
+    def _parse(config: Mapping[str, Any]) -> ModelSpec:
         model_type = config.get("model_type")
         if model_type in MULTIMODAL_MODEL_TYPES:
             text: Mapping[str, Any] = _require(config, "text_config")
@@ -115,16 +124,22 @@ class ModelSpec:
         else:
             known = ", ".join(MULTIMODAL_MODEL_TYPES + TEXT_MODEL_TYPES)
             raise CheckpointError(f"Unknown model_type {model_type!r}; Briolette serves {known}.")
+        if not isinstance(text, Mapping):
+            raise CheckpointError("text_config in config.json must be an object.")
         _refuse_unsupported(text)
         is_moe = bool(text.get("enable_moe_block", False))
+        num_experts = _require_count(text, "num_experts") if is_moe else 0
+        top_k_experts = _require_count(text, "top_k_experts") if is_moe else 0
+        if top_k_experts > num_experts:
+            raise CheckpointError(f"top_k_experts is {top_k_experts} of {num_experts} experts.")
         eos = config.get("eos_token_id", text.get("eos_token_id", 1))
         return ModelSpec(
             model_type=str(model_type),
             tensor_prefix=prefix,
-            vocab_size=_require(text, "vocab_size"),
-            hidden_size=_require(text, "hidden_size"),
-            num_attention_heads=_require(text, "num_attention_heads"),
-            sliding_window=_require(text, "sliding_window"),
+            vocab_size=_require_count(text, "vocab_size"),
+            hidden_size=_require_count(text, "hidden_size"),
+            num_attention_heads=_require_count(text, "num_attention_heads"),
+            sliding_window=_require_count(text, "sliding_window"),
             rms_norm_eps=text.get("rms_norm_eps", 1e-6),
             max_position_embeddings=text.get("max_position_embeddings", 131_072),
             final_logit_softcapping=text.get("final_logit_softcapping"),
@@ -136,9 +151,9 @@ class ModelSpec:
             layers=_layers(text),
             ple_size=text.get("hidden_size_per_layer_input", _ple_default(text)) or 0,
             ple_vocab_size=text.get("vocab_size_per_layer_input", 262_144),
-            num_experts=_require(text, "num_experts") if is_moe else 0,
-            top_k_experts=_require(text, "top_k_experts") if is_moe else 0,
-            moe_intermediate_size=_require(text, "moe_intermediate_size") if is_moe else 0,
+            num_experts=num_experts,
+            top_k_experts=top_k_experts,
+            moe_intermediate_size=_require_count(text, "moe_intermediate_size") if is_moe else 0,
             bos_token_id=text.get("bos_token_id", 2),
             eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (int(eos),),
         )
@@ -146,17 +161,31 @@ class ModelSpec:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], json.loads(path.read_text()))
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; is this a model directory?") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is no JSON object.")
+    return config
 
 
 def _require(config: Mapping[str, Any], key: str) -> Any:
     value = config.get(key)
     if value is None:
         raise CheckpointError(f"config.json has no {key!r}.")
+    return value
+
+
+def _require_count(config: Mapping[str, Any], key: str) -> int:
+    value = _require(config, key)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"{key} in config.json must be a whole number above 0, not {value!r}."
+        )
     return value
 
 
@@ -184,6 +213,8 @@ def _rope(text: Mapping[str, Any], kind: AttentionKind) -> RopeSpec:
     if params is None:
         params = default if is_global else {"rope_theta": 1e4}
     rope_type = params.get("rope_type", "default")
+    if "rope_theta" not in params:
+        raise CheckpointError(f"rope_parameters of {kind.value} have no 'rope_theta'.")
     if rope_type not in ("default", "proportional"):
         raise CheckpointError(f"rope_type {rope_type!r} of {kind.value} is not supported.")
     if rope_type == "default":
@@ -197,7 +228,7 @@ def _rope(text: Mapping[str, Any], kind: AttentionKind) -> RopeSpec:
 
 def _kinds(text: Mapping[str, Any]) -> list[AttentionKind]:
     """Five sliding layers, then a global one, unless the config lists them; the last is global."""
-    num_layers = int(_require(text, "num_hidden_layers"))
+    num_layers = _require_count(text, "num_hidden_layers")
     names = text.get("layer_types")
     if names is None:
         names = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(num_layers)]
@@ -231,12 +262,12 @@ def _layer(
 ) -> LayerSpec:
     is_global = kind is AttentionKind.GLOBAL
     k_eq_v = bool(text.get("attention_k_eq_v", False)) and is_global
-    num_kv_heads = int(_require(text, "num_key_value_heads"))
+    num_kv_heads = _require_count(text, "num_key_value_heads")
     gates_kv_heads = bool(text.get("attention_k_eq_v", False))
     if is_global and gates_kv_heads and text.get("num_global_key_value_heads") is not None:
         num_kv_heads = int(text["num_global_key_value_heads"])
     overrides = _per_layer_override(text, layer_idx)
-    head_dim = text.get("global_head_dim", 512) if is_global else _require(text, "head_dim")
+    head_dim = text.get("global_head_dim", 512) if is_global else _require_count(text, "head_dim")
     is_double_wide = bool(text.get("use_double_wide_mlp", False)) and kv_layer_idx != layer_idx
     return LayerSpec(
         layer_idx=layer_idx,
@@ -245,7 +276,7 @@ def _layer(
         head_dim=int(overrides.get("head_dim", head_dim)),
         k_eq_v=k_eq_v,
         kv_layer_idx=kv_layer_idx,
-        intermediate_size=int(_require(text, "intermediate_size")) * (2 if is_double_wide else 1),
+        intermediate_size=_require_count(text, "intermediate_size") * (2 if is_double_wide else 1),
     )
 
 

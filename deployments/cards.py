@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -23,7 +24,7 @@ class StartDisplay:
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             SpinnerColumn(finished_text=" "),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             TimeElapsedColumn(),
             console=console,
@@ -37,7 +38,7 @@ class StartDisplay:
         """One piece of news from the supervisor."""
         if "phase" in news:
             if not self._console.is_terminal:
-                self._console.print(f"{news['phase']} ...")
+                self._console.print(f"{news['phase']} ...", markup=False)
             self._end_phase()
             self._phase = self._progress.add_task(news["phase"], total=None)
         for part, progress in news.get("parts", {}).items():
@@ -92,8 +93,8 @@ def status_card(status: ClusterStatus, address: str, started: float) -> Panel:
     for group in load.kv_blocks:
         rows.add_row(f"KV {group.group}", f"{group.used} of {group.total} blocks used")
     _add_calls(rows, status)
-    state = "[green]serving[/]" if status.ready else f"[red]not serving[/]: {status.reason}"
-    return Panel(rows, title=f"Briolette: {status.model}, {state}", expand=False)
+    state = "[green]serving[/]" if status.ready else f"[red]not serving[/]: {escape(status.reason)}"
+    return Panel(rows, title=f"Briolette: {escape(status.model)}, {state}", expand=False)
 
 
 def demo_card(status: ClusterStatus, answers: Sequence[Answer]) -> Panel:
@@ -108,7 +109,7 @@ def demo_card(status: ClusterStatus, answers: Sequence[Answer]) -> Panel:
     )
     rows.add_row("tokens/s", f"{num_tokens / max(seconds, 1e-9):.1f} for one conversation")
     _add_calls(rows, status)
-    return Panel(rows, title=f"Briolette: {status.model}", expand=False)
+    return Panel(rows, title=f"Briolette: {escape(status.model)}", expand=False)
 
 
 def _add_parts(rows: Table, status: ClusterStatus) -> None:

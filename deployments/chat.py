@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 
-from cluster.errors import BrioletteError, Unavailable
+from cluster.errors import BrioletteError, InvalidRequest, Unavailable
 from deployments.cards import Answer
 from deployments.client import Client
 from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling
@@ -39,7 +40,9 @@ class Conversation:
         """Ask what the user types until the end of input."""
         import readline  # noqa: F401  # gives input() a history and editing
 
-        self._console.print("Ask something. Ctrl-C ends an answer, Ctrl-D the conversation.")
+        self._console.print(
+            "Ask something. /new starts over, Ctrl-C ends an answer, Ctrl-D the conversation."
+        )
         while True:
             try:
                 question = input("> ").strip()
@@ -47,6 +50,9 @@ class Conversation:
                 self._console.out("")
                 return
             if not question:
+                continue
+            if question == "/new":
+                self._messages = []
                 continue
             try:
                 answer = self.ask(question)
@@ -57,4 +63,6 @@ class Conversation:
             except KeyboardInterrupt:
                 continue
             except BrioletteError as error:
-                self._console.print(f"[red]{error}[/]")
+                self._console.print(f"[red]{escape(str(error))}[/]")
+                if self._messages and isinstance(error, InvalidRequest):
+                    self._console.print("/new starts over with an empty context.")

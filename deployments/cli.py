@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from cluster.config import Config, parse_overrides
 from cluster.errors import BrioletteError, Unavailable
 from deployments import lifecycle
-from deployments.running import Running
+from deployments.lifecycle import Running
 
 # What brings grpc or torch along is imported by the command that needs it: --help is instant.
 
@@ -31,14 +33,30 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a failure, 130 for Ctrl-C."""
     args = _parser().parse_args(arguments)
     command: Callable[[Config, argparse.Namespace], int] = args.command
+    end_as_ctrl_c()
     try:
         config = Config.load(args.config, parse_overrides(args.set))
         return command(config, args)
     except BrioletteError as error:
-        Console(stderr=True, highlight=False).print(f"[red]error:[/] {error}", markup=True)
+        Console(stderr=True, highlight=False).print(f"[red]error:[/] {escape(str(error))}")
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def end_as_ctrl_c() -> None:
+    """Let SIGTERM and a closed terminal clean up as Ctrl-C does. The first one counts: the shell
+    repeats the terminal's, and the cleaning up must not be broken off. `nohup` stays in force.
+    """
+
+    def interrupt(*_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def up(config: Config, args: argparse.Namespace) -> int:
@@ -46,10 +64,11 @@ def up(config: Config, args: argparse.Namespace) -> int:
     running = lifecycle.find_running(config.state_dir)
     if running is not None:
         where = f"listens on {running.address}" if running.address else "is still starting"
-        console.print(f"Already running: {running.model} {where} (supervisor pid {running.pid}).")
+        model = escape(running.model)
+        console.print(f"Already running: {model} {where} (supervisor pid {running.pid}).")
         return 0
     running = _start(config)
-    console.print(f"Serving {running.model} on {running.address} (gRPC).")
+    console.print(f"Serving {escape(running.model)} on {running.address} (gRPC).")
     console.print('Try: briolette chat "What is 27 + 58?"     Stop it: briolette down')
     return 0
 
@@ -113,7 +132,8 @@ def demo(config: Config, args: argparse.Namespace) -> int:
             console.print(demo_card(_settled(client), answers))
     finally:
         if found is None:
-            down(config, args)
+            lifecycle.stop(config.state_dir)  # says nothing before: the terminal may be gone
+            console.print("Stopped.")
     return 0
 
 

@@ -10,7 +10,6 @@ import grpc
 
 from cluster.errors import (
     BrioletteError,
-    ContextTooLong,
     DeadlineExceeded,
     InvalidRequest,
     Unavailable,
@@ -22,8 +21,7 @@ from protos.briolette.v1.inference_pb2 import ChatRequest, Generation, Message, 
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 
 ERRORS: dict[str, type[BrioletteError]] = {
-    error.status: error
-    for error in (ContextTooLong, InvalidRequest, UnknownModel, Unavailable, DeadlineExceeded)
+    error.status: error for error in (InvalidRequest, UnknownModel, Unavailable, DeadlineExceeded)
 }
 
 

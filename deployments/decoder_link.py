@@ -1,8 +1,8 @@
 """The two ends of the link between a gateway and the decoder.
 
 One message per step carries what every stream of that gateway has new; requests and aborts go the
-other way. Each end reads in a thread of its own, so neither the step loop nor asyncio ever waits
-for the other process.
+other way. Each end reads and writes in threads of its own, so neither the step loop nor asyncio
+ever waits for the other process.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import queue
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
 
 from google.protobuf.message import DecodeError
 
 from cluster.errors import LinkError
-from cluster.links import Endpoint, Link, Listener, connect
+from cluster.links import Endpoint, Link, LinkTimeout, Listener, connect
 from protos.briolette.v1.stream_pb2 import FromDecoder, ToDecoder
 
 SEND_DEADLINE_S = 2.0  # a gateway or decoder that takes nothing for so long is treated as gone
 CONNECT_S = 2.0
 RECONNECT_S = 0.25
+SILENCE_S = 10.0  # the decoder speaks once a second, unless a step takes longer
+MAX_OUTBOX = 1024  # messages that wait for a gateway: far more than come in SEND_DEADLINE_S
 HELLO = b"briolette gateway"
 WELCOME = b"briolette decoder"
 
@@ -35,6 +37,42 @@ def verify_gateway(hello: bytes) -> bytes:
     if hello != HELLO:
         raise LinkError("Only gateways link to the decoder here.")
     return WELCOME
+
+
+class _GatewayLink:
+    """One gateway as the decoder sends to it."""
+
+    def __init__(self, gateway_id: int, link: Link) -> None:
+        self.link = link
+        self._gateway_id = gateway_id
+        self._outbox: queue.Queue[FromDecoder | None] = queue.Queue(MAX_OUTBOX)
+        name = f"gateway {gateway_id} writer"
+        threading.Thread(target=self._write, name=name, daemon=True).start()
+
+    def send(self, message: FromDecoder) -> None:
+        """Send without waiting; the link of a gateway that takes nothing is closed."""
+        try:
+            self._outbox.put_nowait(message)
+        except queue.Full:
+            self._give_up("its messages pile up")
+
+    def close(self) -> None:
+        """Its reader sees that and reports the loss."""
+        self.link.close()
+        with suppress(queue.Full):  # then the writer is busy, and fails on the closed link
+            self._outbox.put_nowait(None)
+
+    def _write(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            try:
+                self.link.send([message.SerializeToString()], SEND_DEADLINE_S)
+            except LinkError as error:
+                self._give_up(str(error))
+                return
+
+    def _give_up(self, reason: str) -> None:
+        log.warning("Gateway %d takes no messages: %s", self._gateway_id, reason)
+        self.link.close()
 
 
 class GatewayLinks:
@@ -55,34 +93,32 @@ class GatewayLinks:
         self._greeting = greeting
         self._on_message = on_message
         self._on_lost = on_lost
-        self._links: dict[int, Link] = {}
-        self._lock = threading.Lock()  # a link may be sent to by the step loop and by its greeter
+        self._links: dict[int, _GatewayLink] = {}
+        self._lock = threading.Lock()
         self._is_closed = False
         threading.Thread(target=self._accept, name="gateways", daemon=True).start()
 
     def send(self, gateway_id: int, message: FromDecoder) -> None:
-        """Send to one gateway; one that doesn't take it is dropped. Unknown ids are no error."""
+        """Send to one gateway without waiting. Unknown ids are no error."""
         with self._lock:
             link = self._links.get(gateway_id)
-            if link is None:
-                return
-            try:
-                link.send([message.SerializeToString()], SEND_DEADLINE_S)
-            except LinkError as error:
-                log.warning("Gateway %d takes no messages: %s", gateway_id, error)
-                link.close()  # its reader sees that and reports the loss
+        if link is not None:
+            link.send(message)
 
     def broadcast(self, message: FromDecoder) -> None:
         """Send to every gateway."""
-        for gateway_id in list(self._links):
-            self.send(gateway_id, message)
+        with self._lock:
+            links = list(self._links.values())
+        for link in links:
+            link.send(message)
 
     def close(self) -> None:
-        self._is_closed = True
-        self._listener.close()
         with self._lock:
-            for link in self._links.values():
-                link.close()
+            self._is_closed = True
+            links = list(self._links.values())
+        self._listener.close()
+        for link in links:
+            link.close()
 
     def _accept(self) -> None:
         gateway_id = 0
@@ -104,8 +140,11 @@ class GatewayLinks:
             log.warning("Refused a gateway: %s", error)
             return
         with self._lock:
-            self._links[gateway_id] = link
-        self.send(gateway_id, self._greeting())
+            if self._is_closed:
+                link.close()
+                return
+            gateway = self._links[gateway_id] = _GatewayLink(gateway_id, link)
+            gateway.send(self._greeting())
         try:
             while True:
                 self._on_message(gateway_id, ToDecoder.FromString(bytes(link.recv())))
@@ -115,7 +154,7 @@ class GatewayLinks:
         finally:
             with self._lock:
                 del self._links[gateway_id]
-            link.close()
+            gateway.close()
             self._on_lost(gateway_id)
 
 
@@ -123,7 +162,8 @@ class DecoderLink:
     """The gateway's end: keeps a link to the decoder and finds it again after a loss.
 
     `find_decoder` returns the decoder's endpoint or raises LinkError; it runs in a thread.
-    `on_message(message)` and `on_lost(reason)` run on the asyncio loop, with one hop per message.
+    `on_message(message)`, `on_lost(reason)` and, when the decoder says nothing for SILENCE_S,
+    `on_silent()` run on the asyncio loop, with one hop per message.
     """
 
     def __init__(
@@ -133,17 +173,27 @@ class DecoderLink:
         find_decoder: Callable[[], Endpoint],
         on_message: Callable[[FromDecoder], None],
         on_lost: Callable[[str], None],
+        on_silent: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._secret = secret
         self._find_decoder = find_decoder
         self._on_message = on_message
         self._on_lost = on_lost
+        self._on_silent = on_silent
         self._link: Link | None = None
         self._outbox: queue.SimpleQueue[ToDecoder | None] = queue.SimpleQueue()
         self._is_closed = threading.Event()
-        threading.Thread(target=self._run, name="decoder link", daemon=True).start()
-        threading.Thread(target=self._write, name="decoder link writer", daemon=True).start()
+        self._threads = (
+            threading.Thread(target=self._run, name="decoder link", daemon=True),
+            threading.Thread(target=self._write, name="decoder link writer", daemon=True),
+        )
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return all(thread.is_alive() for thread in self._threads)
 
     def send(self, message: ToDecoder) -> None:
         """Send without waiting; lost together with the link if that breaks."""
@@ -174,12 +224,16 @@ class DecoderLink:
 
     def _read(self, link: Link) -> None:
         while True:
-            message = FromDecoder.FromString(bytes(link.recv()))
-            self._call(self._on_message, message)
+            try:
+                message = FromDecoder.FromString(bytes(link.recv(SILENCE_S)))
+            except LinkTimeout:  # it hangs, or works on a long step: the link is good for later
+                self._call(self._on_silent)
+            else:
+                self._call(self._on_message, message)
 
-    def _call(self, function: Callable[[Any], None], argument: object) -> None:
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
         if not self._is_closed.is_set():
-            self._loop.call_soon_threadsafe(function, argument)
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     def _write(self) -> None:
         while (message := self._outbox.get()) is not None:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry
-
 from cluster.config import Config
-from cluster.metrics import Metrics, start_metrics_server
+from cluster.errors import Unavailable
+from cluster.metrics import start_metrics_server
 from deployments.layout import host_threads, place_experts, transports
 from deployments.loading import Source
+from deployments.meters import HostMeter
 from deployments.start_report import reporting
 from experts.host import ExpertHost
 
@@ -59,33 +59,11 @@ class ExpertHostReplica:
             "endpoint": self._endpoint.to_dict(),
         }
 
-    def record_replica_metadata(self) -> dict[str, Any]:
-        """Serve pushes this to every router of the deployment."""
-        return self.describe()
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        if (problem := self._host.problem()) is not None:
+            raise Unavailable(problem)
 
     def __del__(self) -> None:
         if hasattr(self, "_host"):
             self._host.close()
-
-
-class HostMeter:
-    """A host's load, written into its metrics whenever Prometheus asks."""
-
-    def __init__(self, host: ExpertHost, model: str) -> None:
-        self.registry = CollectorRegistry()
-        self._host = host
-        self._model = model
-        self._metrics = Metrics(self.registry)
-        self._counted: list[int] = []
-        self.registry.register(self)  # last: its collect() comes after the metric's own
-
-    def collect(self) -> list[Any]:
-        """Called for every scrape."""
-        tokens = [sum(row) for row in self._host.stats().expert_load]
-        before = self._counted or [0] * len(tokens)
-        for layer_idx, (now, then) in enumerate(zip(tokens, before, strict=True)):
-            self._metrics.expert_tokens_total(self._model, self._host.host_id, str(layer_idx)).inc(
-                now - then
-            )
-        self._counted = tokens
-        return []

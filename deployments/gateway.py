@@ -1,6 +1,6 @@
 """The gRPC gateway: parse, tokenize, stream answers, status codes, health, reflection.
 
-A plain asyncio server (`Gateway`), so that a test can run it without Ray; `GatewayDeployment` puts
+A plain asyncio server (`Gateway`), so that a test can run it without Ray; `GatewayReplica` puts
 it into a Serve replica.
 """
 
@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry
 from cluster.checkpoint import resolve_model
 from cluster.config import Config, GatewayConfig
 from cluster.errors import (
+    ContextTooLong,
     InvalidRequest,
     LinkError,
     PortTaken,
@@ -30,9 +31,10 @@ from cluster.errors import (
 )
 from cluster.links import Endpoint
 from cluster.metrics import Metrics, start_metrics_server
-from deployments.rpc import Context, Methods
-from deployments.start_report import reporting
 from deployments.decoder_link import DecoderLink
+from deployments.rpc import Context, Methods
+from deployments.scrape_targets import ScrapeTargets
+from deployments.start_report import reporting
 from deployments.streams import Stream, Streams, merge
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1 import admin_pb2, inference_pb2
@@ -81,16 +83,21 @@ class Gateway:
         metrics: Metrics,
         metrics_port: int = 0,
         bind_deadline_s: float = 0.0,
+        on_status: Callable[[ClusterStatus], None] | None = None,
     ) -> None:
-        """`metrics_port` is where they are shown, for the status; 0 for nowhere."""
+        """`metrics_port` is where they are shown, for the status; 0 for nowhere.
+
+        `on_status` is told what clients are, whenever the decoder has told its own.
+        """
         self.port = config.port
         self._metrics_port = metrics_port
         self._bind_deadline_s = bind_deadline_s
+        self._on_status = on_status
         self._config = config
         self._tokenizer = tokenizer
         self._find_decoder = find_decoder
         self._secret = secret
-        self._streams = Streams()
+        self._streams = Streams(self._abort)
         self._status = ClusterStatus(reason="The decoder is still loading the model.")
         self._tasks: set[asyncio.Future[None]] = set()  # asyncio itself keeps no reference
         self._health = health.aio.HealthServicer()
@@ -100,7 +107,7 @@ class Gateway:
     async def start(self) -> None:
         """Bind and serve. Raises PortTaken."""
         await self._set_health()
-        self.port = await self._bind()
+        self.port = await bind(self._listen, self._bind_deadline_s)
         await self._server.start()
         self._link = DecoderLink(
             asyncio.get_running_loop(),
@@ -108,7 +115,12 @@ class Gateway:
             self._find_decoder,
             self._on_message,
             self._on_lost,
+            self._on_silent,
         )
+
+    def problem(self) -> str | None:
+        """Why a started gateway should be replaced; None while it is well."""
+        return None if self._link.is_alive else "The link to the decoder has no thread any more."
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Say NOT_SERVING, let streams end for a while, stop."""
@@ -135,6 +147,9 @@ class Gateway:
         return ListModelsResponse(models=[model])
 
     async def _get_status(self, _: GetStatusRequest, __: Context) -> ClusterStatus:
+        return self._whole_status()
+
+    def _whole_status(self) -> ClusterStatus:
         status = ClusterStatus()
         status.CopyFrom(self._status)
         status.gateway.CopyFrom(
@@ -156,6 +171,7 @@ class Gateway:
             prompt_ids = await self._encode_prompt(request)
         if not self._status.ready:
             raise Unavailable(self._status.reason)
+        self._check_length(prompt_ids)
         stream = self._streams.open()
         try:
             add = self._add(stream, prompt_ids, request.sampling, context)
@@ -177,7 +193,10 @@ class Gateway:
         finally:
             self._streams.close(stream)
             if not stream.is_finished:
-                self._link.send(ToDecoder(aborts=[stream.request_id]))
+                self._abort(stream.request_id)
+
+    def _abort(self, request_id: str) -> None:
+        self._link.send(ToDecoder(aborts=[request_id]))
 
     async def _whole(self, request: ChatRequest | CompleteRequest, context: Context) -> Generation:
         """One answer in one piece."""
@@ -214,6 +233,14 @@ class Gateway:
                 f"No model {model!r} here; this cluster serves {self._status.model}."
             )
 
+    def _check_length(self, prompt_ids: list[int]) -> None:
+        """Here already: in the decoder, a huge prompt would hold up everybody's step."""
+        if len(prompt_ids) >= self._status.context_tokens:
+            raise ContextTooLong(
+                f"The prompt has {len(prompt_ids)} tokens; the context holds "
+                f"{self._status.context_tokens}, and the answer needs at least one."
+            )
+
     def _name_alternatives(self, piece: Generation) -> None:
         for token in piece.logprobs:
             for alternative in token.alternatives:
@@ -226,14 +253,23 @@ class Gateway:
             self._streams.push(output)
         if message.HasField("status"):
             self._set_status(message.status)
+            if self._on_status is not None:
+                self._on_status(self._whole_status())
 
     def _on_lost(self, reason: str) -> None:
         log.warning("No link to the decoder: %s", reason)
         self._streams.fail_all("The decoder that worked on this answer is gone; ask again.")
+        self._set_unready("The decoder is not reachable right now.")
+
+    def _on_silent(self) -> None:
+        """Streams stay open: it may go on."""
+        self._set_unready("The decoder does not answer right now.")
+
+    def _set_unready(self, reason: str) -> None:
         status = ClusterStatus()
         status.CopyFrom(self._status)
         status.ready = False
-        status.reason = "The decoder is not reachable right now."
+        status.reason = reason
         self._set_status(status)
 
     def _set_status(self, status: ClusterStatus) -> None:
@@ -284,18 +320,14 @@ class Gateway:
             grpc.method_handlers_generic_handler(ADMIN, admin),
         ]
 
-    async def _bind(self) -> int:
+    def _listen(self) -> int:
         address = f"{self._config.host}:{self._config.port}"
-        give_up_at = time.monotonic() + self._bind_deadline_s
-        while True:
-            try:
-                return self._server.add_insecure_port(address)
-            except RuntimeError:
-                if time.monotonic() > give_up_at:
-                    raise PortTaken(
-                        f"Another process listens on {address}; choose another gateway.port."
-                    ) from None
-            await asyncio.sleep(0.5)
+        try:
+            return self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise PortTaken(
+                f"Another process listens on {address}; choose another gateway.port."
+            ) from None
 
 
 # The replica
@@ -312,17 +344,24 @@ class GatewayReplica:
             model_dir = resolve_model(config.model_source)
             tokenizer = await asyncio.to_thread(Tokenizer.load, model_dir)
             registry = CollectorRegistry()
-            self._gateway = Gateway(
+            gateway = Gateway(
                 config.gateway,
                 tokenizer,
                 lambda: find_decoder(decoder),
                 secret,
                 Metrics(registry),
-                serve_metrics(config.gateway, registry),
+                await bind(lambda: serve_metrics(config.gateway, registry), BIND_DEADLINE_S),
                 BIND_DEADLINE_S,
+                ScrapeTargets(config.state_dir, config.gateway.host).update,
             )
-            await self._gateway.start()
-            reporter.listening(f"{config.gateway.host}:{self._gateway.port}")
+            await gateway.start()
+            self._gateway = gateway
+            reporter.listening(f"{config.gateway.host}:{gateway.port}")
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        if (problem := self._gateway.problem()) is not None:
+            raise Unavailable(problem)
 
     async def __del__(self) -> None:
         if hasattr(self, "_gateway"):
@@ -334,6 +373,21 @@ def serve_metrics(config: GatewayConfig, registry: CollectorRegistry) -> int:
     if config.metrics_port is None:
         return 0
     return start_metrics_server(config.host, config.metrics_port, registry).port
+
+
+async def bind(listen: Callable[[], int], deadline_s: float) -> int:
+    """The port that `listen` takes, in the end: a gateway that is being replaced may still hold it.
+
+    Raises PortTaken.
+    """
+    give_up_at = time.monotonic() + deadline_s
+    while True:
+        try:
+            return listen()
+        except PortTaken:
+            if time.monotonic() > give_up_at:
+                raise
+        await asyncio.sleep(0.5)
 
 
 def find_decoder(decoder: Any) -> Endpoint:

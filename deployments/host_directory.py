@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cluster.errors import Unavailable
 from cluster.links import Endpoint
 
-POLL_S = 0.2  # while hosts are missing at the start
 WATCH_S = 0.5  # between two looks at the links
 ASK_S = 2.0
 
@@ -58,15 +55,6 @@ class HostDirectory:
     @property
     def endpoints(self) -> dict[str, Endpoint]:
         return {host.host_id: host.endpoint for host in self._hosts.values()}
-
-    def wait_for_all(self, timeout_s: float) -> None:
-        """Until every host has started. Raises Unavailable with the names of the missing."""
-        give_up_at = time.monotonic() + timeout_s
-        while missing := self._handles.keys() - self._hosts.keys():
-            if time.monotonic() > give_up_at:
-                raise Unavailable(f"Expert hosts don't start: {', '.join(sorted(missing))}.")
-            if not any([self.look(host_id) for host_id in missing]):
-                time.sleep(POLL_S)
 
     def look(self, host_id: str) -> bool:
         """Ask Serve for one host; True when it is somewhere else than before."""

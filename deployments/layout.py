@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from cluster.config import Config
+from cluster.errors import ConfigError
 from cluster.links import AUTO
 from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import ModelSpec
@@ -25,16 +27,40 @@ def expert_groups(config: Config, spec: ModelSpec) -> ExpertGroups:
 
 
 def host_gpus(config: Config, num_gpus: float, num_hosts: int) -> float:
-    """GPUs for each expert host: as configured, else an even share with the decoder."""
+    """GPUs for each expert host: as configured, else a share such that every part fits.
+
+    Ray takes a fraction from one card and cuts a card in ten-thousandths.
+    """
     if config.experts.num_gpus_per_host is not None:
         return config.experts.num_gpus_per_host
-    return _gpu_share(config, num_gpus, num_hosts + 1)
+    num_cards, num_parts = int(num_gpus), num_hosts + 1
+    if config.device == "cpu" or num_cards == 0:
+        return 0.0
+    if num_cards >= num_parts:
+        return 1.0
+    if num_cards == num_hosts:
+        return 0.6  # above a half: a card for each host, and the decoder beside one of them
+    return 10_000 // math.ceil(num_parts / num_cards) / 10_000
 
 
 def decoder_gpus(config: Config, num_gpus: float, num_hosts: int) -> float:
-    """GPUs for the decoder: what the hosts leave, at most one."""
-    left = num_gpus - num_hosts * host_gpus(config, num_gpus, num_hosts)
-    return 0.0 if config.device == "cpu" else max(0.0, min(1.0, left))
+    """GPUs for the decoder: what some card has left, however Ray spreads the hosts; at most one.
+
+    Raises ConfigError when the hosts leave nothing to a decoder that must have a card.
+    """
+    num_cards, per_host = int(num_gpus), host_gpus(config, num_gpus, num_hosts)
+    if config.device == "cpu" or num_cards == 0:
+        return 0.0
+    if per_host >= 1:
+        share = 1.0 if num_cards - num_hosts * per_host >= 1 else 0.0
+    else:  # some card has no more hosts than the average
+        share = max(0.0, round(1 - num_hosts // num_cards * per_host, 4))
+    if share == 0 and config.device != "auto":
+        raise ConfigError(
+            f"{num_hosts} expert hosts with {per_host:g} GPUs each leave none of {num_cards} to "
+            "the decoder; lower experts.num_gpus_per_host or experts.num_hosts."
+        )
+    return share
 
 
 def decoder_threads(config: Config, num_hosts: int) -> int:
@@ -50,13 +76,6 @@ def host_threads(config: Config, num_hosts: int) -> int:
 def transports(config: Config) -> tuple[str, ...]:
     """What links may use, in order of preference."""
     return tuple(AUTO) if config.experts.transport == "auto" else ("tcp",)
-
-
-def _gpu_share(config: Config, num_gpus: float, num_parts: int) -> float:
-    """Whole cards where there are enough; Ray cuts a card in ten-thousandths."""
-    if config.device == "cpu" or num_gpus <= 0:
-        return 0.0
-    return 1.0 if num_gpus >= num_parts else int(10_000 * num_gpus / num_parts) / 10_000
 
 
 def _core_share(num_parts: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from cluster.errors import ConfigError, NotEnoughMemory, Unavailable
 from cluster.spec import ModelSpec
 from deployments.layout import expert_groups
 from engine.core import EngineCore, SpecLimits
-from engine.kv_cache import KVCacheConfig, size_kv_cache
+from engine.kv_cache import KVCacheConfig, longest_context, size_kv_cache
 from engine.model import Experts, GemmaDecoder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
 from engine.tokenizer import Tokenizer
 from experts.local import LocalExperts
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -67,7 +70,7 @@ def load_engine(
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(f"The model doesn't fit on {source.device}: {error}") from None
     tokenizer = Tokenizer.load(source.model_dir)
-    limits = SpecLimits.from_spec(source.spec, config.engine.max_model_len)
+    limits = SpecLimits.from_spec(source.spec, pick_context(config, source))
     limits = with_turn_end(limits, tokenizer)
     kv = size_cache(config, source, limits.max_model_len)
     return EngineCore(
@@ -130,6 +133,30 @@ def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype: torch.dtype = getattr(torch, config.dtype)
     return dtype
+
+
+def pick_context(config: Config, source: Source) -> int:
+    """`engine.max_model_len`; null is the model's context, or what of it fits in the KV cache."""
+    engine, whole = config.engine, source.spec.max_position_embeddings
+    if engine.max_model_len is not None:
+        return engine.max_model_len
+    if engine.num_blocks is not None:
+        return whole
+    longest = longest_context(
+        source.spec,
+        engine.kv_bytes,
+        dtype=source.dtype,
+        block_size=engine.block_size,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+    )
+    if longest < whole:
+        logger.warning(
+            "engine.kv_bytes holds a context of %d tokens, the model's is %d; raise engine.kv_bytes"
+            " for a longer one.",
+            longest,
+            whole,
+        )
+    return longest
 
 
 def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheConfig:

@@ -121,14 +121,11 @@ class HostMeter:
         self._host = host
         self._model = model
         self._counted: list[int] = []
-        self._metrics: Metrics | None = None
         self.registry.register(self)  # first: its collect() comes before the metrics' own
         self._metrics = Metrics(self.registry)
 
     def collect(self) -> list[Any]:
-        """Called for every scrape, and once by `register`."""
-        if self._metrics is None:
-            return []
+        """Called for every scrape."""
         tokens = [sum(row) for row in self._host.stats().expert_load]
         before = self._counted or [0] * len(tokens)
         for layer_idx, (now, then) in enumerate(zip(tokens, before, strict=True)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -15,16 +15,8 @@ from cluster.spec import ModelSpec
 PROCESS_BYTES = 350 << 20  # of a Python process with torch loaded
 
 
-@dataclass(frozen=True, slots=True)
-class Preflight:
-    """What was found out on the way."""
-
-    model_dir: Path
-    spec: ModelSpec
-
-
-def check(config: Config) -> Preflight:
-    """Raises the error that the start would end in, with the same sentence, seconds earlier."""
+def check(config: Config) -> ModelSpec:
+    """The model's geometry. Raises the error that the start would end in, seconds earlier."""
     from cluster.checkpoint import resolve_model  # brings torch along
 
     check_port(config.gateway.host, config.gateway.port, "gateway.port")
@@ -40,19 +32,16 @@ def check(config: Config) -> Preflight:
             f"experts.num_hosts is {config.experts.num_hosts}, but the model has only "
             f"{spec.num_experts} experts in a layer."
         )
-    if config.device == "cpu" or not has_gpu():
-        check_memory(config, model_dir)
-    return Preflight(model_dir, spec)
+    check_memory(config, spec, model_dir)
+    return spec
 
 
 def check_port(host: str, port: int, key: str) -> None:
-    """Raises PortTaken, or ConfigError where the address is none of this machine's."""
+    """Raises PortTaken, or ConfigError where only root may listen."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except socket.gaierror:
-            raise ConfigError(f"gateway.host {host!r} is not an address.") from None
         except PermissionError:
             raise ConfigError(f"{key} {port} needs privileges; choose one above 1023.") from None
         except OSError:
@@ -62,22 +51,32 @@ def check_port(host: str, port: int, key: str) -> None:
             ) from None
 
 
-def check_memory(config: Config, model_dir: Path) -> None:
-    """Raises NotEnoughMemory when weights, KV cache and processes can't fit in what is free."""
-    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
-    widened = 2 if config.dtype in ("auto", "float32") else 1  # checkpoints hold two bytes a weight
-    is_remote = config.experts.mode == "remote"
-    copies = config.experts.num_copies if is_remote else 1
-    num_processes = 3 + (config.experts.num_hosts if is_remote else 0)
-    needed = weights * widened * copies + config.engine.kv_bytes + num_processes * PROCESS_BYTES
+def check_memory(config: Config, spec: ModelSpec, model_dir: Path) -> None:
+    """Raises NotEnoughMemory when what the CPU computes can't fit in what is free."""
+    import torch
+
+    from cluster.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(model_dir)
+    names = checkpoint.keys()
+    sizes = {
+        name: math.prod(checkpoint.shape(name))
+        for name in names
+        if name.startswith(spec.tensor_prefix)
+    }
+    num_expert_weights = sum(size for name, size in sizes.items() if ".experts." in name)
+    itemsize = 4 if config.dtype in ("auto", "float32") else 2
+    is_remote = spec.is_moe and config.experts.mode == "remote"
+    is_on_cpu = config.device == "cpu" or config.ray.num_gpus == 0 or not torch.cuda.is_available()
+    needed = (3 + (config.experts.num_hosts if is_remote else 0)) * PROCESS_BYTES
+    if is_on_cpu:
+        needed += (sum(sizes.values()) - num_expert_weights) * itemsize + config.engine.kv_bytes
+    if is_on_cpu or (is_remote and config.experts.num_gpus_per_host == 0):
+        copies = config.experts.num_copies if is_remote else 1
+        needed += num_expert_weights * itemsize * copies
     free = psutil.virtual_memory().available
     if needed > free:
         raise NotEnoughMemory(
             f"The model and its KV cache need about {needed / 1e9:.1f} GB of memory and "
             f"{free / 1e9:.1f} GB are free; lower engine.kv_bytes or choose a smaller model."
         )
-
-
-def has_gpu() -> bool:
-    """Whether the machine has an NVIDIA card, without loading CUDA."""
-    return Path("/dev/nvidiactl").exists()

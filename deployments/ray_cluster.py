@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.errors import Unavailable
-from deployments.running import write_private
+from deployments.lifecycle import write_private
 
 APP_NAME = "briolette"
 
@@ -45,11 +45,10 @@ def ray_cluster(config: Config, ray_dir: Path) -> Iterator[None]:
 
     try:
         ray.init(
-            address=config.ray.address,
             namespace=config.ray.namespace,
             configure_logging=False,
             log_to_driver=False,
-            **({} if config.ray.address else _own_ray(config, ray_dir)),
+            **_own_ray(config, ray_dir),
         )
         serve.start(proxy_location="Disabled")
         yield

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.errors import BrioletteError
-from deployments.meters import EngineMeter
 from deployments.decoder_link import GatewayLinks
 from deployments.messages import to_load, to_output, to_sampling_params
+from deployments.meters import EngineMeter
 from engine.core import EngineStats, RequestOutput
 from engine.request import FinishReason, Request, SamplingParams
 from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad
 from protos.briolette.v1.stream_pb2 import Add, Failure, FromDecoder, Output, ToDecoder
 
 STATUS_PERIOD_S = 1.0
+LONGEST_STEP_S = 120.0  # the largest model's longest prefill on a CPU; past it, the step hangs
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,10 @@ class StepLoop:
         self._queued: list[_Served] = []  # those whose first step is still to come
         self._status = ClusterStatus()
         self._status_at = 0.0
+        self._step_began: float | None = None  # the step that runs now
         self._is_running = True
         self._thread = threading.Thread(target=self._run, name="step loop", daemon=True)
+        self._refresh_status()  # the first gateway may come before the first step
 
     def start(self, gateways: GatewayLinks) -> None:
         """Run from now on; gateways may send as soon as this returns."""
@@ -90,11 +93,16 @@ class StepLoop:
         self.wake()
         self._thread.join(timeout=10)
 
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
     # Called from other threads
+
+    def problem(self) -> str | None:
+        """Why the decoder should be replaced; None while the loop is well."""
+        if not self._thread.is_alive():
+            return "The step loop has ended."
+        began = self._step_began
+        if began is not None and time.monotonic() - began > LONGEST_STEP_S:
+            return f"A step has taken more than {LONGEST_STEP_S:g} s."
+        return None
 
     def wake(self) -> None:
         """Look at the status soon, even while idle."""
@@ -139,7 +147,7 @@ class StepLoop:
             pass
 
     def _step(self) -> None:
-        started = time.monotonic()
+        started = self._step_began = time.monotonic()
         try:
             outputs = self._engine.step()
             self._note_started(started)
@@ -148,6 +156,8 @@ class StepLoop:
         except Exception:
             log.exception("A step failed; every request ends with it.")
             self._fail_all("The decoder failed on this step; its log says why.")
+        finally:
+            self._step_began = None
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """One message for each gateway that has streams in this step."""
@@ -224,12 +234,15 @@ class StepLoop:
 
     def _send_status(self) -> None:
         assert self._gateways is not None
+        self._refresh_status()
+        self._gateways.broadcast(FromDecoder(status=self._status))
+
+    def _refresh_status(self) -> None:
         status = ClusterStatus(load=self._load())
         self._meter.load(status.load)
         self._fill_status(status)
         self._status = status
         self._status_at = time.monotonic()
-        self._gateways.broadcast(FromDecoder(status=status))
 
     def _load(self) -> EngineLoad:
         """The engine's numbers; the rate is kept from the last second in which there was one."""

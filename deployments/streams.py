@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Callable
 
 from cluster.errors import BrioletteError, Overloaded, Unavailable
 from protos.briolette.v1.inference_pb2 import FINISH_REASON_UNSPECIFIED, Generation
@@ -45,14 +46,19 @@ class Stream:
             self._pending = piece
         else:
             merge(self._pending, piece)
-        if len(self._pending.token_ids) > MAX_BUFFERED_TOKENS and not self.is_finished:
-            self.fail(Overloaded("The client reads more slowly than the model writes."), False)
         self._wake.set()
 
-    def fail(self, error: BrioletteError, is_finished: bool = True) -> None:
+    @property
+    def is_behind(self) -> bool:
+        """The client is too slow for what still comes."""
+        if self._pending is None or self.is_finished:
+            return False
+        return len(self._pending.token_ids) > MAX_BUFFERED_TOKENS
+
+    def fail(self, error: BrioletteError) -> None:
         """End with an error; what was not taken yet is lost."""
         self._error = error
-        self.is_finished = is_finished
+        self.is_finished = True
         self._wake.set()
 
     async def take(self) -> Generation:
@@ -74,10 +80,11 @@ def merge(answer: Generation, piece: Generation) -> None:
 
 
 class Streams:
-    """Every open stream by its request id."""
+    """Every open stream by its request id; `abort(request_id)` is called for one given up here."""
 
-    def __init__(self) -> None:
+    def __init__(self, abort: Callable[[str], None]) -> None:
         self._streams: dict[str, Stream] = {}
+        self._abort = abort
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -91,9 +98,14 @@ class Streams:
         self._streams.pop(stream.request_id, None)
 
     def push(self, output: Output) -> None:
-        """Hand on an output; one for a stream that is closed already is dropped."""
-        if (stream := self._streams.get(output.request_id)) is not None:
-            stream.push(output)
+        """Hand on an output; one for a stream that has ended already is dropped."""
+        stream = self._streams.get(output.request_id)
+        if stream is None or stream.is_finished:
+            return
+        stream.push(output)
+        if stream.is_behind:
+            stream.fail(Overloaded("The client reads more slowly than the model writes."))
+            self._abort(stream.request_id)
 
     def fail_all(self, reason: str) -> None:
         """End every open stream with UNAVAILABLE."""

@@ -1,12 +1,11 @@
 """The process behind `briolette up`: owns Ray, says how the start goes, stays, cleans up.
 
-Run as `python -m deployments.supervisor STATE_DIR PIPE`: the configuration is in
-STATE_DIR/config.json, one JSON object for each piece of news goes into the pipe.
+Run as `python -m deployments.supervisor CONFIG PIPE`: the configuration as JSON, and where one JSON
+object for each piece of news goes.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -14,8 +13,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import Config
 from cluster.errors import BrioletteError, Unavailable
+from deployments.lifecycle import Running, holding
 from deployments.preflight import check
 from deployments.ray_cluster import (
     check_app,
@@ -33,16 +32,11 @@ from deployments.ray_cluster import (
     ray_cluster,
     run_app,
 )
-from deployments.running import LOCK, Running
 from deployments.start_report import StartReport, clear_reports, log_to, read_reports
 
 POLL_S = 0.1
 
 log = logging.getLogger(__name__)
-
-
-class AlreadyRunning(BrioletteError):
-    """Another supervisor holds this state directory."""
 
 
 class Stopped(BaseException):
@@ -67,13 +61,12 @@ class News:
 
 
 def main() -> int:
-    state_dir, news = Path(sys.argv[1]), News(int(sys.argv[2]))
+    config, news = Config.from_dict(json.loads(sys.argv[1])), News(int(sys.argv[2]))
     catch_signals()
     assert os.getsid(0) == os.getpid(), "the supervisor leads a session of its own"
-    log_to(state_dir, "supervisor")
+    log_to(config.state_dir, "supervisor")
     try:
-        config = Config.from_dict(json.loads((state_dir / "config.json").read_text()))
-        with holding(state_dir):
+        with holding(config.state_dir):
             supervise(config, news)
     except Stopped:
         news.tell(error="The start was interrupted.")
@@ -84,7 +77,8 @@ def main() -> int:
     except Exception as error:
         log.exception("The cluster could not start.")
         news.tell(
-            error=f"{type(error).__name__}: {error} ({state_dir}/logs/supervisor.log has more)"
+            error=f"{type(error).__name__}: {error} "
+            f"({config.state_dir}/logs/supervisor.log has more)"
         )
         return 1
     return 0
@@ -92,20 +86,24 @@ def main() -> int:
 
 def supervise(config: Config, news: News) -> None:
     """From nothing to SERVING, and from the signal to stop back to nothing."""
-    news.tell(phase="Checking the model")
-    found = check(config)
-    prepare_environment(config)
-    clear_reports(config.state_dir)
+    left_over = Running.read(config.state_dir)
+    if left_over is not None:
+        left_over.clean_up(config.state_dir)
     running = Running.this_process(config)
-    running.write(config.state_dir)
+    running.write(config.state_dir)  # from now on `down` finds us
     try:
+        is_here = Path(config.model_source).is_dir()
+        news.tell(phase="Checking the model" if is_here else f"Fetching {config.model}")
+        spec = check(config)
+        prepare_environment(config)
+        clear_reports(config.state_dir)
         news.tell(phase="Starting Ray")
         with ray_cluster(config, Path(running.ray_dir)):
             catch_signals()  # Ray has put its own handlers in place of ours
             from deployments.app import build
 
             news.tell(phase="Starting the parts")
-            run_app(build(config, found.spec, secrets.token_bytes(32), num_gpus()))
+            run_app(build(config, spec, secrets.token_bytes(32), num_gpus()))
             address = wait_until_serving(config, news)
             replace(running, address=address).write(config.state_dir)
             news.tell(serving=address)
@@ -117,7 +115,9 @@ def supervise(config: Config, news: News) -> None:
 
 
 def wait_until_serving(config: Config, news: News) -> str:
-    """The gateway's address, once it says SERVING. Raises what kept a part from starting."""
+    """The gateway's address, once it says SERVING. Raises what kept a part from starting, or
+    Unavailable when nothing moves for `ray.start_timeout_s`.
+    """
     give_up_at = time.monotonic() + config.ray.start_timeout_s
     told: list[StartReport] = []
     next_check = 0.0
@@ -129,6 +129,7 @@ def wait_until_serving(config: Config, news: News) -> str:
                 raise Unavailable(report.error)
         if reports != told:
             told = reports
+            give_up_at = time.monotonic() + config.ray.start_timeout_s
             news.tell(parts={report.part: report.progress for report in reports})
         if time.monotonic() > next_check:
             check_app()
@@ -137,7 +138,7 @@ def wait_until_serving(config: Config, news: News) -> str:
         if address is not None and is_serving(address):
             return address
     raise Unavailable(
-        f"The cluster is not ready after {config.ray.start_timeout_s:g} s (ray.start_timeout_s); "
+        f"The start made no progress for {config.ray.start_timeout_s:g} s (ray.start_timeout_s); "
         f"{config.state_dir}/logs has the logs of its parts."
     )
 
@@ -151,21 +152,6 @@ def is_serving(address: str) -> bool:
         except grpc.RpcError:
             return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-@contextmanager
-def holding(state_dir: Path) -> Iterator[None]:
-    """The lock that says that a cluster of this state directory is alive; ends with the process."""
-    with open(state_dir / LOCK, "w") as lock:
-        for _ in range(5):  # somebody who looks whether we run holds it for a moment
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(POLL_S)
-        else:
-            raise AlreadyRunning(f"A cluster with the state_dir {state_dir} is already running.")
-        yield
 
 
 def catch_signals() -> None:

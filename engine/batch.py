@@ -15,17 +15,6 @@ from engine.scheduler import SchedulerOutput
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddingSpan:
-    """Rows of the batch whose input is an embedding (an image, a sound), not a token's.
-
-    A place kept for later: no runner reads it yet.
-    """
-
-    start: int  # first row of the batch
-    embeddings: Tensor  # [num_rows, hidden_size]
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
     """One step's work: requests one after the other, in the scheduler's order.
 
@@ -42,7 +31,6 @@ class Batch:
     block_tables: Mapping[AttentionKind, Tensor]  # [num_requests, max_blocks] int64
     slot_mapping: Mapping[AttentionKind, Tensor]  # [num_tokens] int64, block * block_size + offset
     logits_indices: Tensor  # [num_logits] int64, the last row of each request that samples
-    embedding_spans: tuple[EmbeddingSpan, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -218,6 +219,47 @@ def kv_bytes_per_block(
     return elements * dtype.itemsize
 
 
+def min_kv_bytes(
+    spec: ModelSpec,
+    max_model_len: int,
+    *,
+    dtype: torch.dtype,
+    block_size: int = 16,
+    max_num_batched_tokens: int = 512,
+) -> int:
+    """Bytes that the KV cache of one request of `max_model_len` tokens takes, null blocks too."""
+    num_global = 1 + _cdiv(max_model_len, block_size)
+    per_step, per_seq = _sliding_needs(spec, max_model_len, block_size, max_num_batched_tokens)
+    return num_global * kv_bytes_per_block(spec, AttentionKind.GLOBAL, block_size, dtype) + (
+        per_step + per_seq
+    ) * kv_bytes_per_block(spec, AttentionKind.SLIDING, block_size, dtype)
+
+
+def longest_context(
+    spec: ModelSpec,
+    kv_bytes: int,
+    *,
+    dtype: torch.dtype,
+    block_size: int = 16,
+    max_num_batched_tokens: int = 512,
+) -> int:
+    """The most tokens, up to the model's context, that one request can have in `kv_bytes`; at
+    least 1, whether it fits or not.
+    """
+
+    def needed(max_model_len: int) -> int:
+        return min_kv_bytes(
+            spec,
+            max_model_len,
+            dtype=dtype,
+            block_size=block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+
+    lengths = range(1, spec.max_position_embeddings + 1)
+    return max(1, bisect_right(lengths, kv_bytes, key=needed))
+
+
 def size_kv_cache(
     spec: ModelSpec,
     kv_bytes: int,
@@ -237,19 +279,23 @@ def size_kv_cache(
     bytes_of = {kind: kv_bytes_per_block(spec, kind, block_size, dtype) for kind in AttentionKind}
     global_bytes, sliding_bytes = bytes_of[AttentionKind.GLOBAL], bytes_of[AttentionKind.SLIDING]
     min_global = 1 + _cdiv(max_model_len, block_size)
-    # Windows are left behind after each step, and a step computes max_num_batched_tokens in all:
-    # a window (and a block's edge) per request, and the step's tokens once.
-    per_step = 1 + _cdiv(min(max_num_batched_tokens, max_model_len), block_size)
-    per_seq = 1 + _sliding_blocks(spec.sliding_window, 1, block_size, max_model_len)
+    per_step, per_seq = _sliding_needs(spec, max_model_len, block_size, max_num_batched_tokens)
     left_for_sliding = kv_bytes - min_global * global_bytes
     num_seqs = max_num_seqs
     if sliding_bytes:
         num_seqs = min(num_seqs, (left_for_sliding // sliding_bytes - per_step) // per_seq)
     if left_for_sliding < 0 or num_seqs < 1:
-        needed = min_global * global_bytes + (per_step + per_seq) * sliding_bytes
+        needed = min_kv_bytes(
+            spec,
+            max_model_len,
+            dtype=dtype,
+            block_size=block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
         raise NotEnoughMemory(
             f"The KV cache of one request of {max_model_len} tokens takes {needed / 1e6:.1f} MB; "
-            f"{kv_bytes / 1e6:.1f} MB are free. Lower max_model_len or give it more memory."
+            f"{kv_bytes / 1e6:.1f} MB are free. Lower engine.max_model_len or raise "
+            "engine.kv_bytes."
         )
     num_sliding = per_step + num_seqs * per_seq if sliding_bytes else 0
     num_global = (kv_bytes - num_sliding * sliding_bytes) // global_bytes if global_bytes else 0
@@ -258,6 +304,18 @@ def size_kv_cache(
     return KVCacheConfig(
         block_size, {AttentionKind.GLOBAL: num_global, AttentionKind.SLIDING: num_sliding}
     )
+
+
+def _sliding_needs(
+    spec: ModelSpec, max_model_len: int, block_size: int, max_num_batched_tokens: int
+) -> tuple[int, int]:
+    """Sliding blocks for a step's tokens, and for each request.
+
+    Windows are left behind after each step, and a step computes max_num_batched_tokens in all: a
+    window (and a block's edge) per request, and the step's tokens once.
+    """
+    per_step = 1 + _cdiv(min(max_num_batched_tokens, max_model_len), block_size)
+    return per_step, 1 + _sliding_blocks(spec.sliding_window, 1, block_size, max_model_len)
 
 
 def _sliding_blocks(window: int, chunk: int, block_size: int, max_model_len: int) -> int:

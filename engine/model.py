@@ -8,7 +8,7 @@ one [num_tokens, hidden_size] tensor; attention alone knows which belong togethe
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
 from cluster.invariant import check_invariance, gated_gelu, linear
+from cluster.packed import multiply, packed_or_plain
 from cluster.spec import AttentionKind, LayerSpec, ModelSpec, RopeSpec
 from engine.attention import Attention, FastAttention, KVTensors
 from engine.batch import Batch
@@ -51,6 +52,10 @@ class Experts(Protocol):
 
         Raises Unavailable when no copy of a needed expert can answer.
         """
+        ...
+
+    def abandon(self, handle: Any) -> None:
+        """Give up a dispatched call that nobody will combine."""
         ...
 
 
@@ -110,11 +115,11 @@ class GemmaDecoder:
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.embed_tokens.weight.dtype
 
     def forward(
         self, batch: Batch, kv: Mapping[int, KVTensors], experts: Experts | None
@@ -211,9 +216,13 @@ class DecoderLayer:
         handle = experts.dispatch(
             self.spec.layer_idx, self.pre_feedforward_layernorm_2(x), topk_ids, topk_weights
         )
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
-        if experts.is_remote:
-            yield
+        try:
+            dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
+            if experts.is_remote:
+                yield
+        except BaseException:  # the step failed, here or in the other micro-batch
+            experts.abandon(handle)
+            raise
         return dense + self.post_feedforward_layernorm_2(experts.combine(handle))
 
 
@@ -342,15 +351,17 @@ class RMSNorm:
 
 
 class Linear:
-    """x @ weight^T + bias."""
+    """x @ weight^T + bias, with the weight in the layout that this machine multiplies fastest."""
 
-    __slots__ = ("batch_invariant", "bias", "weight")
+    __slots__ = ("bias", "multiply", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, batch_invariant: bool) -> None:
-        self.weight, self.bias, self.batch_invariant = weight, bias, batch_invariant
+        self.weight: Any = weight if batch_invariant else packed_or_plain(weight)
+        self.bias = bias
+        self.multiply: Callable[..., Tensor] = linear if batch_invariant else multiply
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
+        return self.multiply(x, self.weight, self.bias)
 
 
 class Embedding:
@@ -393,7 +404,8 @@ class _Builder:
         named = [(self._prefix + name, size) for name, size in parts]
         weight = self._weights.rows(*((f"{n}.weight", size) for n, size in named), columns=in_size)
         biases = self._weights.vectors(*((f"{n}.bias", s) for n, s in named)) if bias else None
-        self.gemm_weights.append(weight)
+        if self.batch_invariant:
+            self.gemm_weights.append(weight)
         return Linear(weight, biases, self.batch_invariant)
 
 

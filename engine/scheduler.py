@@ -118,8 +118,11 @@ class Scheduler:
         self.num_preemptions = 0
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises Overloaded when the queue is full."""
-        if len(self.waiting) >= self.max_queue:
+        """Queue a request. Raises Overloaded when the queue is full; those that the next step can
+        take on don't count as queued.
+        """
+        num_idle = max(0, self.max_num_seqs - len(self.running))
+        if len(self.waiting) >= self.max_queue + num_idle:
             raise Overloaded(f"{len(self.waiting)} requests are waiting; try again later.")
         if self.store.fetch(request):
             request.state = RequestState.WAITING_FOR_BLOCKS

@@ -26,6 +26,7 @@ from experts.weights import OwnedExperts, load_experts
 
 REPLY_DEADLINE_S = 10.0  # for a router to take an answer
 MAX_STRANGERS = 32  # connections that are shaking hands at one time
+MAX_BROKEN_CALLS = 5  # one after the other; then the host itself is what is broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class ExpertHost:
     ) -> None:
         """Read the owned experts; `on_progress(layers done, of)`.
 
-        Raises CheckpointError as `load_experts` does.
+        Raises CheckpointError and ConfigError as `load_experts` does.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)  # of the whole process
@@ -97,6 +98,7 @@ class ExpertHost:
         self._compute_lock = threading.Lock()
         self._is_closing = False
         self._num_calls = self._num_refusals = 0
+        self._num_broken_calls = 0  # since the last one that was computed
         self._compute_s = 0.0
         self.load = ExpertLoad(spec.num_layers, spec.num_experts)
         self._serving = self._load_placement(placement, None, on_progress)
@@ -133,6 +135,14 @@ class ExpertHost:
             self._compute_s,
             self.load.total.tolist(),
         )
+
+    def problem(self) -> str | None:
+        """Why a started host should be replaced; None while it is well."""
+        if self._accepting is not None and not self._accepting.is_alive():
+            return f"{self.host_id} accepts no links any more."
+        if self._num_broken_calls >= MAX_BROKEN_CALLS:
+            return f"The last {self._num_broken_calls} calls broke in {self.host_id}."
+        return None
 
     def close(self) -> None:
         """Close every link and stop; calls in flight see a closed link."""
@@ -173,6 +183,7 @@ class ExpertHost:
         except LinkError as error:
             return self._refuse(call_id, wire.Status.REFUSED, str(error))
         except Exception as error:  # the border of an expert call: the router retries elsewhere
+            self._num_broken_calls += 1
             reason = f"{self.host_id} broke: {type(error).__name__}: {error}"
             return self._refuse(call_id, wire.Status.FAILED, reason)
 
@@ -198,6 +209,7 @@ class ExpertHost:
             rows = rows.cpu()
             self.load.count(call.layer_idx, call.slots.experts.numpy())
             self._num_calls += 1
+            self._num_broken_calls = 0
             elapsed_s = time.perf_counter() - start
             self._compute_s += elapsed_s
         return wire.encode_rows(call.call_id, call.epoch, rows, elapsed_s)
@@ -276,6 +288,7 @@ class ExpertHost:
             self._dtype,
             self._device,
             on_progress,
+            self._batch_invariant,
         )
         return _Serving(placement.epoch, owned)
 

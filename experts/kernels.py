@@ -8,16 +8,22 @@ the wire carries exactly what a local computation keeps); groups are added in fp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.invariant import gated_gelu, linear
+from cluster.packed import PackedWeight, multiply
 
 FEW_ROWS = 32
 FETCH_BYTES = 1 << 20  # what a core's second-level cache holds
+
+# One weight for each expert: a tensor [num_experts, out, in], or each [out, in] packed.
+ExpertWeights: TypeAlias = Tensor | Sequence[PackedWeight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +56,19 @@ class LayerExperts:
     `expert_to_group[e]` is a position in the owner's list of groups (not a group id).
     """
 
-    gate_up: Tensor  # [num_owned, 2 * intermediate, hidden]; the gate's rows first
-    down: Tensor  # [num_owned, hidden, intermediate]
+    gate_up: ExpertWeights  # [num_owned, 2 * intermediate, hidden]; the gate's rows first
+    down: ExpertWeights  # [num_owned, hidden, intermediate]
     expert_to_group: Tensor  # [num_owned] int64, on the weights' device
     num_groups: int
 
 
 def grouped_experts(
-    rows: Tensor, counts: list[int], gate_up: Tensor, down: Tensor, *, batch_invariant: bool
+    rows: Tensor,
+    counts: list[int],
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    *,
+    batch_invariant: bool,
 ) -> Tensor:
     """Each expert's gated MLP over its own run of rows.
 
@@ -66,8 +77,10 @@ def grouped_experts(
     Returns [num_slots, hidden].
     """
     if batch_invariant:
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
         return _invariant_experts(rows, counts, gate_up, down)
     if rows.is_cuda and rows.dtype is torch.bfloat16:
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
         ends = torch.tensor(counts, device=rows.device).cumsum(0).to(torch.int32)
         inner = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)
         return F.grouped_mm(_activate(inner), down.transpose(1, 2), offs=ends)
@@ -127,17 +140,15 @@ def reference_experts(
     return output.to(hidden_states.dtype)
 
 
-def _multiply_runs(rows: Tensor, counts: list[int], weight: Tensor) -> Tensor:
+def _multiply_runs(rows: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
     """rows [n, in] in runs of `counts`, each times its own weight [out, in] transposed."""
-    output = rows.new_empty(rows.shape[0], weight.shape[1])
+    outputs = []
     start = 0
     for expert, count in enumerate(counts):
         if count:
-            stop = start + count
-            _fetch(weight[expert], count)
-            torch.mm(rows[start:stop], weight[expert].t(), out=output[start:stop])
-            start = stop
-    return output
+            outputs.append(multiply(rows[start : start + count], weights[expert]))
+            start += count
+    return torch.cat(outputs) if outputs else rows.new_empty(0, weights[0].shape[0])
 
 
 def _fetch(weight: Tensor, num_rows: int) -> None:
@@ -163,10 +174,10 @@ def _invariant_experts(rows: Tensor, counts: list[int], gate_up: Tensor, down: T
             stop = start + count
             own = rows[start:stop].clone()  # a GEMM's bits may depend on its input's alignment
             _fetch(gate_up[expert], count)
-            gate, up = linear(own, gate_up[expert], batch_invariant=True).chunk(2, dim=-1)
+            gate, up = linear(own, gate_up[expert]).chunk(2, dim=-1)
             inner = gated_gelu(gate, up, batch_invariant=True)
             _fetch(down[expert], count)
-            output[start:stop] = linear(inner, down[expert], batch_invariant=True)
+            output[start:stop] = linear(inner, down[expert])
             start = stop
     return output
 

@@ -33,10 +33,10 @@ class LocalExperts:
         batch_invariant: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Read all experts. Raises CheckpointError when one is missing or of a wrong shape."""
+        """Read all experts. Raises CheckpointError and ConfigError as `load_experts` does."""
         everything = range(groups.num_groups)
         self._owned: OwnedExperts = load_experts(
-            spec, checkpoint, groups, everything, dtype, device, on_progress
+            spec, checkpoint, groups, everything, dtype, device, on_progress, batch_invariant
         )
         self._batch_invariant = batch_invariant
         self.load = ExpertLoad(spec.num_layers, spec.num_experts)
@@ -57,6 +57,9 @@ class LocalExperts:
     def combine(self, handle: Tensor) -> Tensor:
         """The routed experts' output: [num_tokens, hidden] in the dtype of the hidden states."""
         return handle
+
+    def abandon(self, handle: Tensor) -> None:
+        """Nothing: the work is done."""
 
     def partials(self, layer_idx: int, hidden_states: Tensor, slots: Slots) -> Tensor:
         """Each group's weighted sum: [num_groups, num_tokens, hidden]. All experts are owned, so

@@ -13,6 +13,8 @@ from cluster.placement import ExpertPlacement
 from experts import wire
 
 CONNECT_S = 2.0  # for one attempt
+SLOT_S = 0.002  # at least so much more patience for every slot that a host has to compute,
+SLACK = 4.0  # or so many times what it took lately
 FIRST_BAN_S, LONGEST_BAN_S = 0.1, 10.0
 
 
@@ -23,29 +25,41 @@ class Peer:
     host_id: str
     endpoint: Endpoint
     link: Link | None = None
+    has_left: bool = False  # the placement
     num_bans: int = 0  # since it last answered
     retry_at_s: float = 0.0  # on time.monotonic's clock
     problem: str = "not connected yet"
-    outstanding: set[int] = field(default_factory=set)  # calls sent on this link
+    slot_s: float = 0.0  # its computing time for a slot: the slowest lately
+    outstanding: dict[int, int] = field(default_factory=dict)  # calls on this link: their slots
     arrived: dict[int, wire.Reply] = field(default_factory=dict)  # for calls collected later
 
     def receive(self, link: Link, call_id: int, deadline_s: float) -> wire.Reply:
-        """The reply to a call, whatever else comes before it; `deadline_s` from now.
+        """The reply to a call, whatever else comes before it. `deadline_s` is for silence, from
+        now: a slow host is given more, for the slots that it still has to compute.
 
         Raises LinkError when it doesn't come.
         """
         if link is not self.link:
             raise LinkError("The link was closed since.")
-        end = time.monotonic() + deadline_s
         try:
-            while call_id not in self.arrived:
-                reply = wire.decode_reply(link.recv(max(0.0, end - time.monotonic())))
-                if reply.call_id in self.outstanding:
-                    self.outstanding.discard(reply.call_id)
-                    self.arrived[reply.call_id] = reply
+            while (reply := self.arrived.pop(call_id, None)) is None:
+                num_slots = sum(list(self.outstanding.values()))
+                patience_s = deadline_s + num_slots * max(SLOT_S, SLACK * self.slot_s)
+                came = wire.decode_reply(link.recv(patience_s))
+                if self.outstanding.pop(came.call_id, None) is not None:  # else: abandoned
+                    self.arrived[came.call_id] = came
         except LinkTimeout:
             raise LinkError(f"{self.host_id} was silent for too long.") from None
-        return self.arrived.pop(call_id)
+        return reply
+
+    def took(self, compute_s: float, num_slots: int) -> None:
+        """Learn from an answer how long this host computes."""
+        self.slot_s = max(0.95 * self.slot_s, compute_s / num_slots)
+
+    def forget(self, call_id: int) -> None:
+        """Nobody will collect this call: drop its reply, now or when it comes."""
+        self.outstanding.pop(call_id, None)
+        self.arrived.pop(call_id, None)
 
 
 class Peers:
@@ -53,36 +67,38 @@ class Peers:
     only while a link is missing, opens them again, so that no step waits for a connection.
     """
 
-    def __init__(
-        self, secret: bytes, weights_hash: str, transports: Sequence[str], spin_s: float
-    ) -> None:
+    def __init__(self, secret: bytes, weights_hash: str, transports: Sequence[str]) -> None:
         self.placement: ExpertPlacement
         self.generation = object()  # another one whenever a link opens or closes
         self._secret, self._weights_hash = secret, weights_hash
-        self._transports, self._spin_s = transports, spin_s
+        self._transports = transports
         self._peers: dict[str, Peer] = {}
         self._changed = threading.Condition()
         self._reconnecting: threading.Thread | None = None
         self._is_closed = False
 
     def use(self, placement: ExpertPlacement, endpoints: Mapping[str, Endpoint]) -> None:
-        """Know these hosts and no others; new ones are connected to before this returns, or in the
-        background if they can't be reached at once.
+        """Know these hosts and no others. New ones are connected to before they are asked, so that
+        no call finds a gap; in the background if they can't be reached at once. A host without an
+        endpoint can't be asked yet.
         """
+        before, after = self._peers, dict[str, Peer]()
+        for host_id in [host for host in placement.host_ids if host in endpoints]:
+            old, endpoint = before.get(host_id), endpoints[host_id]
+            stays = old is not None and old.endpoint == endpoint
+            after[host_id] = old if old and stays else Peer(host_id, endpoint)
+        for peer in after.values():
+            if peer.link is None:
+                self._connect(peer, placement.epoch)
         with self._changed:
-            before, self._peers = self._peers, {}
-            for host_id in placement.host_ids:
-                old, endpoint = before.get(host_id), endpoints[host_id]
-                stays = old is not None and old.endpoint == endpoint
-                self._peers[host_id] = old if old and stays else Peer(host_id, endpoint)
-            left = [peer for peer in before.values() if peer not in self._peers.values()]
-            self.placement = placement
+            self._peers, self.placement = after, placement
+            kept = () if self._is_closed else after.values()
+            left = [peer for peer in {*before.values(), *after.values()} if peer not in kept]
+            for peer in left:
+                peer.has_left = True
             self._bump()
         for peer in left:
             self._drop(peer, "it left the placement")
-        for peer in list(self._peers.values()):
-            if peer.link is None:
-                self._connect(peer)
         with self._changed:
             self._start_reconnecting()
 
@@ -95,7 +111,11 @@ class Peers:
     def problems(self) -> dict[str, str]:
         """Why each host that has no link has none."""
         with self._changed:
-            return {host: peer.problem for host, peer in self._peers.items() if not peer.link}
+            unknown = {host: "not started yet" for host in self.placement.host_ids}
+            for host in self._peers:
+                unknown.pop(host, None)
+            unlinked = {host: peer.problem for host, peer in self._peers.items() if not peer.link}
+            return unknown | unlinked
 
     def wait_for_change(self, timeout_s: float) -> None:
         """Return when a link opened or closed, or after `timeout_s`."""
@@ -134,12 +154,10 @@ class Peers:
         if link is not None:
             link.close()
 
-    def _connect(self, peer: Peer) -> None:
-        hello = wire.Hello(peer.host_id, self._weights_hash, self.placement.epoch).encode()
+    def _connect(self, peer: Peer, epoch: int) -> None:
+        hello = wire.Hello(peer.host_id, self._weights_hash, epoch).encode()
         try:
-            link = connect(
-                peer.endpoint, self._secret, hello, CONNECT_S, self._transports, self._spin_s
-            )
+            link = connect(peer.endpoint, self._secret, hello, CONNECT_S, self._transports)
         except LinkError as error:
             with self._changed:
                 peer.problem = str(error)
@@ -147,7 +165,7 @@ class Peers:
                 peer.retry_at_s = time.monotonic() + _ban_s(peer.num_bans)
             return
         with self._changed:
-            is_wanted = not self._is_closed and peer in self._peers.values() and not peer.link
+            is_wanted = not self._is_closed and not peer.has_left and not peer.link
             if is_wanted:
                 peer.link = link
                 self._bump()
@@ -178,7 +196,8 @@ class Peers:
                 if wait_s > 0:
                     self._changed.wait(wait_s)
                     continue
-            self._connect(peer)
+                epoch = self.placement.epoch
+            self._connect(peer, epoch)
 
 
 def _ban_s(num_bans: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cluster.errors import LinkError, StaleEpoch, Unavailable
+from cluster.errors import LinkError, Unavailable
 from cluster.links import AUTO, Endpoint, Link
 from cluster.placement import ExpertPlacement
 from cluster.spec import ModelSpec
@@ -45,6 +45,7 @@ class _Sent:
     link: Link
     call_id: int
     group_ids: tuple[int, ...]
+    num_slots: int
     cells: IntArray  # [num_rows]: where each row of the reply belongs, as group * tokens + token
     sent_s: float
 
@@ -63,6 +64,8 @@ class Handle:
     partials: Tensor  # [num_groups, num_tokens, hidden]
     sent: list[_Sent] = field(default_factory=list)
     orphans: set[int] = field(default_factory=set)  # groups that no host has been asked for
+    # By host and group: why it didn't compute this.
+    refusals: dict[tuple[str, int], str] = field(default_factory=dict)
     dispatched_s: float = 0.0
 
 
@@ -71,7 +74,8 @@ class ExpertRouter:
 
     One frame per layer, micro-batch and host. What fails (a closed link, silence past the deadline,
     a refusal) is asked again, for its groups only, of another copy, else of the fallback. As groups
-    are the fixed unit of summation, no bit depends on who answered.
+    are the fixed unit of summation, no bit depends on who answered. A host whose link fails is left
+    alone for a while; one that refuses or breaks on a call only isn't asked for this call again.
 
     One thread dispatches and combines; `use` and `stats` may be called from others.
     """
@@ -88,14 +92,14 @@ class ExpertRouter:
         fallback: Fallback | None = None,
         deadline_s: float = 2.0,
         transports: Sequence[str] = AUTO,
-        spin_s: float = 0.0,
         observer: CallObserver | None = None,
     ) -> None:
-        """Connect to every host of the placement; those that can't be reached are tried again in
-        the background. `deadline_s` is for one host's answer, counted from dispatch.
+        """Connect to every host of the placement that has an endpoint; those that can't be reached
+        are tried again in the background. `deadline_s` is for a host's silence while `combine`
+        listens to it; it gets more for the slots that it has to compute.
         """
         self._spec, self._deadline_s, self._fallback = spec, deadline_s, fallback
-        self._peers = Peers(secret, weights_hash, transports, spin_s)
+        self._peers = Peers(secret, weights_hash, transports)
         self._call_ids = itertools.count(1)
         self._stats = CallStats()
         self._observer = observer
@@ -167,6 +171,12 @@ class ExpertRouter:
         )
         return sum_partials(handle.partials).to(handle.device)
 
+    def abandon(self, handle: Handle) -> None:
+        """Give a call up instead of combining it: its answers are dropped when they come."""
+        for sent in handle.sent:
+            sent.peer.forget(sent.call_id)
+        handle.sent.clear()
+
     def stats(self) -> CallStats:
         """Counters since the start; a live object, read it only."""
         return self._stats
@@ -194,6 +204,8 @@ class ExpertRouter:
     def _send(self, handle: Handle, group_ids: set[int]) -> None:
         """Ask for groups; those that nobody can be asked for become orphans."""
         plan, by_peer = self._current_plan(), dict[str, list[int]]()
+        if handle.refusals:
+            plan = self._make_plan(handle.refusals)
         for group_id in sorted(group_ids):
             peer = plan.group_to_peer.get(group_id)
             if peer is None:
@@ -210,13 +222,17 @@ class ExpertRouter:
 
     def _current_plan(self) -> _Plan:
         if self._plan.generation is not self._peers.generation:
-            generation, placement, alive = self._peers.snapshot()
-            table = [
-                [host for host in hosts if host in alive] for hosts in placement.group_to_hosts
-            ]
-            group_to_peer = {group: alive[host] for group, host in choose_copies(table).items()}
-            self._plan = _Plan(generation, placement.epoch, group_to_peer)
+            self._plan = self._make_plan(())
         return self._plan
+
+    def _make_plan(self, avoided: Container[tuple[str, int]]) -> _Plan:
+        generation, placement, alive = self._peers.snapshot()
+        table = [
+            [host for host in hosts if host in alive and (host, group) not in avoided]
+            for group, hosts in enumerate(placement.group_to_hosts)
+        ]
+        group_to_peer = {group: alive[host] for group, host in choose_copies(table).items()}
+        return _Plan(generation, placement.epoch, group_to_peer)
 
     def _send_frame(
         self, handle: Handle, peer: Peer, group_ids: list[int], epoch: int
@@ -246,42 +262,53 @@ class ExpertRouter:
             handle.weights[slots],
         )
         cells = wire.cells_with_slots(tokens, groups, num_tokens)
+        peer.outstanding[call_id] = len(tokens)
         sent_s = time.perf_counter()
         try:
             link.send(parts, self._deadline_s)
         except LinkError as error:
-            self._peers.ban(peer, link, str(error))
+            peer.forget(call_id)
+            self._failed(peer, link, str(error))
             return None
-        peer.outstanding.add(call_id)
-        return _Sent(peer, link, call_id, tuple(group_ids), cells, sent_s)
+        return _Sent(peer, link, call_id, tuple(group_ids), len(tokens), cells, sent_s)
 
     def _collect(self, handle: Handle, sent: _Sent) -> bool:
         """Take in one host's answer; False if it has to be asked again elsewhere."""
+        start = time.perf_counter()
         try:
-            left_s = self._deadline_s - (time.perf_counter() - sent.sent_s)
-            reply = sent.peer.receive(sent.link, sent.call_id, max(0.0, left_s))
-            if reply.status is wire.Status.STALE_EPOCH:
-                raise StaleEpoch(reply.reason)
-            if reply.status is not wire.Status.OK:
-                raise LinkError(reply.reason)
+            reply = sent.peer.receive(sent.link, sent.call_id, self._deadline_s)
+            if reply.status is not wire.Status.OK:  # the link is good: no reason for a ban
+                for group_id in sent.group_ids:
+                    handle.refusals[sent.peer.host_id, group_id] = reply.reason
+                self._failed(sent.peer, None, reply.reason)
+                return False
             rows = handle.partials.flatten(0, 1)
             if reply.rows.shape != (len(sent.cells), rows.shape[1]) or (
                 reply.rows.dtype is not rows.dtype
             ):
                 raise LinkError(f"{sent.peer.host_id} answered with rows of a wrong shape.")
         except LinkError as error:
-            self._stats.num_failures += 1
-            if self._observer is not None:
-                self._observer.failed(sent.peer.host_id)
-            self._peers.ban(sent.peer, sent.link, str(error))
+            self._failed(sent.peer, sent.link, str(error))
             return False
         rows[torch.from_numpy(sent.cells)] = reply.rows
         sent.peer.num_bans = 0  # only an answer proves that it is well again
-        latency_s = time.perf_counter() - sent.sent_s
+        sent.peer.took(reply.compute_s, sent.num_slots)
+        # When an answer came that was there before it was asked for isn't known: the dense MLP's
+        # time mustn't count, so the host's own time stands for it.
+        waited_s = time.perf_counter() - start
+        latency_s = min(start - sent.sent_s, reply.compute_s) + waited_s
         self._stats.count_call(latency_s, reply.compute_s)
         if self._observer is not None:
             self._observer.answered(sent.peer.host_id, latency_s)
         return True
+
+    def _failed(self, peer: Peer, link: Link | None, problem: str) -> None:
+        """Count a call that has to be asked again elsewhere; ban the host if its link failed."""
+        self._stats.num_failures += 1
+        if self._observer is not None:
+            self._observer.failed(peer.host_id)
+        if link is not None:
+            self._peers.ban(peer, link, problem)
 
     def _retry(self, handle: Handle) -> None:
         """Ask for the orphans again: another copy, else the fallback, else Unavailable."""
@@ -293,9 +320,10 @@ class ExpertRouter:
 
     def _fall_back(self, handle: Handle) -> None:
         if self._fallback is None:
+            refusals = {host_id: reason for (host_id, _), reason in handle.refusals.items()}
             raise Unavailable(
                 f"No expert host answers for groups {sorted(handle.orphans)}: "
-                f"{self._peers.problems()}."
+                f"{self._peers.problems() | refusals}."
             )
         if not isinstance(self._fallback, LocalExperts):
             self._fallback = self._fallback()

@@ -6,10 +6,7 @@ import bisect
 from dataclasses import dataclass, field
 from typing import Protocol
 
-# Upper bounds of the latency buckets in seconds: 10 µs to 50 s, about 1.5 apart.
-LATENCY_BOUNDS_S = tuple(
-    mantissa * 10.0**exponent for exponent in range(-5, 2) for mantissa in (1, 1.5, 2, 3, 5, 7)
-)[:-2]
+from cluster.metrics import CALL_BUCKETS
 
 
 class CallObserver(Protocol):
@@ -27,11 +24,13 @@ class CallStats:
     num_failures: int = 0  # calls that had to be asked again elsewhere
     num_retries: int = 0
     num_fallbacks: int = 0  # times that the fallback computed
-    latency_s: float = 0.0  # summed over calls, from sending to the answer in hand
+    # Summed over calls, from sending to the answer's arrival; for one that had come before combine
+    # asked for it, the host's own time and the time to take it in.
+    latency_s: float = 0.0
     compute_s: float = 0.0  # of it, the hosts' own time
     hidden_s: float = 0.0  # between dispatch and combine
     waited_s: float = 0.0  # inside combine
-    latency_counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BOUNDS_S) + 1))
+    latency_counts: list[int] = field(default_factory=lambda: [0] * (len(CALL_BUCKETS) + 1))
 
     @property
     def hidden_share(self) -> float:
@@ -40,20 +39,20 @@ class CallStats:
         return self.hidden_s / total_s if total_s else 0.0
 
     def latency_quantile_s(self, quantile: float) -> float:
-        """The upper bound of the bucket that holds the quantile; 0 before the first call."""
-        left = quantile * self.num_calls
-        for bound, count in zip(LATENCY_BOUNDS_S, self.latency_counts, strict=False):
-            left -= count
-            if left <= 0:
-                return bound if self.num_calls else 0.0
-        return LATENCY_BOUNDS_S[-1]
+        """The quantile, linear inside the bucket that holds it; 0 before the first call."""
+        left, lower = quantile * self.num_calls, 0.0
+        for upper, count in zip(CALL_BUCKETS, self.latency_counts, strict=False):
+            if count and left <= count:
+                return lower + (upper - lower) * left / count
+            left, lower = left - count, upper
+        return lower if self.num_calls else 0.0
 
     def count_call(self, latency_s: float, compute_s: float) -> None:
         """Add one answered call."""
         self.num_calls += 1
         self.latency_s += latency_s
         self.compute_s += compute_s
-        self.latency_counts[bisect.bisect_left(LATENCY_BOUNDS_S, latency_s)] += 1
+        self.latency_counts[bisect.bisect_left(CALL_BUCKETS, latency_s)] += 1
 
     def count_combine(self, hidden_s: float, waited_s: float) -> None:
         """Add one dispatch/combine pair."""

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
+from cluster.errors import NotEnoughMemory
+from cluster.invariant import check_invariance
+from cluster.packed import PackedWeight, can_pack
 from cluster.placement import ExpertGroups
 from cluster.spec import ModelSpec
-from experts.kernels import LayerExperts, Slots
+from experts.kernels import ExpertWeights, LayerExperts, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class OwnedExperts:
     @property
     def num_bytes(self) -> int:
         """Memory of the weights."""
-        return sum(layer.gate_up.nbytes + layer.down.nbytes for layer in self.layers)
+        return sum(w.nbytes for layer in self.layers for w in (*layer.gate_up, *layer.down))
 
 
 def load_experts(
@@ -43,10 +46,13 @@ def load_experts(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
+    batch_invariant: bool = False,
 ) -> OwnedExperts:
     """Read the experts of `group_ids` in every layer; `on_progress(layers done, of)`.
 
-    Raises CheckpointError, naming the tensor, when one is missing or of a wrong shape.
+    Raises CheckpointError, naming the tensor, when one is missing or of a wrong shape,
+    NotEnoughMemory when they don't fit on the device, and ConfigError when this machine can't keep
+    `batch_invariant`.
     """
     assert groups.num_experts == spec.num_experts and group_ids
     owned_groups = tuple(sorted(group_ids))
@@ -64,14 +70,31 @@ def load_experts(
             "gate_up_proj": (spec.num_experts, 2 * inner, hidden),
             "down_proj": (spec.num_experts, hidden, inner),
         }
-        gate_up, down = (
-            _read_runs(checkpoint, prefix + name, runs, shape).to(device=device, dtype=dtype)
-            for name, shape in shapes.items()
+        try:
+            gate_up, down = (
+                _read_runs(checkpoint, prefix + name, runs, shape).to(device=device, dtype=dtype)
+                for name, shape in shapes.items()
+            )
+        except torch.OutOfMemoryError as error:
+            raise NotEnoughMemory(f"The experts don't fit on {device}: {error}") from None
+        if batch_invariant and not layers:
+            check_invariance([gate_up[0], down[0]])
+        pack = not batch_invariant and can_pack(gate_up)
+        layers.append(
+            LayerExperts(
+                _packed(gate_up) if pack else gate_up,
+                _packed(down) if pack else down,
+                expert_to_group,
+                len(owned_groups),
+            )
         )
-        layers.append(LayerExperts(gate_up, down, expert_to_group, len(owned_groups)))
         if on_progress is not None:
             on_progress(len(layers), spec.num_layers)
     return OwnedExperts(owned_groups, tuple(layers), expert_to_row.to(device))
+
+
+def _packed(weights: Tensor) -> ExpertWeights:
+    return [PackedWeight(weight) for weight in weights]
 
 
 def _merge_runs(ranges: Sequence[range]) -> list[range]:

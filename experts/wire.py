@@ -12,7 +12,6 @@ from __future__ import annotations
 import enum
 import json
 import struct
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -191,11 +190,6 @@ def cells_with_slots(tokens: IntArray, groups: IntArray, num_tokens: int) -> Int
     present = np.zeros(int(cells.max()) + 1, dtype=np.bool_)
     present[cells] = True
     return np.flatnonzero(present)
-
-
-def join(parts: Sequence[memoryview]) -> memoryview:
-    """One frame of its parts, as a link delivers it; for tests and tools."""
-    return memoryview(bytearray(b"".join(parts)))
 
 
 def _hidden_offset(num_slots: int) -> int:

@@ -22,6 +22,7 @@ from engine.invariant_attention import check_attention
 from engine.model import GemmaDecoder
 from experts.local import LocalExperts
 from tests.paged_driver import PagedDriver, Sequence
+from tests.remote_experts import remote_experts
 from tests.tiny_models import make_tiny
 
 # The wide ones have several key blocks, and GEMMs large enough for the library's other kernels.
@@ -36,12 +37,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MAX_PROMPT = 150
 NUM_TOKENS = 4  # generated after each prompt
+NUM_GROUPS = 3
 
 
 @dataclass
 class Subject:
     """A model and, for each prompt so far, the logits of a run alone and unchunked."""
 
+    path: Path
     model: GemmaDecoder
     experts: LocalExperts | None
     alone: dict[tuple[int, int], Sequence]
@@ -70,9 +73,9 @@ def load(path: Path) -> Subject:
     model = GemmaDecoder.load(spec, checkpoint, batch_invariant=True)
     experts = None
     if spec.is_moe:
-        groups = ExpertGroups(spec.num_experts, 3)
+        groups = ExpertGroups(spec.num_experts, NUM_GROUPS)
         experts = LocalExperts(spec, checkpoint, groups, torch.float32, batch_invariant=True)
-    return Subject(model, experts, {})
+    return Subject(path, model, experts, {})
 
 
 def prompt(vocab_size: int, length: int, seed: int) -> list[int]:
@@ -88,19 +91,43 @@ def test_any_batch_and_any_chunking(
 ) -> None:
     """Random prompts enter at random steps, in random chunks and orders, in mixed batches."""
     subject = subjects[name]
+    check_random_batches(subject, PagedDriver(subject.model, subject.experts), data)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_remote_experts_and_a_lost_host(subjects: dict[str, Subject], data: st.DataObject) -> None:
+    """The same with two copies of every group, where a host closes in the middle of a step."""
+    subject = subjects["26b"]
+    groups = ExpertGroups(subject.model.spec.num_experts, NUM_GROUPS)
+    with remote_experts(subject.path, groups, num_copies=2, batch_invariant=True) as cluster:
+        router, hosts = cluster
+        num_micro_batches = data.draw(st.sampled_from([1, 2]))
+        driver = PagedDriver(subject.model, router, num_micro_batches=num_micro_batches)
+        check_random_batches(subject, driver, data)  # while both are well
+        assert router.stats().num_retries == 0
+        # Not the last layer, so that somebody must notice.
+        layer_idx = data.draw(st.integers(0, subject.model.spec.num_layers - 2))
+        router.doomed = layer_idx, data.draw(st.sampled_from(hosts))
+        check_random_batches(subject, driver, data)
+        assert router.stats().num_retries >= 1
+
+
+def check_random_batches(subject: Subject, driver: PagedDriver, data: st.DataObject) -> None:
     lengths = st.sampled_from([1, 2, 3, 16, 17, 40, 64, 65, 100, 129, MAX_PROMPT])
     keys = data.draw(
         st.lists(st.tuples(lengths, st.integers(0, 2)), min_size=1, max_size=5, unique=True)
     )
     references = [subject.run_alone(*key) for key in keys]
     sequences = [Sequence(list(reference.token_ids)) for reference in references]
-    driver = PagedDriver(subject.model, subject.experts)
     while unfinished := [s for s in sequences if s.num_computed < len(s.token_ids) - 1]:
         chosen = data.draw(st.lists(st.sampled_from(unfinished), min_size=1, unique_by=id))
         chunks = st.sampled_from([1, 1, 2, 5, 16, 31, 64, MAX_PROMPT])
         left = [len(s.token_ids) - 1 - s.num_computed for s in chosen]
         work = [(s, min(data.draw(chunks), n)) for s, n in zip(chosen, left, strict=True)]
         driver.step(work)
+    for sequence in sequences:
+        driver.release(sequence)
     for reference, sequence in zip(references, sequences, strict=True):
         assert_equal_bits(sequence, reference)
 
@@ -136,16 +163,17 @@ class _Remote:
 
     def __init__(self, local: LocalExperts) -> None:
         self.dispatch, self.combine = local.dispatch, local.combine
+        self.abandon = local.abandon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_linear(dtype: torch.dtype) -> None:
     x, weight, bias = torch.randn(70, 64), torch.randn(96, 64), torch.randn(96)
     x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    whole = linear(x, weight, bias, batch_invariant=True)
+    whole = linear(x, weight, bias)
     assert torch.allclose(whole.float(), linear(x, weight, bias).float(), atol=0.3, rtol=0.02)
     for start, stop in ((0, 1), (3, 8), (5, 16), (11, 70), (40, 57), (7, 7)):
-        part = linear(x[start:stop], weight, bias, batch_invariant=True)
+        part = linear(x[start:stop], weight, bias)
         assert torch.equal(part, whole[start:stop])
 
 

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from cluster.errors import NotEnoughMemory
 from cluster.spec import AttentionKind, ModelSpec
 from engine.block_pool import NULL_BLOCK, BlockPool
-from engine.kv_cache import KVCache, KVCacheConfig, kv_bytes_per_block, size_kv_cache
+from engine.kv_cache import (
+    KVCache,
+    KVCacheConfig,
+    kv_bytes_per_block,
+    longest_context,
+    size_kv_cache,
+)
 from engine.request import Request, SamplingParams
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
@@ -164,6 +170,18 @@ def test_sizes_of_a_model_without_sliding_layers() -> None:
 def test_too_little_memory_says_how_much_is_needed() -> None:
     with pytest.raises(NotEnoughMemory, match=r"1024 tokens takes \d+\.\d MB; 0\.1 MB are free"):
         size_kv_cache(make_spec(), 100_000, 1024, dtype=torch.float32)
+
+
+def test_the_longest_context_just_fits() -> None:
+    spec = make_spec()
+    for kv_bytes in (200_000, 500_000, 2_000_000):
+        longest = longest_context(spec, kv_bytes, dtype=torch.float32)
+        size_kv_cache(spec, kv_bytes, longest, dtype=torch.float32)
+        with pytest.raises(NotEnoughMemory, match="Lower engine.max_model_len"):
+            size_kv_cache(spec, kv_bytes, longest + 1, dtype=torch.float32)
+    whole = spec.max_position_embeddings
+    assert longest_context(spec, 10**12, dtype=torch.float32) == whole
+    assert longest_context(spec, 1, dtype=torch.float32) == 1
 
 
 def test_a_window_that_does_not_fit_is_refused() -> None:

@@ -71,11 +71,20 @@ def test_broken_directories(directory: Path) -> None:
     path.write_bytes(whole[:-1])
     with pytest.raises(CheckpointError, match="cut short"):
         Checkpoint(directory)
-    for garbage in (b"", whole[:10], b"\xff" * 40, (2).to_bytes(8, "little") + b"[]"):
+    headers = (b"[]", b"1", b'{"a": {"data_offsets": [0, 4]}}', b'{"a": {"shape": [1]}}')
+    garbage_files = [len(header).to_bytes(8, "little") + header for header in headers]
+    for garbage in (b"", whole[:10], b"\xff" * 40, *garbage_files):
         path.write_bytes(garbage)
         with pytest.raises(CheckpointError, match="not a safetensors file"):
             Checkpoint(directory)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match="can't be read: Is a directory"):
+        Checkpoint(directory)
     index = directory / "model.safetensors.index.json"
+    index.write_text("[]")
+    with pytest.raises(CheckpointError, match="not a safetensors index"):
+        Checkpoint(directory)
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="not a safetensors index"):
         Checkpoint(directory)
@@ -91,6 +100,16 @@ def test_fingerprint(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
     second = Checkpoint(directory).fingerprint
     (directory / "config.json").write_text("{}")
     assert len({first, second, Checkpoint(directory).fingerprint}) == 3
+
+
+def test_fingerprint_sees_every_tensor(tmp_path: Path) -> None:
+    """Experts lie in the middle of a long file."""
+    tensors = {name: torch.zeros(20_000) for name in "abc"}
+    prints = set()
+    for name in "abc":
+        save_file({**tensors, name: tensors[name] + 1}, tmp_path / "model.safetensors")
+        prints.add(Checkpoint(tmp_path).fingerprint)
+    assert len(prints) == 3
 
 
 def test_resolve_model(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

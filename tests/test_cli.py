@@ -10,18 +10,30 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import psutil
 import pytest
+from rich.console import Console
 
 from cluster.config import DEMO_MODEL_DIR, Config
-from cluster.errors import BrioletteError, CheckpointError, ConfigError, NotEnoughMemory, PortTaken
+from cluster.errors import (
+    BrioletteError,
+    CheckpointError,
+    ConfigError,
+    InvalidRequest,
+    NotEnoughMemory,
+    PortTaken,
+)
 from cluster.spec import ModelSpec
 from deployments import cli, lifecycle, preflight
+from deployments.chat import Conversation
+from deployments.client import Client
 from deployments.layout import decoder_gpus, decoder_threads, host_gpus, host_threads, place_experts
 from deployments.start_report import read_reports, reporting
+from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling
 
 
 @pytest.fixture
@@ -65,7 +77,8 @@ def test_up_says_why_it_fails_and_leaves_nothing(
     assert not (tmp_path / "running.json").exists()
 
 
-def test_ctrl_c_while_starting_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupt_while_starting_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["up", "--set", f"state_dir={tmp_path}", "--set", "gateway.port=0"]
     arguments += ["--set", "gateway.metrics_port=0", "--set", "engine.kv_bytes=64MiB"]
     command = [sys.executable, "-m", "deployments.cli", *arguments]
@@ -75,12 +88,88 @@ def test_ctrl_c_while_starting_leaves_nothing(tmp_path: Path) -> None:
             time.sleep(0.05)
             running = lifecycle.find_running(tmp_path)
         time.sleep(1.0)  # in the middle of Ray's start
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said, _ = process.communicate(timeout=60)
     assert running is not None and process.returncode == 130
     assert "everything that was started is stopped" in " ".join(said.split())
     assert not Path(running.ray_dir).exists() and lifecycle.find_running(tmp_path) is None
     assert [pid for pid in psutil.pids() if in_session(pid, running.pid)] == []
+
+
+def test_down_while_a_model_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_port: int
+) -> None:
+    """From a hub that never answers."""
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken_port}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    at = ["--set", f"state_dir={tmp_path}"]
+    arguments = ["up", *at, "--set", "gateway.port=0", "--set", "model=no/such-model"]
+    command = [sys.executable, "-m", "deployments.cli", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while lifecycle.find_running(tmp_path) is None and process.poll() is None:
+            time.sleep(0.05)
+        assert cli.main(["down", *at]) == 0
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "interrupted" in said
+    assert lifecycle.find_running(tmp_path) is None and not (tmp_path / "running.json").exists()
+
+
+def test_a_process_that_ignores_the_end_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all it started."""
+    monkeypatch.setattr(lifecycle, "STOP_S", 0.5)
+    code = (
+        "import pathlib, signal, subprocess, sys, time\n"
+        "from cluster.config import Config\n"
+        "from deployments.lifecycle import Running, holding\n"
+        "config = Config.load(None, {'state_dir': sys.argv[1]})\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "with holding(config.state_dir):\n"
+        "    subprocess.Popen(['sleep', '60'])\n"
+        "    Running.this_process(config).write(config.state_dir)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        while (running := lifecycle.find_running(tmp_path)) is None and process.poll() is None:
+            time.sleep(0.05)
+        assert lifecycle.stop(tmp_path)
+    assert running is not None and lifecycle.find_running(tmp_path) is None
+    assert not Path(running.ray_dir).exists()
+    assert [pid for pid in psutil.pids() if in_session(pid, running.pid)] == []
+
+
+def test_an_error_may_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = failure(capsys, "up", "--set", f"state_dir={tmp_path}", "--set", "model=[/x]/y[red]")
+    assert "[/x]/y[red]" in said
+
+
+class FullContext:
+    """A client whose model takes one message and no more."""
+
+    def chat(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[Generation]:
+        if len(messages) > 1:
+            raise InvalidRequest("The prompt is too long.")
+        yield Generation(text="Hello!", token_ids=[1])
+
+
+def test_a_full_conversation_starts_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["Hi", "Hi", "/new", "Hi"])
+
+    def read(prompt: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    client = cast(Client, FullContext())
+    Conversation(client, Sampling(), Console(highlight=False)).run()
+    said = capsys.readouterr().out
+    assert said.count("Hello!") == 2 and said.count("/new starts over with") == 1
 
 
 def in_session(pid: int, session_id: int) -> bool:

@@ -16,10 +16,11 @@ from cluster.placement import ExpertGroups
 from cluster.spec import AttentionKind, ModelSpec
 from engine.core import EngineCore, SpecLimits
 from engine.kv_cache import KVCacheConfig, size_kv_cache
-from engine.model import GemmaDecoder
+from engine.model import Experts, GemmaDecoder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
 from experts.local import LocalExperts
+from tests.remote_experts import remote_experts
 from tests.tiny_models import tiny_model
 
 NUM_TOKENS = 16
@@ -29,11 +30,12 @@ AMPLE = KVCacheConfig(4, {AttentionKind.GLOBAL: 200, AttentionKind.SLIDING: 200}
 CRAMPED = KVCacheConfig(4, {AttentionKind.GLOBAL: 33, AttentionKind.SLIDING: 14})
 
 
-def make_core(model_dir: Path, kv: KVCacheConfig, **options: Any) -> EngineCore:
+def make_core(
+    model_dir: Path, kv: KVCacheConfig, experts: Experts | None = None, **options: Any
+) -> EngineCore:
     spec = ModelSpec.load(model_dir)
     checkpoint = Checkpoint(model_dir)
-    experts = None
-    if spec.is_moe:
+    if spec.is_moe and experts is None:
         groups = ExpertGroups(spec.num_experts, 2)
         experts = LocalExperts(spec, checkpoint, groups, torch.float32)
     runner = ModelRunner(GemmaDecoder.load(spec, checkpoint), kv, experts)
@@ -59,6 +61,18 @@ def generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("member", ["26b", "12b", "e2b"])
 def test_answers_equal_transformers_however_they_are_batched(member: str, tmp_path: Path) -> None:
+    check_answers(member, tmp_path)
+
+
+def test_answers_equal_transformers_with_remote_experts_and_a_lost_host(tmp_path: Path) -> None:
+    tiny_model("26b").save_pretrained(tmp_path)
+    with remote_experts(tmp_path, ExpertGroups(8, 2), num_copies=2) as (router, hosts):
+        router.doomed = 2, hosts[0]
+        check_answers("26b", tmp_path, router)
+        assert router.stats().num_retries >= 1
+
+
+def check_answers(member: str, tmp_path: Path, experts: Experts | None = None) -> None:
     torch.set_num_threads(1)
     model = tiny_model(member)
     model.save_pretrained(tmp_path)
@@ -67,8 +81,8 @@ def test_answers_equal_transformers_however_they_are_batched(member: str, tmp_pa
     expected = [generate(model, prompt) for prompt in prompts]
 
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    ample = make_core(tmp_path, AMPLE)
-    cramped = make_core(tmp_path, CRAMPED, max_num_batched_tokens=13, max_num_seqs=5)
+    ample = make_core(tmp_path, AMPLE, experts)
+    cramped = make_core(tmp_path, CRAMPED, experts, max_num_batched_tokens=13, max_num_seqs=5)
     for core in (ample, cramped):
         answers: list[list[int]] = [[] for _ in prompts]
         for index, prompt in enumerate(prompts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import threading
 import time
@@ -24,14 +25,20 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.config import GatewayConfig
 from cluster.errors import LinkError, Overloaded, PortTaken, Unavailable
-from cluster.links import Endpoint, Listener
+from cluster.links import Endpoint, Listener, connect
 from cluster.metrics import Metrics
 from cluster.spec import AttentionKind
-from deployments.meters import EngineMeter
+from deployments.decoder_link import (
+    HELLO,
+    MAX_OUTBOX,
+    DecoderLink,
+    GatewayLinks,
+    verify_gateway,
+)
 from deployments.gateway import Gateway
+from deployments.meters import EngineMeter
 from deployments.step_loop import StepLoop
-from deployments.decoder_link import DecoderLink, GatewayLinks, verify_gateway
-from deployments.streams import MAX_BUFFERED_TOKENS, Stream
+from deployments.streams import MAX_BUFFERED_TOKENS, Streams
 from engine.batch import Batch
 from engine.core import EngineCore, SpecLimits
 from engine.kv_cache import KVCacheConfig
@@ -51,7 +58,7 @@ from protos.briolette.v1.inference_pb2 import (
     TokenizeRequest,
 )
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
-from protos.briolette.v1.stream_pb2 import Output
+from protos.briolette.v1.stream_pb2 import FromDecoder, Output
 
 SECRET = b"secret of this test"
 CONTEXT = 512
@@ -65,9 +72,12 @@ class CountingRunner:
     def __init__(self) -> None:
         self.step_s = 0.0
         self.error: Exception | None = None
+        self.go_on = threading.Event()  # cleared: hangs
+        self.go_on.set()
 
     def execute(self, batch: Batch) -> Tensor:
         time.sleep(self.step_s)
+        self.go_on.wait(10)
         if self.error is not None:
             raise self.error
         ids = (batch.input_ids[batch.logits_indices] + 1) % 256
@@ -304,6 +314,15 @@ def test_bad_chat(stub: InferenceStub, request_: ChatRequest, status: str, words
         assert (code, words in sentence, sentence.endswith(".")) == (status, True, True), sentence
 
 
+def test_a_prompt_that_is_too_long_never_reaches_the_decoder(
+    stub: InferenceStub, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder.engine, "add", None)
+    for num_tokens in (CONTEXT, 1_000_000):
+        code, sentence = failure(functools.partial(stub.CompleteOnce, complete("a" * num_tokens)))
+        assert (code, "context" in sentence) == ("INVALID_ARGUMENT", True)
+
+
 def test_bad_completion(stub: InferenceStub) -> None:
     assert failure(lambda: stub.CompleteOnce(complete("")))[0] == "INVALID_ARGUMENT"
     too_high = CompleteRequest(token_ids=TokenIds(ids=[256]), sampling=GREEDY)
@@ -388,9 +407,13 @@ def test_a_client_that_stops_reading_is_given_up(
 
 def test_a_slow_stream_is_bounded() -> None:
     async def behind() -> None:
-        stream = Stream()
-        for _ in range(MAX_BUFFERED_TOKENS + 1):
-            stream.push(Output(generation=Generation(text="a", token_ids=[1])))
+        aborted: list[str] = []
+        streams = Streams(aborted.append)
+        stream = streams.open()
+        piece = Generation(text="a", token_ids=[1])
+        for _ in range(MAX_BUFFERED_TOKENS + 2):
+            streams.push(Output(request_id=stream.request_id, generation=piece))
+        assert aborted == [stream.request_id]  # at once, and once
         with pytest.raises(Overloaded):
             await stream.take()
 
@@ -423,6 +446,50 @@ def test_health_follows_the_decoder(
     decoder.ready = True
     decoder.loop.wake()
     wait_for(lambda: serving(cluster[1]))
+
+
+def test_a_hanging_step_is_no_health(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.decoder_link.SILENCE_S", 0.5)
+    monkeypatch.setattr("deployments.step_loop.STATUS_PERIOD_S", 0.1)
+    monkeypatch.setattr("deployments.step_loop.LONGEST_STEP_S", 0.5)
+    decoder = Decoder(tokenizer)
+    with running_gateway(tokenizer, decoder.find) as gateway:
+        wait_for(lambda: serving(gateway))
+        time.sleep(0.8)
+        assert serving(gateway) and decoder.loop.problem() is None  # idle is well
+        decoder.runner.go_on.clear()
+        with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
+            call = InferenceStub(channel).CompleteOnce.future(complete())
+            wait_for(lambda: not serving(gateway))
+            wait_for(lambda: decoder.loop.problem() is not None)
+            decoder.runner.go_on.set()
+            assert call.result(5).text == "bcdefghi"
+        wait_for(lambda: serving(gateway))
+        assert decoder.loop.problem() is None
+    decoder.close()
+    assert decoder.loop.problem() is not None
+
+
+def test_a_gateway_that_takes_nothing_holds_up_nobody(tokenizer: Tokenizer) -> None:
+    """What is for it waits in its outbox, not in the step loop; then it is given up."""
+    decoder = Decoder(tokenizer)
+    with connect(decoder.find(), SECRET, HELLO):  # and never reads
+        wait_for(lambda: len(decoder.gateways._links) == 1)
+        big = FromDecoder(status=ClusterStatus(reason="x" * 100_000))
+        started = time.monotonic()
+        for _ in range(MAX_OUTBOX + 100):
+            decoder.gateways.broadcast(big)
+        assert time.monotonic() - started < 1.0
+        wait_for(lambda: not decoder.gateways._links)
+    decoder.close()
+
+
+def test_the_first_message_says_whether_it_is_ready(tokenizer: Tokenizer) -> None:
+    decoder = Decoder(tokenizer)
+    with connect(decoder.find(), SECRET, HELLO) as link:
+        status = FromDecoder.FromString(bytes(link.recv(2.0))).status
+    assert status.ready and status.model == "counter"
+    decoder.close()
 
 
 def test_a_lost_decoder_ends_streams_and_the_next_one_is_found(tokenizer: Tokenizer) -> None:
@@ -462,7 +529,7 @@ def test_the_secret_is_needed(tokenizer: Tokenizer) -> None:
     decoder = Decoder(tokenizer)
     messages: list[object] = []
     loop = asyncio.new_event_loop()
-    link = DecoderLink(loop, b"wrong", decoder.find, messages.append, lambda _: None)
+    link = DecoderLink(loop, b"wrong", decoder.find, messages.append, lambda _: None, lambda: None)
     loop.run_until_complete(asyncio.sleep(0.3))
     link.close()
     decoder.close()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster import pipes
+from cluster import links, pipes
 from cluster.errors import LinkError, PortTaken
 from cluster.handshake import TRANSPORTS
 from cluster.links import Endpoint, Link, LinkRefused, LinkTimeout, Listener, connect
@@ -148,18 +148,33 @@ def test_close_frees_a_thread_that_receives(transport: str) -> None:
 
 
 @every_transport
-def test_fileno_polls_readable(transport: str) -> None:
-    import select
-
+def test_the_deadline_is_for_silence_not_for_a_long_message(transport: str) -> None:
+    message = os.urandom(6000)
     with linked(transport) as (near, far):
-        fd = near.fileno()
-        assert not select.select([fd], [], [], 0)[0]
-        far.send([b"x"])
-        assert select.select([fd], [], [], 1)[0]
-        near.recv(0)
-        with pytest.raises(LinkTimeout):
-            near.recv(0)
-        assert not select.select([fd], [], [], 0)[0]
+        frame = memoryview(links._HEADER.pack(links._MARK, len(message)) + message)
+
+        def dribble() -> None:
+            for start in range(0, len(frame), 1000):
+                far._pipe.write([frame[start : start + 1000]])
+                time.sleep(0.1)
+
+        thread = threading.Thread(target=dribble)
+        thread.start()
+        assert bytes(near.recv(0.4)) == message
+        thread.join()
+
+
+def test_memory_that_cannot_be_mapped_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no memory")
+
+    before = len(os.listdir("/proc/self/fd"))
+    near, far = socket.socketpair()
+    monkeypatch.setattr(pipes.mmap, "mmap", fail)
+    with pytest.raises(LinkError, match="no memory"):
+        pipes.SharedMemoryPipe(near, pipes.create_shared_fds(), is_acceptor=True)
+    far.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def echo_until_killed(pipe: object) -> None:
@@ -287,12 +302,11 @@ def test_nothing_is_left_open(transport: str) -> None:
     def num_fds() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    with linked(transport) as (near, _):
-        near.fileno()
+    with linked(transport):
+        pass
     before = num_fds()
     for _ in range(5):
         with linked(transport) as (near, far):
-            near.fileno()
             near.send([b"x"])
             far.recv(1)
     assert num_fds() == before

@@ -274,11 +274,24 @@ def test_nobody_overtakes_a_request_that_does_not_fit_yet() -> None:
 
 
 def test_a_full_queue_refuses() -> None:
-    scheduler = make_scheduler(max_queue=2)
+    scheduler = make_scheduler(max_queue=1, max_num_seqs=2)
+    for name in ("a", "b", "c"):  # two for the idle places, one that queues
+        scheduler.add(make_request(name, 3))
+    with pytest.raises(Overloaded, match="3 requests are waiting"):
+        scheduler.add(make_request("d", 3))
+    run_step(scheduler)
+    with pytest.raises(Overloaded, match="1 requests are waiting"):
+        scheduler.add(make_request("d", 3))
+
+
+def test_without_a_queue_idle_places_are_taken() -> None:
+    scheduler = make_scheduler(max_queue=0, max_num_seqs=1)
     scheduler.add(make_request("a", 3))
-    scheduler.add(make_request("b", 3))
-    with pytest.raises(Overloaded, match="2 requests are waiting"):
-        scheduler.add(make_request("c", 3))
+    with pytest.raises(Overloaded):
+        scheduler.add(make_request("b", 3))
+    run_step(scheduler)
+    with pytest.raises(Overloaded, match="0 requests are waiting"):
+        scheduler.add(make_request("b", 3))
 
 
 def test_a_policy_chooses_who_goes_first() -> None:

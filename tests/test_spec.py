@@ -104,6 +104,15 @@ def test_defaults() -> None:
         ({"use_bidirectional_attention": "all"}, "can't generate text"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type 'yarn'"),
         ({"num_kv_shared_layers": 1}, "No layer owns the KV cache"),
+        ({"model_type": "gemma4", "text_config": "x"}, "text_config in config.json must be an"),
+        ({"hidden_size": "48"}, "hidden_size in config.json must be a whole number above 0, not"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers in config.json must be a whole number"),
+        ({"rope_parameters": {"full_attention": {"partial_rotary_factor": 1}}}, "no 'rope_theta'"),
+        ({"rope_parameters": "x"}, "not a Gemma 4 config: AttributeError"),
+        (
+            {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 99},
+            "top_k_experts is 99 of 8 experts",
+        ),
     ],
 )
 def test_refused_configs(changes: dict[str, Any], sentence: str) -> None:
@@ -116,4 +125,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
         ModelSpec.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
+        ModelSpec.load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="no JSON object"):
         ModelSpec.load(tmp_path)

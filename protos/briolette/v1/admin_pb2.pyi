@@ -49,7 +49,6 @@ class ClusterStatus(_message.Message):
     EXPERT_HOSTS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     EXPERT_CALLS_FIELD_NUMBER: _builtins.int
-    LOADING_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
@@ -59,8 +58,6 @@ class ClusterStatus(_message.Message):
     model: _builtins.str
     context_tokens: _builtins.int
     vocab_size: _builtins.int
-    loading: _builtins.float
-    """share of the weights that is loaded, 0 to 1"""
     kind: _builtins.str
     """the model_type of config.json"""
     experts: _builtins.str
@@ -92,13 +89,12 @@ class ClusterStatus(_message.Message):
         expert_hosts: _abc.Iterable[Global___ExpertHost] | None = ...,
         load: Global___EngineLoad | None = ...,
         expert_calls: Global___ExpertCalls | None = ...,
-        loading: _builtins.float = ...,
         kind: _builtins.str = ...,
         experts: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decoder", b"decoder", "expert_calls", b"expert_calls", "gateway", b"gateway", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decoder", b"decoder", "expert_calls", b"expert_calls", "expert_hosts", b"expert_hosts", "experts", b"experts", "gateway", b"gateway", "kind", b"kind", "load", b"load", "loading", b"loading", "model", b"model", "ready", b"ready", "reason", b"reason", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decoder", b"decoder", "expert_calls", b"expert_calls", "expert_hosts", b"expert_hosts", "experts", b"experts", "gateway", b"gateway", "kind", b"kind", "load", b"load", "model", b"model", "ready", b"ready", "reason", b"reason", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

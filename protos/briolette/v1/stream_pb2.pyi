@@ -92,7 +92,7 @@ class FromDecoder(_message.Message):
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]: ...
     @_builtins.property
     def status(self) -> _admin_pb2.ClusterStatus:
-        """at connection, once a second, and at each change of `ready`"""
+        """at connection and once a second"""
 
     def __init__(
         self,
