@@ -213,10 +213,10 @@ def _rope(text: Mapping[str, Any], kind: AttentionKind) -> RopeSpec:
     if params is None:
         params = default if is_global else {"rope_theta": 1e4}
     rope_type = params.get("rope_type", "default")
-    if "rope_theta" not in params:
-        raise CheckpointError(f"rope_parameters of {kind.value} have no 'rope_theta'.")
     if rope_type not in ("default", "proportional"):
         raise CheckpointError(f"rope_type {rope_type!r} of {kind.value} is not supported.")
+    if params.get("rope_theta") is None:
+        raise CheckpointError(f"rope_parameters of {kind.value} have no 'rope_theta'.")
     if rope_type == "default":
         return RopeSpec(theta=float(params["rope_theta"]))
     return RopeSpec(

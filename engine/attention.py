@@ -25,7 +25,7 @@ MIN_BUCKET = 512
 
 
 class KVTensors(NamedTuple):
-    """The cache of one layer; a flat slot is block * block_size + offset."""
+    """The KV blocks of one layer; a flat slot is block * block_size + offset."""
 
     key: Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
     value: Tensor  # the same shape
@@ -260,10 +260,10 @@ def _plan_chunk(
     return _Chunk(span.start, span.length, blocks, len(key_positions), mask)
 
 
-def _gather(cache: Tensor, blocks: Tensor, num_requests: int) -> Tensor:
+def _gather(kv_blocks: Tensor, blocks: Tensor, num_requests: int) -> Tensor:
     """The keys (or values) of blocks, as [num_requests, num_kv_heads, num_keys, head_dim]."""
-    _, _, num_kv_heads, head_dim = cache.shape
-    gathered = cache.index_select(0, blocks)
+    _, _, num_kv_heads, head_dim = kv_blocks.shape
+    gathered = kv_blocks.index_select(0, blocks)
     return gathered.view(num_requests, -1, num_kv_heads, head_dim).transpose(1, 2)
 
 

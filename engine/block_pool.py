@@ -11,9 +11,9 @@ NULL_BLOCK = 0  # stands in block tables where nothing is kept; never allocated,
 class BlockPool:
     """Hands out block ids 1 to num_blocks - 1.
 
-    `allocate` and `share` each add one reference to a block, `free` takes one away; a block without
-    references goes to the end of the free queue, so that the one freed longest ago is reused first
-    (what a prefix index will want).
+    `allocate` gives a block a reference, `free` takes it away; a block without references goes to
+    the end of the free queue, so that the one freed longest ago is reused first (what a prefix
+    index will want, as it will the counts: until then they are 0 or 1).
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -40,12 +40,6 @@ class BlockPool:
         for block_id in block_ids:
             self._ref_cnt[block_id] = 1
         return block_ids
-
-    def share(self, block_ids: Iterable[int]) -> None:
-        """Add a reference to blocks that are in use; each needs a `free` of its own."""
-        for block_id in block_ids:
-            assert self._ref_cnt[block_id] > 0, f"block {block_id} is not in use"
-            self._ref_cnt[block_id] += 1
 
     def free(self, block_ids: Iterable[int]) -> None:
         """Drop one reference of each block."""

@@ -141,6 +141,8 @@ class EngineCore:
             except Exception as error:  # the border of the engine loop
                 self._fail(output, error)
         outputs, self._outputs = self._outputs, []
+        if not self.has_work:
+            self._check_idle()
         return outputs
 
     @property
@@ -216,6 +218,20 @@ class EngineCore:
         live = {r.request_id for r in (*self.scheduler.running, *self.scheduler.waiting)}
         assert live == set(self._requests), "a request is lost"
         assert set(self._streams) <= live, "a text stream is leaked"
+
+    def _check_idle(self) -> None:
+        """Report what is leaked, which shows when nothing runs; unlike `check_integrity`, this
+        costs nothing and disturbs nobody.
+        """
+        leaked = {k.value: g.pool.num_used for k, g in self.kv.groups.items() if g.pool.num_used}
+        if leaked or self.kv.requests or self._requests or self._streams:
+            logger.error(
+                "Leaked while idle: blocks %s, rows %d, requests %d, text streams %d.",
+                leaked,
+                len(self.kv.requests),
+                len(self._requests),
+                len(self._streams),
+            )
 
     # After a step
 

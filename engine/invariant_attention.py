@@ -34,7 +34,7 @@ VALUE_BLOCKS = 16  # key blocks whose weighted values are held at a time
 
 
 class InvariantAttention:
-    """Implements engine.attention.Attention; computes in fp32 whatever the cache holds."""
+    """Implements engine.attention.Attention; computes in fp32 whatever the KV blocks hold."""
 
     def __init__(
         self, batch: Batch, kind: AttentionKind, window: int | None, block_size: int
@@ -105,7 +105,7 @@ class _Tiles:
     """Tiles of queries of equal shape, each with its own key blocks."""
 
     rows: Tensor  # [num_tiles, num_queries], of the batch
-    blocks: Tensor  # [num_tiles * num_key_blocks * cache blocks in a key block]
+    blocks: Tensor  # [num_tiles * num_key_blocks * KV blocks in a key block]
     hidden: Tensor  # [num_tiles, num_key_blocks, 1, num_queries, 1, key_block] bool
 
     def attend(self, query: Tensor, kv: KVTensors) -> Tensor:

@@ -94,12 +94,6 @@ class Tokenizer:
             self._id_to_bytes[token_id] = data
         return data
 
-    def token_text(self, token_id: int) -> str:
-        """How a token is shown by itself, special tokens by name."""
-        if token_id in self._special_ids:
-            return str(self._backend.id_to_token(token_id))
-        return self.token_bytes(token_id).decode("utf-8", "replace")
-
     def _encode(self, text: str) -> list[int]:
         try:
             text.encode()

@@ -562,10 +562,10 @@ def test_sets(count: corpus.Counter) -> dict[str, list[Turn]]:
         "facts, held-out phrasings": corpus.fact_turns(held_out=True),
     }
     for length in (128, 256, 512, 1024, 2048):
-        tests[f"recall of a four-digit value, prompt of {length} tokens"] = [
+        tests[f"recall of a four-digit value, prompt of about {length} tokens"] = [
             corpus.recall_test(rng, length, 4, WINDOW, count) for _ in range(100)
         ]
-    tests["recall for an invented name, prompt of 512 tokens"] = [
+    tests["recall for an invented name, prompt of about 512 tokens"] = [
         corpus.recall_test(rng, 512, 4, WINDOW, count, invented=True) for _ in range(100)
     ]
     return tests

@@ -57,8 +57,9 @@ def remote_experts(
             for host_id in placement.host_ids
         ]
         endpoints = {host.host_id: host.endpoint for host in hosts}
-        router = stack.enter_context(
-            LosesHost(spec, placement, endpoints, SECRET, checkpoint.fingerprint, deadline_s=30.0)
+        router = LosesHost(
+            spec, placement, endpoints, SECRET, checkpoint.fingerprint, deadline_s=30.0
         )
+        stack.enter_context(router)
         router.wait_ready(10)
         yield router, hosts

@@ -54,12 +54,9 @@ def test_a_pool_hands_out_every_block_but_the_null_block() -> None:
         pool.allocate(1)
 
 
-def test_a_shared_block_is_free_after_its_last_reference() -> None:
+def test_a_block_cannot_be_freed_twice() -> None:
     pool = BlockPool(3)
     blocks = pool.allocate(1)
-    pool.share(blocks)
-    pool.free(blocks)
-    assert pool.num_used == 1
     pool.free(blocks)
     assert pool.num_used == 0
     with pytest.raises(AssertionError):
@@ -79,18 +76,14 @@ def test_the_block_freed_longest_ago_is_reused_first() -> None:
 @settings(max_examples=50, deadline=None)
 def test_no_block_is_lost_or_given_twice(seed: int, num_blocks: int) -> None:
     rng, pool = random.Random(seed), BlockPool(num_blocks)
-    held: list[int] = []  # one entry per reference
+    held: list[int] = []
     for _ in range(60):
-        match rng.randrange(3):
+        match rng.randrange(2):
             case 0:
                 blocks = pool.allocate(rng.randint(0, pool.num_free))
                 assert not set(blocks) & set(held) and NULL_BLOCK not in blocks
                 held += blocks
             case 1 if held:
-                block = rng.choice(held)
-                pool.share([block])
-                held.append(block)
-            case 2 if held:
                 pool.free([held.pop(rng.randrange(len(held)))])
         pool.check_integrity()
         assert pool.num_used == len(set(held))
@@ -177,7 +170,7 @@ def test_the_longest_context_just_fits() -> None:
     for kv_bytes in (200_000, 500_000, 2_000_000):
         longest = longest_context(spec, kv_bytes, dtype=torch.float32)
         size_kv_cache(spec, kv_bytes, longest, dtype=torch.float32)
-        with pytest.raises(NotEnoughMemory, match="Lower engine.max_model_len"):
+        with pytest.raises(NotEnoughMemory, match="Lower engine"):
             size_kv_cache(spec, kv_bytes, longest + 1, dtype=torch.float32)
     whole = spec.max_position_embeddings
     assert longest_context(spec, 10**12, dtype=torch.float32) == whole

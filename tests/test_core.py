@@ -474,6 +474,16 @@ def test_a_full_queue_refuses_and_forgets_the_request() -> None:
     assert set(drain(core)) == {"b"}
 
 
+def test_an_idle_engine_reports_what_is_leaked(caplog: pytest.LogCaptureFixture) -> None:
+    core = make_core()
+    core.add(request_id="a", prompt_ids=[1], sampling=GREEDY)
+    drain(core)
+    assert not caplog.records
+    core.kv.groups[GLOBAL].pool.allocate(2)
+    core.step()
+    assert "'full_attention': 2" in caplog.text
+
+
 def test_stats_count_tokens_and_blocks() -> None:
     core = make_core()
     core.add(request_id="r", prompt_ids=[1] * 10, sampling=GREEDY)

@@ -170,7 +170,7 @@ def test_memory_that_cannot_be_mapped_leaves_nothing_open(monkeypatch: pytest.Mo
 
     before = len(os.listdir("/proc/self/fd"))
     near, far = socket.socketpair()
-    monkeypatch.setattr(pipes.mmap, "mmap", fail)
+    monkeypatch.setattr("mmap.mmap", fail)
     with pytest.raises(LinkError, match="no memory"):
         pipes.SharedMemoryPipe(near, pipes.create_shared_fds(), is_acceptor=True)
     far.close()

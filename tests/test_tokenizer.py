@@ -232,8 +232,8 @@ def test_encode_begins_with_one_bos(tokenizer: Tokenizer) -> None:
 @every_tokenizer
 def test_chat_template_writes_the_only_bos(tokenizer: Tokenizer) -> None:
     token_ids = tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}])
-    spelled = "".join(tokenizer.token_text(token_id) for token_id in token_ids)
-    assert spelled == "<bos><|turn>user\nthe cat<turn|>\n<|turn>model\n"
+    spelled = "<bos><|turn>user\nthe cat<turn|>\n<|turn>model\n"
+    assert token_ids == tokenizer._encode(spelled)
     assert token_ids.count(2) == 1
     parts = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
     assert tokenizer.apply_chat_template(parts) == token_ids
