@@ -1,8 +1,8 @@
 """Decode speed and throughput beside the peers, in one run: `python -m bench.engine`.
 
-Two phases for each model. First everything that lives in this process, side by side: the systems
-take turns, in an order that is reversed each time, so that a machine that slows down slows them
-all. Then the whole cluster and the in-process engine take turns in the same way.
+Two phases for each model. First everything but the cluster, each system in a process of its own:
+they take turns, in an order that is reversed each time, so that a machine that slows down slows
+them all. Then the whole cluster and the in-process engine take turns in the same way.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
 from bench.card import Check, pin, report, table
+from bench.isolated import Isolated
 from bench.models import BenchModel, load_models, random_prompts
 from bench.peers import NotMeasured
 from bench.timing import System, Timing
@@ -191,13 +193,14 @@ def _makers(model: BenchModel, num_threads: int) -> dict[str, Callable[[], Syste
     from bench.ours import Cluster, InProcess
     from bench.peers import LlamaCpp, Transformers
 
-    return {
-        IN_PROCESS: lambda: InProcess(model, num_threads),
-        INVARIANT: lambda: InProcess(model, num_threads, batch_invariant=True),
-        TRANSFORMERS: lambda: Transformers(model, num_threads),
-        LLAMA_CPP: lambda: LlamaCpp(model, num_threads),
-        CLUSTER: lambda: Cluster(model),
+    systems: dict[str, Callable[[], System]] = {
+        IN_PROCESS: partial(InProcess, model, num_threads),
+        INVARIANT: partial(InProcess, model, num_threads, batch_invariant=True),
+        TRANSFORMERS: partial(Transformers, model, num_threads),
+        LLAMA_CPP: partial(LlamaCpp, model, num_threads),
     }
+    isolated = {name: partial(Isolated, name, make) for name, make in systems.items()}
+    return {**isolated, CLUSTER: partial(Cluster, model)}
 
 
 def _speed(timing: Timing, num_streams: int) -> float:
