@@ -15,6 +15,7 @@ from bench.gpu_shapes import (
     build_engine,
     random_prompts,
 )
+from cluster.kernels import TorchKernels
 from cluster.spec import ModelSpec
 from engine.batch import Batch
 from engine.core import EngineCore
@@ -97,7 +98,7 @@ def experts_error(device: torch.device) -> float:
     slots = Slots.from_topk(ids.to(device), weights.to(device))
     order = torch.argsort(slots.experts, stable=True)
     counts: list[int] = torch.bincount(slots.experts, minlength=num_experts).tolist()
-    rows = grouped_experts(x[slots.tokens[order]], counts, gate_up, down, batch_invariant=False)
+    rows = grouped_experts(x[slots.tokens[order]], counts, gate_up, down, TorchKernels())
     got = torch.zeros_like(expected)
     got.index_add_(0, slots.tokens[order], rows.float() * slots.weights[order].unsqueeze(1))
     return _relative_error(got, expected)

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cluster.kernels import Kernels
 
 TILE_ROWS = 16
 MANY_ROWS = 513  # of one step's batch, for the check
@@ -33,38 +37,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias  # a fused bias would be one more kernel to trust
 
 
-def gated_gelu(gate: Tensor, up: Tensor, *, batch_invariant: bool = False) -> Tensor:
+def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up, elementwise, any shape.
 
     PyTorch's own gelu computes the last elements of a thread's share with another formula, so it
     depends on where an element stands; its tanh, products and sums don't.
     """
-    if not batch_invariant:
-        return F.gelu(gate, approximate="tanh") * up
     inner = (gate * gate * gate * 0.044715 + gate) * math.sqrt(2 / math.pi)
     return (torch.tanh(inner) + 1) * gate * 0.5 * up
 
 
-def check_invariance(weights: Iterable[Tensor]) -> None:
-    """Try `linear` with one weight of each shape, in batches of several sizes.
+def check_invariance(kernels: Kernels, weights: Iterable[Tensor]) -> None:
+    """Try the kernels' `linear` with one weight of each shape, in batches of several sizes.
 
     Raises ConfigError when a row's bits depend on the batch on this machine.
     """
-    seen: set[torch.Size] = set()
-    for weight in weights:
-        if weight.shape not in seen:
-            seen.add(weight.shape)
-            _check_weight(weight)
+    for weight in {weight.shape: weight for weight in weights}.values():
+        _check_weight(kernels, weight)
 
 
-def _check_weight(weight: Tensor) -> None:
+def _check_weight(kernels: Kernels, weight: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     num_rows = MANY_ROWS if MANY_ROWS * weight.shape[0] <= MOST_CHECKED else 3 * TILE_ROWS + 1
     x = torch.randn(num_rows, weight.shape[1], generator=generator)
-    x = x.to(weight)
-    expected = _tiled_linear(x, weight)
+    x, packed = x.to(weight), kernels.pack(weight)
+    expected = torch.cat([kernels.linear(tile, packed) for tile in torch.split(x, TILE_ROWS)])
     for start, stop in ((0, 1), (5, 7), (9, 12), (30, 39), (0, 17), (3, 40), (0, 49), (0, len(x))):
-        y = linear(x[start:stop], weight)
+        y = kernels.linear(x[start:stop], packed)
         if not torch.equal(y, expected[start:stop]):
             raise ConfigError(
                 f"batch_invariant can't be kept on this machine: a product with a {weight.dtype} "

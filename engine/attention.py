@@ -30,10 +30,9 @@ class KVTensors(NamedTuple):
     key: Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
     value: Tensor  # the same shape
 
-    def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store key and value [num_tokens, num_kv_heads, head_dim] at slots [num_tokens]."""
-        self.key.view(-1, *key.shape[1:]).index_copy_(0, slots, key)
-        self.value.view(-1, *value.shape[1:]).index_copy_(0, slots, value)
+    def by_slot(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as [num_slots, num_kv_heads, head_dim]."""
+        return self.key.flatten(0, 1), self.value.flatten(0, 1)
 
 
 class Attention(Protocol):

@@ -9,6 +9,7 @@ padding nor the cut of the prefill nor the other requests change a bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from cluster.errors import ConfigError
 from cluster.invariant import TILE_ROWS
 from cluster.spec import AttentionKind
 from engine.attention import (
+    Attention,
     KVTensors,
     QuerySpan,
     bucket_by_length,
@@ -132,7 +134,12 @@ class _Tiles:
 
 
 def check_attention(
-    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    plan: Callable[[Batch, AttentionKind, int | None, int], Attention],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Try one request's last query alone, at the end of a chunk, and beside another request.
 
@@ -151,12 +158,12 @@ def check_attention(
     table = torch.arange(1, 2 * num_blocks + 1, device=device).view(2, num_blocks)
 
     def last_row(query_lens: list[int], seq_lens: list[int]) -> Tensor:
-        num_tokens = sum(query_lens)
+        spans = zip(query_lens, seq_lens, strict=True)
+        positions = torch.cat([torch.arange(end - num, end) for num, end in spans])
+        tables = {kind: table[-len(seq_lens) :]}
         unused = torch.empty(0, dtype=torch.int64)
-        batch = Batch(
-            unused, unused, query_lens, seq_lens, {kind: table[-len(seq_lens) :]}, {}, unused
-        )
-        return InvariantAttention(batch, kind, None, block_size)(query[-num_tokens:], kv)[-1]
+        batch = Batch(unused, positions.to(device), query_lens, seq_lens, tables, {}, unused)
+        return plan(batch, kind, None, block_size)(query[-len(positions) :], kv)[-1]
 
     alone = last_row([1], [seq_len])
     others = last_row([40], [seq_len]), last_row([1, 1], [KEY_BLOCK, seq_len])

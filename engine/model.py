@@ -8,7 +8,7 @@ one [num_tokens, hidden_size] tensor; attention alone knows which belong togethe
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
-from cluster.invariant import check_invariance, gated_gelu, linear
-from cluster.packed import multiply, packed_or_plain
+from cluster.invariant import check_invariance
+from cluster.kernels import Kernels
+from cluster.native import NativeKernels, kernels_for
 from cluster.spec import AttentionKind, LayerSpec, ModelSpec, RopeSpec
 from engine.attention import Attention, FastAttention, KVTensors
 from engine.batch import Batch
 from engine.invariant_attention import InvariantAttention, check_attention
+from engine.native_attention import NativeAttention
 from engine.weights import CheckpointWeights, Progress, Weights, decoder_bytes
 
 # Runs to its end unless the experts are remote: then it yields whenever it is about to wait.
@@ -68,12 +70,15 @@ class GemmaDecoder:
         Raises ConfigError when this machine can't keep batch_invariant.
         """
         self.spec = spec
-        self.batch_invariant = batch_invariant
         prefix = spec.tensor_prefix
-        build = _Builder(spec, weights, prefix, batch_invariant)
         embedding = weights.tensor(
             f"{prefix}embed_tokens.weight", spec.vocab_size, spec.hidden_size
         )
+        self.batch_invariant = batch_invariant
+        self.kernels = kernels_for(
+            embedding.device, embedding.dtype, batch_invariant=batch_invariant
+        )
+        build = _Builder(spec, weights, prefix, self.kernels)
         self.embed_tokens = Embedding(embedding, spec.hidden_size)
         self.per_layer_inputs = PerLayerInputs(build) if spec.ple_size else None
         self.layers = [
@@ -82,17 +87,19 @@ class GemmaDecoder:
         self.norm = build.norm("norm", spec.hidden_size)
         if not spec.tie_word_embeddings:
             embedding = weights.tensor("lm_head.weight", spec.vocab_size, spec.hidden_size)
-        self.lm_head = Linear(embedding, None, batch_invariant)
+        self.lm_head = Linear(self.kernels, embedding, None)
         self.inv_freq = {
             layer.kind: _inv_freq(spec.rope[layer.kind], layer.head_dim, embedding.device)
             for layer in spec.layers
         }
         self._num_owning = sum(layer.owns_kv for layer in spec.layers)  # they come first
         if batch_invariant:
-            check_invariance([*build.gemm_weights, embedding])
+            check_invariance(self.kernels, [*build.gemm_weights.values(), embedding])
             for heads, head_dim in {(layer.num_kv_heads, layer.head_dim) for layer in spec.layers}:
                 check_attention(
-                    spec.num_attention_heads, heads, head_dim, embedding.dtype, embedding.device
+                    self.plan_attention,
+                    *(spec.num_attention_heads, heads, head_dim),
+                    *(embedding.dtype, embedding.device),
                 )
 
     @classmethod
@@ -151,6 +158,16 @@ class GemmaDecoder:
         cap = self.spec.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def plan_attention(
+        self, batch: Batch, kind: AttentionKind, window: int | None, block_size: int
+    ) -> Attention:
+        """One step's attention of one kind, by the fastest code that keeps what is asked."""
+        if isinstance(self.kernels, NativeKernels):
+            return NativeAttention(self.kernels, batch, kind, window)
+        if self.batch_invariant:
+            return InvariantAttention(batch, kind, window, block_size)
+        return FastAttention(batch, kind, window, block_size, self.dtype)
+
 
 class Step:
     """What the layers of one forward pass share: rotations, planned attention, slots."""
@@ -169,7 +186,11 @@ class Step:
             for kind, inv_freq in model.inv_freq.items()
         }
         block_size = next(iter(kv.values())).key.shape[1]
-        self.attention = {kind: _plan(model, batch, kind, block_size) for kind in model.inv_freq}
+        windows = {AttentionKind.GLOBAL: None, AttentionKind.SLIDING: model.spec.sliding_window}
+        self.attention = {
+            kind: model.plan_attention(batch, kind, windows[kind], block_size)
+            for kind in model.inv_freq
+        }
 
 
 class DecoderLayer:
@@ -197,16 +218,16 @@ class DecoderLayer:
     def forward(self, x: Tensor, per_layer_input: Tensor | None, step: Step) -> Forward:
         """x [num_tokens, hidden_size] -> the same; per_layer_input [num_tokens, ple_size]."""
         attended = self.self_attn(self.input_layernorm(x), step)
-        x = x + self.post_attention_layernorm(attended)
+        x = self.post_attention_layernorm.add(x, attended)
         if self.router is None:
             mixed = self.mlp(self.pre_feedforward_layernorm(x))
         else:
             mixed = yield from self._mixture(self.router, x, step.experts)
-        x = x + self.post_feedforward_layernorm(mixed)
-        if self.per_layer_residual is not None:
-            assert per_layer_input is not None
-            x = x + self.per_layer_residual(x, per_layer_input)
-        return x * self.layer_scalar
+        if self.per_layer_residual is None:
+            return self.post_feedforward_layernorm.add(x, mixed, self.layer_scalar)
+        x = self.post_feedforward_layernorm.add(x, mixed)
+        assert per_layer_input is not None
+        return self.per_layer_residual(x, per_layer_input, self.layer_scalar)
 
     def _mixture(self, router: Router, x: Tensor, experts: Experts | None) -> Forward:
         """Dense MLP plus routed experts. Both, and the router, read the raw residual, so the dense
@@ -223,7 +244,7 @@ class DecoderLayer:
         except BaseException:  # the step failed, here or in the other micro-batch
             experts.abandon(handle)
             raise
-        return dense + self.post_feedforward_layernorm_2(experts.combine(handle))
+        return self.post_feedforward_layernorm_2.add(dense, experts.combine(handle))
 
 
 class SelfAttention:
@@ -231,9 +252,8 @@ class SelfAttention:
 
     def __init__(self, build: _Builder, layer: LayerSpec) -> None:
         spec = build.spec
-        self.layer = layer
+        self.layer, self.kernels, self.eps = layer, build.kernels, spec.rms_norm_eps
         self.num_heads = spec.num_attention_heads
-        self.num_kv_heads = layer.num_kv_heads if layer.owns_kv else 0
         q_size, kv_size = self.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
         parts = [("q_proj", q_size)]
         if layer.owns_kv:
@@ -242,24 +262,24 @@ class SelfAttention:
                 parts.append(("v_proj", kv_size))
         self.qkv_proj = build.fused(parts, spec.hidden_size, bias=spec.attention_bias)
         self.o_proj = build.linear("o_proj", q_size, spec.hidden_size, bias=spec.attention_bias)
-        self.head_norm = RMSNorm(None, layer.head_dim, spec.rms_norm_eps)
         norms = [build.tensor("q_norm.weight", layer.head_dim).expand(self.num_heads, -1)]
         if layer.owns_kv:
             norms.append(
-                build.tensor("k_norm.weight", layer.head_dim).expand(self.num_kv_heads, -1)
+                build.tensor("k_norm.weight", layer.head_dim).expand(layer.num_kv_heads, -1)
             )
         self.qk_norm = torch.cat(norms)  # [num_heads + num_kv_heads, head_dim]
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        layer, num_qk = self.layer, self.num_heads + self.num_kv_heads
-        # Queries, keys and values are normed alike; only queries and keys have a weight.
-        heads = self.head_norm(self.qkv_proj(x).view(x.shape[0], -1, layer.head_dim))
-        qk = _rotate(heads[:, :num_qk] * self.qk_norm, *step.rotations[layer.kind])
-        query = qk[:, : self.num_heads]
+        layer = self.layer
         kv = step.kv[layer.kv_layer_idx]
-        if layer.owns_kv:
-            value = heads[:, -self.num_kv_heads :]  # the normed keys where K = V
-            kv.write(step.slots[layer.kind], qk[:, self.num_heads :], value)
+        query = self.kernels.norm_and_rotate(
+            self.qkv_proj(x).view(x.shape[0], -1, layer.head_dim),
+            self.num_heads,
+            self.qk_norm,
+            self.eps,
+            step.rotations[layer.kind],
+            (step.slots[layer.kind], *kv.by_slot()) if layer.owns_kv else None,
+        )
         return self.o_proj(step.attention[layer.kind](query, kv))
 
 
@@ -268,15 +288,15 @@ class MLP:
 
     def __init__(self, build: _Builder, intermediate_size: int) -> None:
         size = build.spec.hidden_size
-        self.intermediate_size = intermediate_size
-        self.batch_invariant = build.batch_invariant
-        parts = [("gate_proj", intermediate_size), ("up_proj", intermediate_size)]
-        self.gate_up_proj = build.fused(parts, size)
-        self.down_proj = build.linear("down_proj", intermediate_size, size)
+        self.kernels = build.kernels
+        gate_up = build.matrix(
+            [("gate_proj", intermediate_size), ("up_proj", intermediate_size)], size
+        )
+        self.gate_up_proj = self.kernels.pack_gated(gate_up)
+        self.down_proj = self.kernels.pack(build.matrix([("down_proj", size)], intermediate_size))
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = torch.split(self.gate_up_proj(x), self.intermediate_size, dim=1)
-        return self.down_proj(gated_gelu(gate, up, batch_invariant=self.batch_invariant))
+        return self.kernels.gated_mlp(x, self.gate_up_proj, self.down_proj)
 
 
 class Router:
@@ -284,20 +304,17 @@ class Router:
 
     def __init__(self, build: _Builder) -> None:
         spec = build.spec
-        self.top_k = spec.top_k_experts
-        self.norm = RMSNorm(None, spec.hidden_size, spec.rms_norm_eps)
-        self.scale = build.tensor("scale", spec.hidden_size)
-        self.root_size = spec.hidden_size**-0.5
+        self.kernels, self.top_k = build.kernels, spec.top_k_experts
+        scale = build.tensor("scale", spec.hidden_size) * spec.hidden_size**-0.5
+        self.norm = RMSNorm(self.kernels, scale, spec.rms_norm_eps)
         self.proj = build.linear("proj", spec.hidden_size, spec.num_experts)
         self.per_expert_scale = build.tensor("per_expert_scale", spec.num_experts)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [num_tokens, hidden_size] -> topk_ids int64 and topk_weights fp32 [num_tokens, k]."""
-        scores = self.proj(self.norm(x) * self.scale * self.root_size)
-        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
-        topk_weights, topk_ids = torch.topk(probabilities, self.top_k)
-        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
-        return topk_ids, topk_weights * self.per_expert_scale[topk_ids]
+        return self.kernels.top_k_experts(
+            self.proj(self.norm(x)), self.top_k, self.per_expert_scale
+        )
 
 
 class PerLayerInputs:
@@ -327,41 +344,43 @@ class PerLayerResidual:
 
     def __init__(self, build: _Builder) -> None:
         size, ple_size = build.spec.hidden_size, build.spec.ple_size
-        self.batch_invariant = build.batch_invariant
+        self.kernels = build.kernels
         self.per_layer_input_gate = build.linear("per_layer_input_gate", size, ple_size)
         self.per_layer_projection = build.linear("per_layer_projection", ple_size, size)
         self.post_per_layer_input_norm = build.norm("post_per_layer_input_norm", size)
 
-    def __call__(self, x: Tensor, per_layer_input: Tensor) -> Tensor:
-        gate = self.per_layer_input_gate(x)
-        gated = gated_gelu(gate, per_layer_input, batch_invariant=self.batch_invariant)
-        return self.post_per_layer_input_norm(self.per_layer_projection(gated))
+    def __call__(self, x: Tensor, per_layer_input: Tensor, scale: Tensor) -> Tensor:
+        """(x + residual) * scale; per_layer_input [num_tokens, ple_size], scale [1]."""
+        gated = self.kernels.gated_gelu(self.per_layer_input_gate(x), per_layer_input)
+        return self.post_per_layer_input_norm.add(x, self.per_layer_projection(gated), scale)
 
 
 class RMSNorm:
     """x / rms(x) * weight, in fp32 inside; the weight is plain, not 1 + weight as in Gemma 3."""
 
-    __slots__ = ("eps", "shape", "weight")
+    __slots__ = ("eps", "kernels", "weight")
 
-    def __init__(self, weight: Tensor | None, size: int, eps: float) -> None:
-        self.weight, self.shape, self.eps = weight, (size,), eps
+    def __init__(self, kernels: Kernels, weight: Tensor, eps: float) -> None:
+        self.kernels, self.weight, self.eps = kernels, weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, residual: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(residual + norm of x) * scale."""
+        return self.kernels.add_norm(residual, x, self.weight, self.eps, scale)
 
 
 class Linear:
-    """x @ weight^T + bias, with the weight in the layout that this machine multiplies fastest."""
+    """x @ weight^T + bias."""
 
-    __slots__ = ("bias", "multiply", "weight")
+    __slots__ = ("bias", "kernels", "weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, batch_invariant: bool) -> None:
-        self.weight: Any = weight if batch_invariant else packed_or_plain(weight)
-        self.bias = bias
-        self.multiply: Callable[..., Tensor] = linear if batch_invariant else multiply
+    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None) -> None:
+        self.kernels, self.weight, self.bias = kernels, kernels.pack(weight), bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.weight, self.bias)
+        return self.kernels.linear(x, self.weight, self.bias)
 
 
 class Embedding:
@@ -378,11 +397,9 @@ class Embedding:
 class _Builder:
     """Makes the parts of a module from the tensors under its prefix."""
 
-    def __init__(
-        self, spec: ModelSpec, weights: Weights, prefix: str, batch_invariant: bool
-    ) -> None:
-        self.spec, self.batch_invariant = spec, batch_invariant
-        self.gemm_weights: list[Tensor] = []  # of all modules, for the check of batch_invariant
+    def __init__(self, spec: ModelSpec, weights: Weights, prefix: str, kernels: Kernels) -> None:
+        self.spec, self.kernels = spec, kernels
+        self.gemm_weights: dict[torch.Size, Tensor] = {}  # one of each shape, to be checked
         self._weights, self._prefix = weights, prefix
 
     def under(self, prefix: str) -> _Builder:
@@ -394,26 +411,27 @@ class _Builder:
         return self._weights.tensor(self._prefix + name, *shape)
 
     def norm(self, name: str, size: int) -> RMSNorm:
-        return RMSNorm(self.tensor(f"{name}.weight", size), size, self.spec.rms_norm_eps)
+        weight = self.tensor(f"{name}.weight", size)
+        return RMSNorm(self.kernels, weight, self.spec.rms_norm_eps)
 
     def linear(self, name: str, in_size: int, out_size: int, *, bias: bool = False) -> Linear:
         return self.fused([(name, out_size)], in_size, bias=bias)
 
     def fused(self, parts: list[tuple[str, int]], in_size: int, *, bias: bool = False) -> Linear:
         """Projections of the same input, as one: (name, number of outputs) each."""
-        named = [(self._prefix + name, size) for name, size in parts]
-        weight = self._weights.rows(*((f"{n}.weight", size) for n, size in named), columns=in_size)
-        biases = self._weights.vectors(*((f"{n}.bias", s) for n, s in named)) if bias else None
-        if self.batch_invariant:
-            self.gemm_weights.append(weight)
-        return Linear(weight, biases, self.batch_invariant)
+        biases = [(f"{self._prefix}{name}.bias", size) for name, size in parts]
+        return Linear(
+            self.kernels,
+            self.matrix(parts, in_size),
+            self._weights.vectors(*biases) if bias else None,
+        )
 
-
-def _plan(model: GemmaDecoder, batch: Batch, kind: AttentionKind, block_size: int) -> Attention:
-    window = model.spec.sliding_window if kind is AttentionKind.SLIDING else None
-    if model.batch_invariant:
-        return InvariantAttention(batch, kind, window, block_size)
-    return FastAttention(batch, kind, window, block_size, model.dtype)
+    def matrix(self, parts: list[tuple[str, int]], in_size: int) -> Tensor:
+        """The weights of `parts`, one below the other."""
+        named = [(f"{self._prefix}{name}.weight", size) for name, size in parts]
+        weight = self._weights.rows(*named, columns=in_size)
+        self.gemm_weights.setdefault(weight.shape, weight)
+        return weight
 
 
 def _narrow(batch: Batch) -> Batch:
@@ -448,9 +466,3 @@ def _rotation(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[
     angles = positions[:, None, None].float() * inv_freq
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of x [num_tokens, num_heads, head_dim]."""
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    return (x * cos).add_(swapped.mul_(sin))

@@ -196,9 +196,7 @@ class ExpertHost:
         layer = owned.layers[call.layer_idx]
         hidden_states = call.hidden_states.to(self._device)
         with torch.inference_mode(), self._compute_lock:
-            partials = group_partials(
-                hidden_states, slots, layer, batch_invariant=self._batch_invariant
-            )
+            partials = group_partials(hidden_states, slots, layer)
             groups = layer.expert_to_group[slots.experts].cpu().numpy()
             cells = wire.cells_with_slots(
                 call.slots.tokens.numpy(), groups, len(call.hidden_states)

@@ -8,22 +8,14 @@ the wire carries exactly what a local computation keeps); groups are added in fp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.invariant import gated_gelu, linear
-from cluster.packed import PackedWeight, multiply
-
-FEW_ROWS = 32
-FETCH_BYTES = 1 << 20  # what a core's second-level cache holds
-
-# One weight for each expert: a tensor [num_experts, out, in], or each [out, in] packed.
-ExpertWeights: TypeAlias = Tensor | Sequence[PackedWeight]
+from cluster.kernels import InvariantKernels, Kernels, PackedWeight, Weight
+from cluster.native import NativeKernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +48,40 @@ class LayerExperts:
     `expert_to_group[e]` is a position in the owner's list of groups (not a group id).
     """
 
-    gate_up: ExpertWeights  # [num_owned, 2 * intermediate, hidden]; the gate's rows first
-    down: ExpertWeights  # [num_owned, hidden, intermediate]
+    kernels: Kernels
+    gate_up: Weight  # [num_owned, 2 * intermediate, hidden]; the gate's rows first
+    down: Weight  # [num_owned, hidden, intermediate]
     expert_to_group: Tensor  # [num_owned] int64, on the weights' device
     num_groups: int
 
 
+def group_partials(hidden_states: Tensor, slots: Slots, experts: LayerExperts) -> Tensor:
+    """The sum of each group's weighted expert rows, per token.
+
+    Shapes: hidden_states [num_tokens, hidden]; `slots.experts` index rows of `experts`. Returns
+    [num_groups, num_tokens, hidden] in hidden_states.dtype, exact zeros where a token has no slot.
+    """
+    gate_up, down, kernels = experts.gate_up, experts.down, experts.kernels
+    if isinstance(kernels, NativeKernels):
+        assert isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight)
+        parts = slots.tokens, slots.experts, slots.weights
+        return kernels.expert_partials(
+            hidden_states, parts, gate_up, down, experts.expert_to_group, experts.num_groups
+        )
+    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    num_tokens, hidden_size = hidden_states.shape
+    order = torch.argsort(slots.experts, stable=True)
+    tokens, local_ids = slots.tokens[order], slots.experts[order]
+    counts: list[int] = torch.bincount(local_ids, minlength=len(down)).tolist()
+    rows = grouped_experts(hidden_states[tokens], counts, gate_up, down, kernels)
+    weighted = rows.float().mul_(slots.weights[order].unsqueeze(1))
+    cells = experts.expert_to_group[local_ids] * num_tokens + tokens
+    sums = _sum_by_cell(weighted, cells, experts.num_groups * num_tokens)
+    return sums.to(hidden_states.dtype).view(experts.num_groups, num_tokens, hidden_size)
+
+
 def grouped_experts(
-    rows: Tensor,
-    counts: list[int],
-    gate_up: ExpertWeights,
-    down: ExpertWeights,
-    *,
-    batch_invariant: bool,
+    rows: Tensor, counts: list[int], gate_up: Tensor, down: Tensor, kernels: Kernels
 ) -> Tensor:
     """Each expert's gated MLP over its own run of rows.
 
@@ -76,41 +89,18 @@ def grouped_experts(
     gate_up [num_experts, 2 * intermediate, hidden], down [num_experts, hidden, intermediate].
     Returns [num_slots, hidden].
     """
-    if batch_invariant:
-        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-        return _invariant_experts(rows, counts, gate_up, down)
-    if rows.is_cuda and rows.dtype is torch.bfloat16:
-        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    is_invariant = isinstance(kernels, InvariantKernels)
+    if rows.is_cuda and rows.dtype is torch.bfloat16 and not is_invariant:
         ends = torch.tensor(counts, device=rows.device).cumsum(0).to(torch.int32)
-        inner = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)
-        return F.grouped_mm(_activate(inner), down.transpose(1, 2), offs=ends)
-    inner = _multiply_runs(rows, counts, gate_up)
-    return _multiply_runs(_activate(inner), counts, down)
-
-
-def group_partials(
-    hidden_states: Tensor, slots: Slots, experts: LayerExperts, *, batch_invariant: bool
-) -> Tensor:
-    """The sum of each group's weighted expert rows, per token.
-
-    Shapes: hidden_states [num_tokens, hidden]; `slots.experts` index rows of `experts`. Returns
-    [num_groups, num_tokens, hidden] in hidden_states.dtype, exact zeros where a token has no slot.
-    """
-    num_tokens, hidden_size = hidden_states.shape
-    order = torch.argsort(slots.experts, stable=True)
-    tokens, local_ids = slots.tokens[order], slots.experts[order]
-    counts: list[int] = torch.bincount(local_ids, minlength=len(experts.down)).tolist()
-    rows = grouped_experts(
-        hidden_states[tokens],
-        counts,
-        experts.gate_up,
-        experts.down,
-        batch_invariant=batch_invariant,
-    )
-    weighted = rows.float().mul_(slots.weights[order].unsqueeze(1))
-    cells = experts.expert_to_group[local_ids] * num_tokens + tokens
-    sums = _sum_by_cell(weighted, cells, experts.num_groups * num_tokens)
-    return sums.to(hidden_states.dtype).view(experts.num_groups, num_tokens, hidden_size)
+        gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        return F.grouped_mm(kernels.gated_gelu(gate, up), down.transpose(1, 2), offs=ends)
+    runs = [
+        # A copy: the bits of a product may depend on how its input lies in memory.
+        kernels.gated_mlp(run.clone(), gate_up[expert], down[expert])
+        for expert, run in enumerate(torch.split(rows, counts))
+        if len(run)
+    ]
+    return torch.cat(runs) if runs else torch.empty_like(rows)
 
 
 def sum_partials(partials: Tensor) -> Tensor:
@@ -138,48 +128,6 @@ def reference_experts(
             row = down[expert] @ (F.gelu(gate, approximate="tanh") * up)
             output[token] += weight * row.float()
     return output.to(hidden_states.dtype)
-
-
-def _multiply_runs(rows: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
-    """rows [n, in] in runs of `counts`, each times its own weight [out, in] transposed."""
-    outputs = []
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            outputs.append(multiply(rows[start : start + count], weights[expert]))
-            start += count
-    return torch.cat(outputs) if outputs else rows.new_empty(0, weights[0].shape[0])
-
-
-def _fetch(weight: Tensor, num_rows: int) -> None:
-    """Read an expert's weight into a CPU's cache in one stream.
-
-    A product with few rows waits for memory in an order that no prefetcher follows: fetching first
-    took it from 21 to 14 ms for 384 experts of 256 x 128 at 2 rows (MKL, one thread of a Zen 4).
-    """
-    if num_rows < FEW_ROWS and not weight.is_cuda and weight.nbytes <= FETCH_BYTES:
-        weight.sum()
-
-
-def _activate(inner: Tensor) -> Tensor:
-    gate, up = inner.chunk(2, dim=-1)
-    return F.gelu(gate, approximate="tanh").mul_(up)
-
-
-def _invariant_experts(rows: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    output = rows.new_empty(rows.shape[0], down.shape[1])
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            stop = start + count
-            own = rows[start:stop].clone()  # a GEMM's bits may depend on its input's alignment
-            _fetch(gate_up[expert], count)
-            gate, up = linear(own, gate_up[expert]).chunk(2, dim=-1)
-            inner = gated_gelu(gate, up, batch_invariant=True)
-            _fetch(down[expert], count)
-            output[start:stop] = linear(inner, down[expert])
-            start = stop
-    return output
 
 
 def _sum_by_cell(rows: Tensor, cells: Tensor, num_cells: int) -> Tensor:

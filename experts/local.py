@@ -38,7 +38,6 @@ class LocalExperts:
         self._owned: OwnedExperts = load_experts(
             spec, checkpoint, groups, everything, dtype, device, on_progress, batch_invariant
         )
-        self._batch_invariant = batch_invariant
         self.load = ExpertLoad(spec.num_layers, spec.num_experts)
 
     def dispatch(
@@ -65,9 +64,4 @@ class LocalExperts:
         """Each group's weighted sum: [num_groups, num_tokens, hidden]. All experts are owned, so
         logical ids and rows are the same numbers.
         """
-        return group_partials(
-            hidden_states,
-            slots,
-            self._owned.layers[layer_idx],
-            batch_invariant=self._batch_invariant,
-        )
+        return group_partials(hidden_states, slots, self._owned.layers[layer_idx])

@@ -11,10 +11,10 @@ from torch import Tensor
 from cluster.checkpoint import Checkpoint
 from cluster.errors import NotEnoughMemory
 from cluster.invariant import check_invariance
-from cluster.packed import PackedWeight, can_pack
+from cluster.native import kernels_for
 from cluster.placement import ExpertGroups
 from cluster.spec import ModelSpec
-from experts.kernels import ExpertWeights, LayerExperts, Slots
+from experts.kernels import LayerExperts, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class OwnedExperts:
     @property
     def num_bytes(self) -> int:
         """Memory of the weights."""
-        return sum(w.nbytes for layer in self.layers for w in (*layer.gate_up, *layer.down))
+        return sum(layer.gate_up.nbytes + layer.down.nbytes for layer in self.layers)
 
 
 def load_experts(
@@ -62,6 +62,7 @@ def load_experts(
     expert_to_row[owned] = torch.arange(len(owned))
     positions = [owned_groups.index(groups.group_of(expert)) for expert in owned]
     expert_to_group = torch.tensor(positions, device=device)
+    kernels = kernels_for(device, dtype, batch_invariant=batch_invariant)
     layers: list[LayerExperts] = []
     for layer in spec.layers:
         prefix = f"{spec.tensor_prefix}layers.{layer.layer_idx}.experts."
@@ -78,12 +79,12 @@ def load_experts(
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(f"The experts don't fit on {device}: {error}") from None
         if batch_invariant and not layers:
-            check_invariance([gate_up[0], down[0]])
-        pack = not batch_invariant and can_pack(gate_up)
+            check_invariance(kernels, [gate_up[0], down[0]])
         layers.append(
             LayerExperts(
-                _packed(gate_up) if pack else gate_up,
-                _packed(down) if pack else down,
+                kernels,
+                kernels.pack_gated(gate_up),
+                kernels.pack(down),
                 expert_to_group,
                 len(owned_groups),
             )
@@ -91,10 +92,6 @@ def load_experts(
         if on_progress is not None:
             on_progress(len(layers), spec.num_layers)
     return OwnedExperts(owned_groups, tuple(layers), expert_to_row.to(device))
-
-
-def _packed(weights: Tensor) -> ExpertWeights:
-    return [PackedWeight(weight) for weight in weights]
 
 
 def _merge_runs(ranges: Sequence[range]) -> list[range]:

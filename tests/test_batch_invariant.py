@@ -16,9 +16,10 @@ from cluster import invariant
 from cluster.checkpoint import Checkpoint
 from cluster.errors import ConfigError
 from cluster.invariant import check_invariance, gated_gelu, linear
+from cluster.kernels import InvariantKernels, TorchKernels
 from cluster.placement import ExpertGroups
 from cluster.spec import ModelSpec
-from engine.invariant_attention import check_attention
+from engine.invariant_attention import InvariantAttention, check_attention
 from engine.model import GemmaDecoder
 from experts.local import LocalExperts
 from tests.paged_driver import PagedDriver, Sequence
@@ -61,7 +62,7 @@ class Subject:
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+def subjects(cpu_kernels: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
     return {
         name: load(make_tiny(member, tmp_path_factory.mktemp(name), **overrides))
         for name, (member, overrides) in MODELS.items()
@@ -179,17 +180,17 @@ def test_rows_of_linear(dtype: torch.dtype) -> None:
 
 def test_elements_of_gated_gelu() -> None:
     gate, up = torch.randn(1001), torch.randn(1001)
-    whole = gated_gelu(gate, up, batch_invariant=True)
-    assert torch.allclose(whole, gated_gelu(gate, up), atol=1e-6)
+    whole = gated_gelu(gate, up)
+    assert torch.allclose(whole, TorchKernels().gated_gelu(gate, up), atol=1e-6)
     for start in range(70):
-        part = gated_gelu(gate[start : start + 9], up[start : start + 9], batch_invariant=True)
+        part = gated_gelu(gate[start : start + 9], up[start : start + 9])
         assert torch.equal(part, whole[start : start + 9])
 
 
 def test_checks_pass_here() -> None:
-    check_invariance([torch.randn(96, 64), torch.randn(5, 1000)])
+    check_invariance(InvariantKernels(), [torch.randn(96, 64), torch.randn(5, 1000)])
     for num_kv_heads in (1, 2, 8):
-        check_attention(8, num_kv_heads, 32, torch.float32, torch.device("cpu"))
+        check_attention(InvariantAttention, 8, num_kv_heads, 32, torch.float32, torch.device("cpu"))
 
 
 def test_a_machine_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,4 +201,4 @@ def test_a_machine_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(invariant, "linear", fickle)
     with pytest.raises(ConfigError, match=r"shape \(96, 64\).*Turn batch_invariant off"):
-        check_invariance([torch.randn(96, 64)])
+        check_invariance(InvariantKernels(), [torch.randn(96, 64)])

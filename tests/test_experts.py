@@ -9,7 +9,7 @@ from torch import Tensor
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 from cluster.placement import ExpertGroups
-from experts.kernels import ExpertWeights, reference_experts
+from experts.kernels import reference_experts
 from experts.load import ExpertLoad
 from experts.local import LocalExperts
 from experts.weights import load_experts
@@ -23,27 +23,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(save_experts(tmp_path_factory.mktemp("experts")))
 
 
-def plain(weights: ExpertWeights) -> Tensor:
-    """The weights of batch_invariant mode, which packs none."""
-    assert isinstance(weights, Tensor)
-    return weights
+def plain(checkpoint: Checkpoint, layer_idx: int) -> list[Tensor]:
+    """gate_up and down of all experts of a layer."""
+    prefix = f"{SPEC.tensor_prefix}layers.{layer_idx}.experts."
+    names = [f"{prefix}gate_up_proj", f"{prefix}down_proj"]
+    return [checkpoint.read(name, checkpoint.shape(name)) for name in names]
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("num_groups", [1, 3, 8])
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 33])
 def test_local_equals_reference(
-    checkpoint: Checkpoint, num_groups: int, num_tokens: int, batch_invariant: bool
+    cpu_kernels: str,
+    checkpoint: Checkpoint,
+    num_groups: int,
+    num_tokens: int,
+    batch_invariant: bool,
 ) -> None:
     groups = ExpertGroups(NUM_EXPERTS, num_groups)
     experts = LocalExperts(SPEC, checkpoint, groups, torch.float32, "cpu", batch_invariant)
-    everything = load_experts(
-        SPEC, checkpoint, groups, range(num_groups), torch.float32, batch_invariant=True
-    )
     hidden, ids, weights = random_topk(SPEC, num_tokens)
-    for layer_idx, layer in enumerate(everything.layers):
+    for layer_idx in range(SPEC.num_layers):
         output = experts.combine(experts.dispatch(layer_idx, hidden, ids, weights))
-        expected = reference_experts(hidden, ids, weights, plain(layer.gate_up), plain(layer.down))
+        expected = reference_experts(hidden, ids, weights, *plain(checkpoint, layer_idx))
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -60,7 +62,7 @@ def test_bf16_is_close_to_fp32(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batch_invariant_rows_do_not_see_each_other(
-    checkpoint: Checkpoint, dtype: torch.dtype
+    cpu_kernels: str, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> None:
     groups = ExpertGroups(NUM_EXPERTS, 3)
     experts = LocalExperts(SPEC, checkpoint, groups, dtype, "cpu", True)
@@ -81,16 +83,17 @@ def test_the_order_of_a_tokens_choices_changes_no_bit(checkpoint: Checkpoint) ->
 
 def test_only_owned_slices_are_read(checkpoint: Checkpoint) -> None:
     groups = ExpertGroups(NUM_EXPERTS, 4)
-    everything = load_experts(
-        SPEC, checkpoint, groups, range(4), torch.float32, batch_invariant=True
-    )
-    owned = load_experts(SPEC, checkpoint, groups, (3, 0), torch.float32, batch_invariant=True)
+    dtype = torch.bfloat16  # whose weights keep their layout
+    everything = load_experts(SPEC, checkpoint, groups, range(4), dtype)
+    owned = load_experts(SPEC, checkpoint, groups, (3, 0), dtype)
     experts = [*groups.experts_of(0), *groups.experts_of(3)]
     assert owned.group_ids == (0, 3)
     assert owned.num_bytes * 2 == everything.num_bytes
-    for part, layer in zip(owned.layers, everything.layers, strict=True):
-        assert torch.equal(plain(part.gate_up), plain(layer.gate_up)[experts])
-        assert torch.equal(plain(part.down), plain(layer.down)[experts])
+    for layer_idx, part in enumerate(owned.layers):
+        gate_up, down = plain(checkpoint, layer_idx)
+        assert isinstance(part.gate_up, Tensor) and isinstance(part.down, Tensor)
+        assert torch.equal(part.gate_up, gate_up[experts].to(dtype))
+        assert torch.equal(part.down, down[experts].to(dtype))
         assert part.expert_to_group.tolist() == [0, 0, 1, 1]
     assert owned.expert_to_row.tolist() == [0, 1, -1, -1, -1, -1, 2, 3]
 

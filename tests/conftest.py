@@ -1,0 +1,21 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.native import native_kernels
+
+
+@pytest.fixture(scope="module", params=["native", "torch"])
+def cpu_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both kernels of a CPU in turn; processes that a test starts choose the same ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setenv("CXX", "false")  # a compiler that fails
+        native_kernels.cache_clear()
+        assert (native_kernels() is None) == (request.param == "torch")
+        yield request.param
+    native_kernels.cache_clear()
