@@ -515,7 +515,7 @@ def test_a_gateway_that_goes_takes_its_requests_along(tokenizer: Tokenizer) -> N
         wait_for(lambda: serving(gateway))
         with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
             next(iter(InferenceStub(channel).Complete(complete(max_tokens=400))))
-            gateway._link.close()
+            gateway._decoder.close()
             wait_for(lambda: not decoder.engine.has_work)
     decoder.close()
 
