@@ -25,7 +25,7 @@ class Transformers:
     prompts are equally long: no stream pays for padding.
     """
 
-    name = "transformers"
+    name = "transformers, static batch"
 
     def __init__(self, model: BenchModel, num_threads: int) -> None:
         from transformers import Gemma4ForCausalLM
@@ -44,6 +44,25 @@ class Transformers:
 
     def close(self) -> None:
         del self._model
+
+
+class OneAtATime(Transformers):
+    """`generate` for each prompt, one call after the other: a plain server around `generate`.
+
+    `generate` takes in no request while it runs, and prompts of users don't come at once or equally
+    long, so without a batcher of its own such a server answers like this.
+    """
+
+    name = "transformers, one at a time"
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
+        token_times: list[list[float]] = []
+        begin_s = 0.0
+        for prompt in prompts:
+            timing = super().generate([prompt], num_tokens)
+            token_times.append([begin_s + time_s for time_s in timing.token_times[0]])
+            begin_s += timing.total_s
+        return Timing(token_times)
 
 
 def try_experts(model: Any, prompts: list[list[int]]) -> str:

@@ -142,9 +142,10 @@ def resolve_model(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except (OSError, ValueError) as error:  # every hub error is one of these
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise CheckpointError(
-            f"{name!r} is no local directory and can't be had from the Hugging Face hub: {reason}"
+            f"{name!r} is no local directory, and the Hugging Face hub doesn't give it ({reason}). "
+            "Check the name and the network, or download it and give its directory."
         ) from error
 
 

@@ -10,7 +10,7 @@ from cluster.config import Config
 from cluster.spec import ModelSpec
 from deployments.decoder import DecoderReplica
 from deployments.experts import ExpertHostReplica
-from deployments.gateway import GatewayReplica
+from deployments.gateway_replica import GatewayReplica
 from deployments.layout import decoder_gpus, host_gpus, place_experts
 
 HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 5.0}

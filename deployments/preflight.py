@@ -13,6 +13,7 @@ from cluster.errors import ConfigError, NotEnoughMemory, PortTaken
 from cluster.spec import ModelSpec
 
 PROCESS_BYTES = 350 << 20  # of a Python process with torch loaded
+NUM_PROCESSES = 3  # the gateway, the decoder, and all of Ray's own as one
 
 
 def check(config: Config) -> ModelSpec:
@@ -53,30 +54,40 @@ def check_port(host: str, port: int, key: str) -> None:
 
 def check_memory(config: Config, spec: ModelSpec, model_dir: Path) -> None:
     """Raises NotEnoughMemory when what the CPU computes can't fit in what is free."""
+    needed = memory_needed(config, spec, model_dir)
+    total, free = sum(needed.values()), psutil.virtual_memory().available
+    if total > free:
+        parts = ", ".join(f"{size / 1e9:.1f} GB for {part}" for part, size in needed.items())
+        raise NotEnoughMemory(
+            f"The model needs about {total / 1e9:.1f} GB of memory ({parts}) and "
+            f"{free / 1e9:.1f} GB are free; lower engine.kv_bytes or experts.num_copies, or choose "
+            "a smaller model."
+        )
+
+
+def memory_needed(config: Config, spec: ModelSpec, model_dir: Path) -> dict[str, int]:
+    """Bytes of the machine's own memory by what takes them; what a GPU holds is not in it."""
     import torch
 
     from cluster.checkpoint import Checkpoint
+    from engine.weights import decoder_bytes
 
     checkpoint = Checkpoint(model_dir)
-    names = checkpoint.keys()
-    sizes = {
-        name: math.prod(checkpoint.shape(name))
-        for name in names
-        if name.startswith(spec.tensor_prefix)
-    }
-    num_expert_weights = sum(size for name, size in sizes.items() if ".experts." in name)
-    itemsize = 4 if config.dtype in ("auto", "float32") else 2
-    is_remote = spec.is_moe and config.experts.mode == "remote"
     is_on_cpu = config.device == "cpu" or config.ray.num_gpus == 0 or not torch.cuda.is_available()
-    needed = (3 + (config.experts.num_hosts if is_remote else 0)) * PROCESS_BYTES
+    is_remote = spec.is_moe and config.experts.mode == "remote"
+    are_experts_on_cpu = is_on_cpu or (is_remote and config.experts.num_gpus_per_host == 0)
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    num_processes = NUM_PROCESSES + (config.experts.num_hosts if is_remote else 0)
+    needed = {"processes": num_processes * PROCESS_BYTES}
     if is_on_cpu:
-        needed += (sum(sizes.values()) - num_expert_weights) * itemsize + config.engine.kv_bytes
-    if is_on_cpu or (is_remote and config.experts.num_gpus_per_host == 0):
-        copies = config.experts.num_copies if is_remote else 1
-        needed += num_expert_weights * itemsize * copies
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise NotEnoughMemory(
-            f"The model and its KV cache need about {needed / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB are free; lower engine.kv_bytes or choose a smaller model."
-        )
+        needed["attention"] = decoder_bytes(spec, checkpoint, dtype)
+        if spec.tie_word_embeddings and dtype is torch.float32 and not config.batch_invariant:
+            # The table of the embeddings, and its copy in the layout that gives logits faster.
+            needed["attention"] += spec.vocab_size * spec.hidden_size * dtype.itemsize
+        needed["the KV cache"] = config.engine.kv_bytes
+    if spec.is_moe and are_experts_on_cpu:
+        num_copies = config.experts.num_copies if is_remote else 1
+        names = [name for name in checkpoint.keys() if ".experts." in name]  # noqa: SIM118
+        num_weights = sum(math.prod(checkpoint.shape(name)) for name in names)
+        needed["experts"] = num_copies * num_weights * dtype.itemsize
+    return needed

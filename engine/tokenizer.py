@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,41 @@ from typing import Any
 from jinja2 import TemplateError
 
 from cluster.errors import CheckpointError, InvalidRequest
+from engine.token_bytes import token_to_bytes
 
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 TURN_CLOSE = "<turn|>"  # ends every turn in Gemma 4's chat format
+MARK = "\udc00"  # half a surrogate pair: no character, so no text that a user sends can hold it
 
 
 class Tokenizer:
-    """One model's tokenizer. Encoding and decoding keep no state, so threads may share it."""
+    """One model's tokenizer. Encoding and decoding keep no state, so threads may share it.
+
+    Control tokens (the special ones of the tokenizer: `<|turn>` and its like) are found here and
+    not by the tokenizers library, which can't tell who wrote one. In a conversation only those that
+    the chat template writes count, in a plain prompt those that stand in its text.
+    """
 
     def __init__(self, hf_tokenizer: Any) -> None:
-        """Wrap a fast transformers tokenizer (a `PreTrainedTokenizerFast`).
+        """Take over a fast transformers tokenizer (a `PreTrainedTokenizerFast`).
 
-        Raises CheckpointError when its decoder is of a kind that Gemma doesn't use.
+        Raises CheckpointError when its decoder is of a kind that Gemma doesn't use, or when it
+        writes a control token for plain text.
         """
         self._hf = hf_tokenizer
         self._backend: Any = hf_tokenizer.backend_tokenizer
+        self._backend.encode_special_tokens = True  # as text: whatever it is given is plain
         self._special_ids = {
             token_id
             for token_id, token in self._backend.get_added_tokens_decoder().items()
             if token.special
         } | set(hf_tokenizer.all_special_ids)
-        self._token_to_bytes = _token_to_bytes(json.loads(self._backend.decoder.__getstate__()))
+        self._control_ids = {self._backend.id_to_token(i): i for i in sorted(self._special_ids)}
+        self._control_token = _any_of(self._control_ids)
+        self._template = self._marked_template()
+        self._variables = self._marked_variables()
+        self._check_plain()
+        self._token_to_bytes = token_to_bytes(json.loads(self._backend.decoder.__getstate__()))
         self._id_to_bytes: dict[int, bytes] = {}  # filled as ids are met
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self.bos_id: int | None = hf_tokenizer.bos_token_id
@@ -58,7 +73,11 @@ class Tokenizer:
         return Tokenizer(hf_tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a plain text for completion, begun by BOS where the model has one."""
+        """Token ids of a plain prompt for completion, begun by BOS where the model has one.
+
+        A control token in the text counts as one: whoever completes a prompt writes all of it, the
+        turns of a chat format too. Text of others belongs in a conversation.
+        """
         ids = self._encode(text)
         if self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
@@ -72,18 +91,24 @@ class Tokenizer:
         """Token ids of a conversation up to where the model's answer begins.
 
         A message has a `role` and a `content`: a string or a list of `{"type": "text", "text": …}`.
-        Raises InvalidRequest for a conversation that the template can't express.
+        All of it is plain text to the model, `<|turn>` too. Raises InvalidRequest for a
+        conversation that the template can't express.
         """
-        _check_messages(messages)
-        if not self._hf.chat_template:
+        turns = _checked_messages(messages)
+        if self._template is None:
             raise InvalidRequest("This model has no chat template; ask for a completion instead.")
         try:
             text: str = self._hf.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                turns,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._variables,
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest(f"The chat template refuses the messages: {error}") from error
-        return self._encode(text)  # the template has written BOS
+            reason = str(error).replace(MARK, "")
+            raise InvalidRequest(f"The chat template refuses the messages: {reason}") from error
+        return self._join(text.split(MARK), int)  # the template has written BOS
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text; none for special and unknown ids."""
@@ -95,11 +120,50 @@ class Tokenizer:
         return data
 
     def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InvalidRequest("The text has a lone surrogate, which is no character.") from None
+        """Token ids of a text in which control tokens count."""
+        return self._join(self._control_token.split(text), self._control_ids.__getitem__)
+
+    def _join(self, pieces: Sequence[str], control_id: Callable[[str], int]) -> list[int]:
+        """Token ids of plain texts with a control token between each two of them.
+
+        The library too encodes what lies between control tokens piece by piece, so the ids are the
+        ones that it gives for the whole.
+        """
+        ids: list[int] = []
+        for index, piece in enumerate(pieces):
+            ids += [control_id(piece)] if index % 2 else self._encode_plain(piece)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        _check_text(text)
         return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def _marked_template(self) -> str | None:
+        """The chat template with its control tokens marked: `MARK`, the id, `MARK`."""
+        if not self._hf.chat_template:
+            return None
+        template: str = self._hf.get_chat_template()
+        return self._control_token.sub(lambda match: self._mark(match[0]), template)
+
+    def _marked_variables(self) -> dict[str, str]:
+        """`bos_token` and the other variables by which a template may write a control token."""
+        variables: dict[str, Any] = self._hf.special_tokens_map
+        return {
+            name: self._mark(token)
+            for name, token in variables.items()
+            if isinstance(token, str) and token in self._control_ids
+        }
+
+    def _mark(self, control_token: str) -> str:
+        return f"{MARK}{self._control_ids[control_token]}{MARK}"
+
+    def _check_plain(self) -> None:
+        """No text gives a control token, but for the one that means unknown characters."""
+        for token, token_id in self._control_ids.items():
+            if token_id in self._encode_plain(token) and token_id != self._hf.unk_token_id:
+                raise CheckpointError(
+                    f"The tokenizer gives {token!r} for plain text, so any user could write it."
+                )
 
 
 class TextStream:
@@ -167,63 +231,45 @@ class _StopMatcher:
         return matched + 1 if self.text[matched] == char else 0
 
 
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+def _checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The role and the content of each message and nothing else, all of it known to be text."""
     if not messages:
         raise InvalidRequest("A chat needs at least one message.")
+    turns: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             known = ", ".join(ROLES)
             raise InvalidRequest(f"messages[{index}] has the unknown role {role!r}; use {known}.")
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        for part in parts:
-            if not isinstance(part, Mapping) or part.get("type") != "text":
-                raise InvalidRequest(f"messages[{index}] has a part that is not text.")
-            if not isinstance(part.get("text"), str):
-                raise InvalidRequest(f"messages[{index}] has no text.")
+        if isinstance(content, list):
+            parts = [{"type": "text", "text": _part_text(part, index)} for part in content]
+            turns.append({"role": role, "content": parts})
+        else:
+            turns.append({"role": role, "content": _message_text(content, index)})
+    return turns
 
 
-def _token_to_bytes(decoder: Mapping[str, Any]) -> Callable[[str], bytes]:
-    """The bytes of a token by the decoder of tokenizer.json.
-
-    Byte-level BPE and Gemma's pieces with byte fallback spell each token on its own, whatever
-    stands before it. So a text is the joined bytes of its tokens, which is exact and linear.
-    Raises CheckpointError for a decoder that looks at neighbouring tokens.
-    """
-    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"]:
-        return _byte_level
-    replacements = [
-        (step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace"
-    ]
-    if set(kinds) <= {"Replace", "ByteFallback", "Fuse"}:
-        return lambda token: _byte_fallback(token, replacements, "ByteFallback" in kinds)
-    raise CheckpointError(f"The tokenizer's decoder {'+'.join(kinds)} is not one that Gemma uses.")
+def _part_text(part: Any, index: int) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        raise InvalidRequest(f"messages[{index}] has a part that is not text.")
+    return _message_text(part.get("text"), index)
 
 
-def _byte_fallback(token: str, replacements: list[tuple[str, str]], has_fallback: bool) -> bytes:
-    if has_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes.fromhex(token[3:5])
-    for pattern, content in replacements:
-        token = token.replace(pattern, content)
-    return token.encode()
+def _message_text(text: Any, index: int) -> str:
+    if not isinstance(text, str):
+        raise InvalidRequest(f"messages[{index}] has no text.")
+    _check_text(text)
+    return text
 
 
-def _byte_level(token: str) -> bytes:
-    """Each byte is written as one printable character; added tokens are written as they are."""
+def _check_text(text: str) -> None:
     try:
-        return bytes(_BYTE_OF_CHAR[char] for char in token)
-    except KeyError:
-        return token.encode()
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("The text has a lone surrogate, which is no character.") from None
 
 
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's table: printable Latin-1 bytes stand for themselves, the others from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches one of the texts, the longest where several begin."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from bench import engine as engine_bench
-from bench import gpu_engine, overlap
+from bench import gpu_engine, overlap, peers
 from bench.card import Check, report
 from bench.gguf_writer import UNROTATED, gguf_tensors, write_gguf
 from bench.gpu_shapes import CONFIG_26B
 from bench.models import MOE_50M, BenchModel, random_moe, random_prompts
+from bench.peers import OneAtATime
 from bench.timing import Timing
 from cluster.checkpoint import Checkpoint
 from cluster.spec import ModelSpec
@@ -97,6 +98,30 @@ def test_systems_in_this_process_take_turns(
     assert not failures and list(timings) == systems
     for by_streams in timings.values():
         assert [[len(times) for times in t.token_times] for t in by_streams[2]] == [[4, 4], [4, 4]]
+
+
+def test_one_at_a_time_the_last_waits_for_all_others(
+    tiny_model: BenchModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "try_experts", lambda model, prompts: "eager")
+    alone = Timing([[0.5, 1.0, 2.0]])
+    monkeypatch.setattr(peers, "generate_timed", lambda model, prompts, num_tokens: alone)
+    timing = OneAtATime(tiny_model, 1).generate([[1], [2], [3]], 3)
+    assert timing.token_times == [[0.5, 1.0, 2.0], [2.5, 3.0, 4.0], [4.5, 5.0, 6.0]]
+    assert timing.output_tok_s == pytest.approx(alone.output_tok_s)
+
+
+def test_one_at_a_time_is_measured_at_the_streams_of_its_promise_only(
+    tiny_model: BenchModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_bench, "PROMPT_LEN", 12)
+    monkeypatch.setattr(engine_bench, "NUM_TOKENS", 4)
+    systems = ["transformers, static batch", "transformers, one at a time"]
+    timings, _ = engine_bench.measure(tiny_model, systems, [1, 16], 1, float("inf"), 1)
+    assert [set(timings[name]) for name in systems] == [{1, 16}, {16}]
+    card = "\n".join(engine_bench.card_of("tiny", timings, {}))
+    assert "one at a time: a call of generate for each prompt" in card
+    assert "static batch: all prompts, equally long, in one call" in card
 
 
 def test_every_tensor_goes_into_the_gguf(tiny_model: BenchModel) -> None:

@@ -42,6 +42,7 @@ from deployments.streams import MAX_BUFFERED_TOKENS, Streams
 from engine.batch import Batch
 from engine.core import EngineCore, SpecLimits
 from engine.kv_cache import KVCacheConfig
+from engine.token_bytes import byte_level
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest
 from protos.briolette.v1.admin_pb2_grpc import AdminStub
@@ -87,18 +88,12 @@ class CountingRunner:
 def make_tokenizer() -> Tokenizer:
     """Bytes are tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (ord(c) > 255, ord(c)))
-    by_byte = {bytes_of(char): char for char in alphabet}
+    by_byte = {byte_level(char)[0]: char for char in alphabet}
     vocab = {by_byte[byte]: byte for byte in range(256)}
     backend = Backend(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE))
-
-
-def bytes_of(char: str) -> int:
-    from engine.tokenizer import _byte_level
-
-    return _byte_level(char)[0]
 
 
 class Decoder:
@@ -520,7 +515,7 @@ def test_a_gateway_that_goes_takes_its_requests_along(tokenizer: Tokenizer) -> N
         wait_for(lambda: serving(gateway))
         with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
             next(iter(InferenceStub(channel).Complete(complete(max_tokens=400))))
-            gateway._link.close()
+            gateway._decoder.close()
             wait_for(lambda: not decoder.engine.has_work)
     decoder.close()
 

@@ -51,6 +51,7 @@ class Message(_message.Message):
     role: _builtins.str
     """system, user or assistant"""
     content: _builtins.str
+    """plain text to the model, "<|turn>" and its like too"""
     def __init__(
         self,
         *,
@@ -217,6 +218,7 @@ class CompleteRequest(_message.Message):
     model: _builtins.str
     """empty: the one that is served"""
     text: _builtins.str
+    """control tokens in it, as "<|turn>", count as such"""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -426,6 +428,7 @@ class TokenizeRequest(_message.Message):
     model: _builtins.str
     """empty: the one that is served"""
     text: _builtins.str
+    """as in CompleteRequest"""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """instead of text: through the chat template"""

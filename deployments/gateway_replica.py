@@ -1,0 +1,75 @@
+"""The gateway in a Serve replica: finds its files, its ports and the decoder."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from cluster.checkpoint import resolve_model
+from cluster.config import Config, GatewayConfig
+from cluster.errors import LinkError, Unavailable
+from cluster.links import Endpoint
+from cluster.metrics import Metrics, start_metrics_server
+from deployments.gateway import Gateway, bind
+from deployments.scrape_targets import ScrapeTargets
+from deployments.start_report import reporting
+from engine.tokenizer import Tokenizer
+
+BIND_DEADLINE_S = 10.0  # a gateway that is being replaced may still hold the port
+
+
+class GatewayReplica:
+    """A gateway in a Serve replica, on the replica's own asyncio loop."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Mapping[str, Any], secret: bytes, decoder: Any
+    ) -> None:
+        config = Config.from_dict(settings)
+        with reporting(config.state_dir, "gateway") as reporter:
+            model_dir = resolve_model(config.model_source)
+            tokenizer = await asyncio.to_thread(Tokenizer.load, model_dir)
+            registry = CollectorRegistry()
+            gateway = Gateway(
+                config.gateway,
+                tokenizer,
+                lambda: find_decoder(decoder),
+                secret,
+                Metrics(registry),
+                await bind(lambda: serve_metrics(config.gateway, registry), BIND_DEADLINE_S),
+                BIND_DEADLINE_S,
+                ScrapeTargets(config.state_dir, config.gateway.host).update,
+            )
+            await gateway.start()
+            self._gateway = gateway
+            reporter.listening(f"{config.gateway.host}:{gateway.port}")
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        if (problem := self._gateway.problem()) is not None:
+            raise Unavailable(problem)
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_gateway"):
+            await self._gateway.stop()
+
+
+def serve_metrics(config: GatewayConfig, registry: CollectorRegistry) -> int:
+    """The port of /metrics; 0 where the configuration wants none."""
+    if config.metrics_port is None:
+        return 0
+    return start_metrics_server(config.host, config.metrics_port, registry).port
+
+
+def find_decoder(decoder: Any) -> Endpoint:
+    """Ask Serve where the decoder is; `decoder` is its DeploymentHandle."""
+    try:
+        answers = decoder.broadcast("endpoint").results(timeout_s=2.0, return_exceptions=True)
+    except Exception as error:  # Ray's own: no replica yet, a dead one, the controller is away
+        raise LinkError(f"Serve knows no decoder ({type(error).__name__}).") from None
+    for answer in answers:
+        if isinstance(answer, dict):
+            return Endpoint.from_dict(answer)
+    raise LinkError("The decoder doesn't answer.")

@@ -1,0 +1,1 @@
+"""The demo model: its generated data, its training, its scores and its card."""
