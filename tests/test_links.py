@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster import links, pipes
+from cluster import link as link_module
+from cluster import shared_memory
 from cluster.errors import LinkError, PortTaken
 from cluster.handshake import TRANSPORTS
 from cluster.links import Endpoint, Link, LinkRefused, LinkTimeout, Listener, connect
@@ -60,7 +61,7 @@ def test_messages_arrive_whole_and_in_order(transport: str) -> None:
 
 @every_transport
 def test_two_peers_that_both_send_long_messages_never_wait_for_each_other(transport: str) -> None:
-    message = random.Random(1).randbytes(5 * pipes.RING_BYTES + 7)
+    message = random.Random(1).randbytes(5 * shared_memory.RING_BYTES + 7)
     with linked(transport) as (near, far):
         received: list[memoryview] = []
 
@@ -151,7 +152,7 @@ def test_close_frees_a_thread_that_receives(transport: str) -> None:
 def test_the_deadline_is_for_silence_not_for_a_long_message(transport: str) -> None:
     message = os.urandom(6000)
     with linked(transport) as (near, far):
-        frame = memoryview(links._HEADER.pack(links._MARK, len(message)) + message)
+        frame = memoryview(link_module._HEADER.pack(link_module._MARK, len(message)) + message)
 
         def dribble() -> None:
             for start in range(0, len(frame), 1000):
@@ -172,7 +173,7 @@ def test_memory_that_cannot_be_mapped_leaves_nothing_open(monkeypatch: pytest.Mo
     near, far = socket.socketpair()
     monkeypatch.setattr("mmap.mmap", fail)
     with pytest.raises(LinkError, match="no memory"):
-        pipes.SharedMemoryPipe(near, pipes.create_shared_fds(), is_acceptor=True)
+        shared_memory.SharedMemoryPipe(near, shared_memory.create_shared_fds(), is_acceptor=True)
     far.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -281,11 +282,11 @@ def test_garbage_after_the_handshake_is_an_error(mark: bytes) -> None:
 
 def test_a_peer_that_corrupts_the_counters_is_an_error() -> None:
     with linked("shm") as (near, far):
-        assert isinstance(near._pipe, pipes.SharedMemoryPipe)
-        near._pipe._tx_words[pipes.HEAD] = 1 << 60
+        assert isinstance(near._pipe, shared_memory.SharedMemoryPipe)
+        near._pipe._tx_words[shared_memory.HEAD] = 1 << 60
         with pytest.raises(LinkError, match="nonsense"):
             far.recv(1)
-        near._pipe._rx_words[pipes.TAIL] = 1 << 60
+        near._pipe._rx_words[shared_memory.TAIL] = 1 << 60
         with pytest.raises(LinkError, match="nonsense"):
             far.send([b"x"])
 
