@@ -6,11 +6,13 @@ import contextlib
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -105,6 +107,40 @@ def test_silence_is_a_timeout_and_the_link_lives_on(transport: str) -> None:
                 near.recv(deadline_s)
         far.send([b"late"])
         assert bytes(near.recv(1)) == b"late"
+
+
+@every_transport
+def test_a_send_waits_for_a_busy_peer_that_gives_signs_of_life(transport: str) -> None:
+    message = bytes(8 << 20)
+    with linked(transport) as (near, far):
+
+        def compute() -> None:
+            for _ in range(8):
+                time.sleep(0.1)
+                far.send([b"still busy"])
+
+        thread = threading.Thread(target=compute)
+        thread.start()
+        reader = threading.Timer(0.8, far.recv, [5])
+        reader.start()
+        near.send([message], 0.3)
+        thread.join()
+        reader.join()
+        assert [bytes(near.recv(1)) for _ in range(8)] == [b"still busy"] * 8
+
+
+@every_transport
+def test_spinning_finds_what_comes(transport: str) -> None:
+    with linked(transport) as (near, far):
+        pipe = near._pipe
+        assert not pipe.spin(0.001)
+        timer = threading.Timer(0.02, far.send, [[b"x"]])
+        timer.start()
+        start = time.monotonic()
+        assert pipe.spin(5.0)
+        assert time.monotonic() - start < 1
+        assert bytes(near.recv(1)) == b"x"
+        timer.join()
 
 
 @every_transport
@@ -289,6 +325,49 @@ def test_a_peer_that_corrupts_the_counters_is_an_error() -> None:
         near._pipe._rx_words[shared_memory.TAIL] = 1 << 60
         with pytest.raises(LinkError, match="nonsense"):
             far.send([b"x"])
+
+
+def accept_with_few_files(control: Any, num_files: int) -> None:
+    """Accept links in a process that may open `num_files` files beside its listener, and as many
+    as it likes once `control` says so.
+    """
+    listener = Listener(SECRET, say_welcome)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(map(int, os.listdir("/proc/self/fd")))
+    holes = [os.open("/dev/null", os.O_RDONLY) for _ in range(used)]  # below the highest, if any
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(holes) + 1, hard))
+    for fd in holes[:num_files]:
+        os.close(fd)
+    with serving(listener):
+        control.send(listener.endpoint.to_dict())
+        control.recv()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        control.send("more")
+        with contextlib.suppress(EOFError):
+            control.recv()
+
+
+@pytest.mark.parametrize(("num_files", "kind"), [(0, None), (1, "unix")])
+def test_a_listener_out_of_files_says_so_and_recovers(num_files: int, kind: str | None) -> None:
+    context = multiprocessing.get_context("forkserver")
+    control, far = context.Pipe()
+    process = context.Process(target=accept_with_few_files, args=(far, num_files), daemon=True)
+    process.start()
+    far.close()
+    endpoint = Endpoint.from_dict(control.recv())
+    if kind is None:
+        for _ in range(3):
+            with pytest.raises(LinkRefused, match="as many files open as it may"):
+                connect(endpoint, SECRET, b"friend", 5)
+    else:  # a file for the socket, none for shared memory
+        with connect(endpoint, SECRET, b"friend", 5) as link:
+            assert link.kind == kind
+    control.send("more")
+    control.recv()
+    with connect(endpoint, SECRET, b"friend", 5) as link:
+        assert link.kind == "shm"
+    control.close()
+    process.join(10)
 
 
 def test_a_taken_port_is_named() -> None:
