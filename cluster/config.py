@@ -65,6 +65,9 @@ class ExpertsConfig:
     num_groups: int = _setting(4, "cut of a layer's experts, fixed for good", "groups", 1, 1024)
     num_copies: int = _setting(1, "hosts that hold each group", "copies", 1)
     deadline_s: float = _setting(1.0, "silence after which a slot is retried", "s", 0.001, 3600)
+    fallback: Literal["auto", "off"] = _setting(
+        "auto", "auto: the decoder computes groups that lost all hosts, if they fit in free memory"
+    )
     micro_batches: int = _setting(1, "2 lets one compute while one waits", "", 1, 2)
     transport: Literal["auto", "tcp"] = _setting("auto", "auto: shared memory where it works")
     threads: int | None = _setting(None, "CPU threads a host; null shares out", "threads", 1)

@@ -143,6 +143,9 @@ class Metrics:
         "Time in combine that nothing else hid, waiting for hosts", "model"
     )
     expert_retries_total = _counter("Calls that failed at this host", "model", "host")
+    expert_fallbacks_total = _counter(
+        "Dispatches of which the decoder computed a part, for want of a host", "model"
+    )
     expert_link_up = _gauge("1 while the link to a host works", "model", "host")
     placement_epoch = _gauge("Epoch of the expert placement in use", "model")
 

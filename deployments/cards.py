@@ -87,7 +87,9 @@ def status_card(status: ClusterStatus, address: str, started: float) -> Panel:
     for group in load.kv_blocks:
         rows.add_row(f"KV {group.group}", f"{group.used} of {group.total} blocks used")
     _add_calls(rows, status)
-    state = "[green]serving[/]" if status.ready else f"[red]not serving[/]: {escape(status.reason)}"
+    state = "[green]serving[/]" if status.ready else "[red]not serving[/]"
+    if status.reason:
+        state += f": {escape(status.reason)}"
     return Panel(rows, title=f"Briolette: {escape(status.model)}, {state}", expand=False)
 
 

@@ -93,6 +93,7 @@ class ExpertMeter:
         self._metrics = metrics
         self._model = model
         self._waited_s = 0.0
+        self._num_fallbacks = 0
 
     def answered(self, host_id: str, latency_s: float) -> None:
         self._metrics.expert_call_duration_seconds(self._model, host_id).observe(latency_s)
@@ -103,7 +104,7 @@ class ExpertMeter:
     def update(
         self, placement: ExpertPlacement, stats: CallStats, problems: Mapping[str, str]
     ) -> None:
-        """The links, the placement, and the time that nothing hid."""
+        """The links, the placement, the fallbacks, and the time that nothing hid."""
         for host_id in placement.host_ids:
             is_up = host_id not in problems
             self._metrics.expert_link_up(self._model, host_id).set(is_up)
@@ -111,6 +112,9 @@ class ExpertMeter:
         waited_s = stats.waited_s
         self._metrics.expert_wait_seconds_total(self._model).inc(waited_s - self._waited_s)
         self._waited_s = waited_s
+        num_new = stats.num_fallbacks - self._num_fallbacks
+        self._metrics.expert_fallbacks_total(self._model).inc(num_new)
+        self._num_fallbacks += num_new
 
 
 class HostMeter:

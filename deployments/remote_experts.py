@@ -12,6 +12,7 @@ from deployments.host_directory import HostDirectory, HostInfo
 from deployments.layout import transports
 from deployments.loading import Source
 from deployments.meters import ExpertMeter
+from experts.fallback import Fallback
 from experts.router import ExpertRouter
 from protos.briolette.v1.admin_pb2 import ClusterStatus, ExpertCalls, ExpertHost, Part
 
@@ -37,12 +38,22 @@ class RemoteExperts:
         self._placement = placement
         self._directory = directory
         self._meter = meter
+        self._fallback: Fallback | None = None
+        if config.experts.fallback == "auto":
+            self._fallback = Fallback(
+                source.spec,
+                source.checkpoint,
+                placement.groups,
+                source.dtype,
+                config.batch_invariant,
+            )
         self.router = ExpertRouter(
             source.spec,
             placement,
             {},
             secret,
             source.checkpoint.fingerprint,
+            self._fallback,
             deadline_s=config.experts.deadline_s,
             transports=transports(config),
             observer=meter,
@@ -78,13 +89,12 @@ class RemoteExperts:
         self._directory.watch(self.router.problems, moved)
 
     def fill_status(self, status: ClusterStatus) -> None:
+        """Write what the experts know; in the thread that dispatches, and never waits."""
         problems = self.router.problems()
         status.expert_hosts.extend(
             self._host_status(host, problems) for host in self._directory.hosts
         )
-        if dead := self._dead_groups(problems):
-            status.ready = False
-            status.reason = f"No expert host is alive for groups {', '.join(map(str, dead))}."
+        self._fill_health(status, self._dead_groups(problems))
         stats = self.router.stats()
         self._meter.update(self._placement, stats, problems)
         status.expert_calls.CopyFrom(
@@ -115,6 +125,18 @@ class RemoteExperts:
             for group_id, hosts in enumerate(self._placement.group_to_hosts)
             if all(host in problems for host in hosts)
         ]
+
+    def _fill_health(self, status: ClusterStatus, dead_groups: list[int]) -> None:
+        """Groups without a host end the service, unless the decoder can compute them itself."""
+        if dead_groups:
+            status.reason = f"No expert host is alive for groups {', '.join(map(str, dead_groups))}"
+            if self._fallback is not None and self._fallback.can_hold(dead_groups):
+                status.reason += "; the decoder computes them, slower."
+            else:
+                status.ready = False
+                status.reason += "."
+        elif self._fallback is not None:
+            self._fallback.free()
 
     def _host_status(self, host: HostInfo, problems: Mapping[str, str]) -> ExpertHost:
         return ExpertHost(

@@ -20,6 +20,7 @@ from cluster.links import AUTO, Endpoint, Link, Listener
 from cluster.placement import ExpertPlacement
 from cluster.spec import ModelSpec
 from experts import wire
+from experts.beats import Beats
 from experts.kernels import group_partials
 from experts.load import ExpertLoad
 from experts.weights import OwnedExperts, load_experts
@@ -56,8 +57,7 @@ class ExpertHost:
     """The experts of the groups that a placement gives to `host_id`, behind a listener.
 
     A thread per link reads calls and answers them; one call computes at a time. Use it as a context
-    manager, or `start` and `close` it. `answer_delay_s` is for benches: every answer leaves that
-    long after its call came.
+    manager, or `start` and `close` it.
     """
 
     def __init__(
@@ -75,7 +75,6 @@ class ExpertHost:
         listen_port: int = 0,
         transports: Sequence[str] = AUTO,
         num_threads: int | None = None,
-        answer_delay_s: float = 0.0,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Read the owned experts; `on_progress(layers done, of)`.
@@ -89,7 +88,6 @@ class ExpertHost:
         self._dtype, self._device, self._secret = dtype, device, secret
         self._batch_invariant = batch_invariant
         self._listen = (listen_host, listen_port, transports)
-        self._answer_delay_s = answer_delay_s
         self._listener: Listener | None = None
         self._accepting: threading.Thread | None = None
         self._strangers = threading.Semaphore(MAX_STRANGERS)
@@ -187,6 +185,13 @@ class ExpertHost:
             reason = f"{self.host_id} broke: {type(error).__name__}: {error}"
             return self._refuse(call_id, wire.Status.FAILED, reason)
 
+    def reply(self, link: Link, frame: memoryview, beats: Beats) -> None:
+        """Answer one call's frame over its link."""
+        beats.call_id = wire.peek_call_id(frame)
+        parts = self.answer(frame)
+        beats.call_id = None
+        link.send(parts, REPLY_DEADLINE_S)
+
     def _compute(self, call: wire.Call, serving: _Serving) -> list[memoryview]:
         start = time.perf_counter()
         owned = serving.owned
@@ -241,11 +246,12 @@ class ExpertHost:
 
     def _serve(self, listener: Listener, sock: socket.socket) -> None:
         try:
-            with self._welcome(listener, sock) as link:
+            link = self._welcome(listener, sock)
+            with Beats(link, wire.Hello.decode(link.hello).beat_s) as beats, link:
                 self._links.add(link)
                 try:
                     while not self._is_closing:
-                        self._reply(link, link.recv(None))
+                        self.reply(link, link.recv(None), beats)
                 finally:
                     self._links.discard(link)
         except LinkError:
@@ -258,16 +264,6 @@ class ExpertHost:
             return listener.welcome(sock)
         finally:
             self._strangers.release()
-
-    def _reply(self, link: Link, frame: memoryview) -> None:
-        due = time.monotonic() + self._answer_delay_s
-        parts = self.answer(frame)
-        if not self._answer_delay_s:
-            link.send(parts, REPLY_DEADLINE_S)
-            return
-        timer = threading.Timer(due - time.monotonic(), _send_late, (link, parts))
-        timer.daemon = True
-        timer.start()
 
     def _load_placement(
         self,
@@ -292,6 +288,7 @@ class ExpertHost:
 
 
 def serve_host(
+    make: Callable[..., ExpertHost],
     control: Connection,
     host_id: str,
     model_dir: Path,
@@ -305,19 +302,14 @@ def serve_host(
 ) -> None:
     """Run a host in a process of its own, for tests, benches and `multiprocessing`'s spawn.
 
-    Sends `Endpoint.to_dict()` on `control`, then serves until the other end of it closes; `options`
-    are ExpertHost's.
+    Sends `Endpoint.to_dict()` on `control`, then serves until the other end of it closes. `make` is
+    ExpertHost or a subclass that misbehaves, `options` are its own.
     """
     spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
-    host = ExpertHost(
+    host = make(
         host_id, spec, checkpoint, placement, dtype, device, secret, batch_invariant, **options
     )
     with host:
         control.send(host.endpoint.to_dict())
         with contextlib.suppress(EOFError):
             control.recv()
-
-
-def _send_late(link: Link, parts: list[memoryview]) -> None:
-    with contextlib.suppress(LinkError):
-        link.send(parts, REPLY_DEADLINE_S)

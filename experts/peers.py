@@ -13,8 +13,8 @@ from cluster.placement import ExpertPlacement
 from experts import wire
 
 CONNECT_S = 2.0  # for one attempt
-SLOT_S = 0.002  # at least so much more patience for every slot that a host has to compute,
-SLACK = 4.0  # or so many times what it took lately
+BEATS_A_DEADLINE = 4  # signs of life that a computing host owes within the time of silence
+LONGEST_CALL_S = 60.0  # for a host that says all the time that it is still computing
 FIRST_BAN_S, LONGEST_BAN_S = 0.1, 10.0
 
 
@@ -29,36 +29,34 @@ class Peer:
     num_bans: int = 0  # since it last answered
     retry_at_s: float = 0.0  # on time.monotonic's clock
     problem: str = "not connected yet"
-    slot_s: float = 0.0  # its computing time for a slot: the slowest lately
-    outstanding: dict[int, int] = field(default_factory=dict)  # calls on this link: their slots
+    outstanding: set[int] = field(default_factory=set)  # calls on this link without a reply
     arrived: dict[int, wire.Reply] = field(default_factory=dict)  # for calls collected later
 
     def receive(self, link: Link, call_id: int, deadline_s: float) -> wire.Reply:
-        """The reply to a call, whatever else comes before it. `deadline_s` is for silence, from
-        now: a slow host is given more, for the slots that it still has to compute.
+        """The reply to a call, whatever else comes before it. `deadline_s` is for silence; a host
+        that says that it is still computing is waited for up to LONGEST_CALL_S.
 
         Raises LinkError when it doesn't come.
         """
         if link is not self.link:
             raise LinkError("The link was closed since.")
+        give_up_at = time.monotonic() + LONGEST_CALL_S
         try:
             while (reply := self.arrived.pop(call_id, None)) is None:
-                num_slots = sum(list(self.outstanding.values()))
-                patience_s = deadline_s + num_slots * max(SLOT_S, SLACK * self.slot_s)
-                came = wire.decode_reply(link.recv(patience_s))
-                if self.outstanding.pop(came.call_id, None) is not None:  # else: abandoned
+                came = wire.decode_reply(link.recv(deadline_s))
+                if came.status is wire.Status.COMPUTING:
+                    if time.monotonic() > give_up_at:
+                        raise LinkError(f"{self.host_id} took more than {LONGEST_CALL_S:g} s.")
+                elif came.call_id in self.outstanding:  # else: abandoned
+                    self.outstanding.discard(came.call_id)
                     self.arrived[came.call_id] = came
         except LinkTimeout:
-            raise LinkError(f"{self.host_id} was silent for too long.") from None
+            raise LinkError(f"{self.host_id} was silent for {deadline_s:g} s.") from None
         return reply
-
-    def took(self, compute_s: float, num_slots: int) -> None:
-        """Learn from an answer how long this host computes."""
-        self.slot_s = max(0.95 * self.slot_s, compute_s / num_slots)
 
     def forget(self, call_id: int) -> None:
         """Nobody will collect this call: drop its reply, now or when it comes."""
-        self.outstanding.pop(call_id, None)
+        self.outstanding.discard(call_id)
         self.arrived.pop(call_id, None)
 
 
@@ -67,11 +65,14 @@ class Peers:
     only while a link is missing, opens them again, so that no step waits for a connection.
     """
 
-    def __init__(self, secret: bytes, weights_hash: str, transports: Sequence[str]) -> None:
+    def __init__(
+        self, secret: bytes, weights_hash: str, transports: Sequence[str], deadline_s: float
+    ) -> None:
+        """`deadline_s`: the silence after which a host will be taken for dead."""
         self.placement: ExpertPlacement
         self.generation = object()  # another one whenever a link opens or closes
         self._secret, self._weights_hash = secret, weights_hash
-        self._transports = transports
+        self._transports, self._beat_s = transports, deadline_s / BEATS_A_DEADLINE
         self._peers: dict[str, Peer] = {}
         self._changed = threading.Condition()
         self._reconnecting: threading.Thread | None = None
@@ -155,7 +156,7 @@ class Peers:
             link.close()
 
     def _connect(self, peer: Peer, epoch: int) -> None:
-        hello = wire.Hello(peer.host_id, self._weights_hash, epoch).encode()
+        hello = wire.Hello(peer.host_id, self._weights_hash, epoch, self._beat_s).encode()
         try:
             link = connect(peer.endpoint, self._secret, hello, CONNECT_S, self._transports)
         except LinkError as error:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +17,10 @@ from cluster.links import AUTO, Endpoint, Link
 from cluster.placement import ExpertPlacement
 from cluster.spec import ModelSpec
 from experts import wire
+from experts.fallback import Fallback
 from experts.kernels import Slots, sum_partials
-from experts.local import LocalExperts
 from experts.peers import Peer, Peers
 from experts.stats import CallObserver, CallStats
-
-Fallback: TypeAlias = LocalExperts | Callable[[], LocalExperts]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -45,7 +42,6 @@ class _Sent:
     link: Link
     call_id: int
     group_ids: tuple[int, ...]
-    num_slots: int
     cells: IntArray  # [num_rows]: where each row of the reply belongs, as group * tokens + token
     sent_s: float
 
@@ -96,10 +92,10 @@ class ExpertRouter:
     ) -> None:
         """Connect to every host of the placement that has an endpoint; those that can't be reached
         are tried again in the background. `deadline_s` is for a host's silence while `combine`
-        listens to it; it gets more for the slots that it has to compute.
+        listens to it; a host that computes for longer says so, and is waited for.
         """
         self._spec, self._deadline_s, self._fallback = spec, deadline_s, fallback
-        self._peers = Peers(secret, weights_hash, transports)
+        self._peers = Peers(secret, weights_hash, transports, deadline_s)
         self._call_ids = itertools.count(1)
         self._stats = CallStats()
         self._observer = observer
@@ -262,7 +258,7 @@ class ExpertRouter:
             handle.weights[slots],
         )
         cells = wire.cells_with_slots(tokens, groups, num_tokens)
-        peer.outstanding[call_id] = len(tokens)
+        peer.outstanding.add(call_id)
         sent_s = time.perf_counter()
         try:
             link.send(parts, self._deadline_s)
@@ -270,7 +266,7 @@ class ExpertRouter:
             peer.forget(call_id)
             self._failed(peer, link, str(error))
             return None
-        return _Sent(peer, link, call_id, tuple(group_ids), len(tokens), cells, sent_s)
+        return _Sent(peer, link, call_id, tuple(group_ids), cells, sent_s)
 
     def _collect(self, handle: Handle, sent: _Sent) -> bool:
         """Take in one host's answer; False if it has to be asked again elsewhere."""
@@ -292,7 +288,6 @@ class ExpertRouter:
             return False
         rows[torch.from_numpy(sent.cells)] = reply.rows
         sent.peer.num_bans = 0  # only an answer proves that it is well again
-        sent.peer.took(reply.compute_s, sent.num_slots)
         # When an answer came that was there before it was asked for isn't known: the dense MLP's
         # time mustn't count, so the host's own time stands for it.
         waited_s = time.perf_counter() - start
@@ -313,32 +308,29 @@ class ExpertRouter:
     def _retry(self, handle: Handle) -> None:
         """Ask for the orphans again: another copy, else the fallback, else Unavailable."""
         group_ids, handle.orphans = handle.orphans, set()
-        self._stats.num_retries += 1
         self._send(handle, group_ids)
-        if handle.orphans and not handle.sent:
+        if handle.sent:
+            self._stats.num_retries += 1
+        elif handle.orphans:
             self._fall_back(handle)
 
     def _fall_back(self, handle: Handle) -> None:
-        if self._fallback is None:
+        if self._fallback is None or not self._fallback.can_hold(handle.orphans):
             refusals = {host_id: reason for (host_id, _), reason in handle.refusals.items()}
             raise Unavailable(
                 f"No expert host answers for groups {sorted(handle.orphans)}: "
                 f"{self._peers.problems() | refusals}."
             )
-        if not isinstance(self._fallback, LocalExperts):
-            self._fallback = self._fallback()
-        group_ids = sorted(handle.orphans)
-        slots = np.isin(handle.groups, group_ids)
-        partials = self._fallback.partials(
-            handle.layer_idx,
-            handle.hidden_states,
-            Slots(
-                torch.from_numpy(handle.tokens[slots]),
-                torch.from_numpy(handle.experts[slots]),
-                torch.from_numpy(handle.weights[slots]),
-            ),
-        )
-        handle.partials[group_ids] = partials[group_ids]
+        for group_id in sorted(handle.orphans):
+            is_asked = handle.groups == group_id
+            slots = Slots(
+                torch.from_numpy(handle.tokens[is_asked]),
+                torch.from_numpy(handle.experts[is_asked]),
+                torch.from_numpy(handle.weights[is_asked]),
+            )
+            handle.partials[group_id] = self._fallback.partials(
+                group_id, handle.layer_idx, handle.hidden_states, slots
+            )
         handle.orphans.clear()
         self._stats.num_fallbacks += 1
 

@@ -23,7 +23,7 @@ class CallStats:
     num_calls: int = 0
     num_failures: int = 0  # calls that had to be asked again elsewhere
     num_retries: int = 0
-    num_fallbacks: int = 0  # times that the fallback computed
+    num_fallbacks: int = 0  # dispatches of which this process computed a part, for want of a host
     # Summed over calls, from sending to the answer's arrival; for one that had come before combine
     # asked for it, the host's own time and the time to take it in.
     latency_s: float = 0.0

@@ -1,7 +1,8 @@
 """The frames of an expert call: a header, the slots and the hidden states; encoded without copies.
 
     call   header | tokens i32 | experts i32 | weights f32 | pad to 8 | hidden states, a row a token
-    reply  header | one row for each (group, token) that has a slot, ascending; or a reason, UTF-8
+    reply  header | one row for each (group, token) that has a slot, ascending; or a reason, UTF-8;
+                    or nothing: "still computing", any number of times before the answer
 
 Everything is little-endian. Slots come in token order; a token here is a row of this frame. What a
 decoder returns are views into the frame.
@@ -25,6 +26,7 @@ from experts.kernels import Slots
 VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TOKENS = MAX_SLOTS = 1 << 20
+LONGEST_BEAT_S = 3600.0
 
 _CALL = struct.Struct("<4sHHQQIIII")
 _REPLY = struct.Struct("<4sHHQQIIf4x")
@@ -41,6 +43,7 @@ class Status(enum.IntEnum):
     STALE_EPOCH = 1  # it serves another epoch than the call's
     REFUSED = 2  # the call asks for what it doesn't own, or makes no sense
     FAILED = 3  # it broke while computing
+    COMPUTING = 4  # no answer yet, but a sign of life
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Hello:
     host_id: str
     weights_hash: str
     epoch: int
+    beat_s: float  # how often a host that computes for long shall say so
 
     def encode(self) -> bytes:
         """As the handshake carries it."""
@@ -60,7 +64,11 @@ class Hello:
         """Raises LinkError when the bytes are no hello."""
         try:
             fields = json.loads(data)
-            return Hello(str(fields["host_id"]), str(fields["weights_hash"]), int(fields["epoch"]))
+            beat_s = float(fields["beat_s"])
+            if not 0 < beat_s <= LONGEST_BEAT_S:
+                raise ValueError
+            names = str(fields["host_id"]), str(fields["weights_hash"])
+            return Hello(*names, int(fields["epoch"]), beat_s)
         except (ValueError, KeyError, TypeError):
             raise LinkError("The hello can't be read.") from None
 
@@ -160,6 +168,11 @@ def encode_failure(call_id: int, epoch: int, status: Status, reason: str) -> lis
     return [memoryview(head), memoryview(reason.encode())]
 
 
+def encode_computing(call_id: int) -> list[memoryview]:
+    """The parts of a sign of life: the call's answer is still to come."""
+    return encode_failure(call_id, 0, Status.COMPUTING, "")
+
+
 def decode_reply(frame: memoryview) -> Reply:
     """Read a reply. Raises LinkError when the frame is malformed."""
     if len(frame) < _REPLY.size:
@@ -168,7 +181,7 @@ def decode_reply(frame: memoryview) -> Reply:
         frame
     )
     kind, status = kind >> 8, kind & 0xFF
-    if magic != _REPLY_MAGIC or version != VERSION or kind >= len(DTYPES) or status > Status.FAILED:
+    if magic != _REPLY_MAGIC or version != VERSION or kind >= len(DTYPES) or status > max(Status):
         raise LinkError("This is no expert reply of this version.")
     body, dtype = frame[_REPLY.size :], DTYPES[kind]
     if status != Status.OK:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,16 @@ import torch
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LinkError, Unavailable
-from cluster.links import Endpoint, connect
-from cluster.placement import ExpertGroups, ExpertPlacement
-from experts import wire
-from experts.host import ExpertHost, serve_host
+from cluster.links import connect
+from cluster.placement import ExpertPlacement
+from cluster.shared_memory import RING_BYTES
+from experts import peers, wire
+from experts.host import ExpertHost
 from experts.local import LocalExperts
 from experts.router import ExpertRouter, choose_copies
-from tests.tiny_experts import NUM_EXPERTS, random_topk, save_experts, tiny_spec
+from tests.swarm import GROUPS, HOSTS, ONE_COPY, SECRET, SPEC, TWO_COPIES, SlowHost, Swarm
+from tests.tiny_experts import NUM_EXPERTS, random_topk, save_experts
 
-SPEC = tiny_spec()
-GROUPS = ExpertGroups(NUM_EXPERTS, 4)
-HOSTS = ["a", "b"]
-ONE_COPY = ExpertPlacement.spread(GROUPS, HOSTS)
-TWO_COPIES = ExpertPlacement.spread(GROUPS, HOSTS, num_copies=2)
-SECRET = b"between us"
 CASES = [(seed, num_tokens) for seed, num_tokens in enumerate((1, 2, 7, 40, 1, 16))]
 
 
@@ -44,51 +38,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def local(model_dir: Path) -> LocalExperts:
     return LocalExperts(SPEC, Checkpoint(model_dir), GROUPS, torch.float32, "cpu", True)
-
-
-class Swarm:
-    """Host processes and what a router needs to reach them."""
-
-    def __init__(self, model_dir: Path, placement: ExpertPlacement, **options: Any) -> None:
-        self.placement, self.model_dir = placement, model_dir
-        self.processes: dict[str, BaseProcess] = {}
-        self.endpoints: dict[str, Endpoint] = {}
-        self._controls: list[Any] = []
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["experts.host"])  # torch is imported once, not per host
-        options = {"batch_invariant": True, "num_threads": 1, **options}
-        for host_id in placement.host_ids:
-            control, far = context.Pipe()
-            process = context.Process(
-                target=serve_host,
-                args=(far, host_id, model_dir, placement, SECRET),
-                kwargs=options,
-                daemon=True,
-            )
-            process.start()
-            far.close()
-            self.processes[host_id] = process
-            self._controls.append(control)
-        for host_id, control in zip(placement.host_ids, self._controls, strict=True):
-            assert control.poll(60)
-            self.endpoints[host_id] = Endpoint.from_dict(control.recv())
-
-    def router(self, **options: Any) -> ExpertRouter:
-        weights_hash = Checkpoint(self.model_dir).fingerprint
-        options = {"deadline_s": 5.0, **options}
-        return ExpertRouter(SPEC, self.placement, self.endpoints, SECRET, weights_hash, **options)
-
-    def signal(self, host_id: str, number: int) -> None:
-        pid = self.processes[host_id].pid
-        assert pid is not None
-        os.kill(pid, number)
-
-    def close(self) -> None:
-        for control in self._controls:
-            control.close()
-        for process in self.processes.values():
-            process.kill()
-            process.join()
 
 
 @pytest.fixture
@@ -198,7 +147,7 @@ def test_a_killed_host_changes_no_bit(
 def test_a_call_in_flight_survives_the_kill(
     swarm: Callable[..., Swarm], local: LocalExperts
 ) -> None:
-    hosts = swarm(answer_delay_s=0.3)
+    hosts = swarm(make=SlowHost, compute_s=0.3)
     with hosts.router() as router:
         first = router.dispatch(0, *random_topk(SPEC, 8, 1))
         second = router.dispatch(1, *random_topk(SPEC, 9, 2))
@@ -226,34 +175,42 @@ def test_a_host_that_hangs_is_left_at_the_deadline_and_found_again(
         assert_same_bits(router, local)
 
 
-def test_the_fallback_answers_when_all_are_dead(
+def test_a_slow_host_is_waited_for_and_asked_once(
     swarm: Callable[..., Swarm], local: LocalExperts
 ) -> None:
-    hosts = swarm()
-    asked: list[None] = []
-
-    def load_fallback() -> LocalExperts:
-        asked.append(None)
-        return local
-
-    with hosts.router(fallback=load_fallback) as router:
-        assert_same_bits(router, local)
-        assert not asked
-        for host_id in HOSTS:
-            hosts.signal(host_id, signal.SIGKILL)
-        assert_same_bits(router, local)
-        assert len(asked) == 1
-        assert router.stats().num_fallbacks > 0
+    hosts = swarm(ONE_COPY, make=SlowHost, compute_s=3.0)
+    with hosts.router(deadline_s=0.4) as router:
+        start = time.monotonic()
+        assert torch.equal(run(router, 3, 4), run(local, 3, 4))
+        assert time.monotonic() - start > 2.9
+        assert router.stats().num_failures == 0
+        assert not router.problems()
 
 
-def test_only_the_dead_hosts_groups_fall_back(
+def test_a_long_call_waits_while_its_host_computes(
     swarm: Callable[..., Swarm], local: LocalExperts
 ) -> None:
-    hosts = swarm(ONE_COPY)
-    with hosts.router(fallback=local) as router:
-        hosts.signal("b", signal.SIGKILL)
-        assert_same_bits(router, local)
-        assert router.stats().num_calls > 0
+    """The second call is longer than the link's room, and nobody reads it for a while."""
+    hosts = swarm(ONE_COPY, make=SlowHost, compute_s=1.0)
+    num_tokens = 3 * RING_BYTES // (4 * SPEC.hidden_size)
+    with hosts.router(deadline_s=0.4) as router:
+        first = router.dispatch(0, *random_topk(SPEC, 4, 1))
+        second = router.dispatch(0, *random_topk(SPEC, num_tokens, 2))
+        assert torch.equal(router.combine(first), run(local, 1, 4))
+        assert torch.equal(router.combine(second), run(local, 2, num_tokens))
+        assert router.stats().num_failures == 0
+
+
+def test_a_host_that_computes_for_ever_is_left_in_the_end(
+    swarm: Callable[..., Swarm], local: LocalExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "LONGEST_CALL_S", 0.5)
+    hosts = swarm(make=SlowHost, compute_s=1.0)
+    with (
+        hosts.router(deadline_s=0.2) as router,
+        pytest.raises(Unavailable, match=r"took more than 0.5 s"),
+    ):
+        run(router, 3, 4)
 
 
 def test_all_dead_without_fallback_is_unavailable_quickly(swarm: Callable[..., Swarm]) -> None:
@@ -452,7 +409,7 @@ def test_a_malformed_frame_gets_a_reply_and_never_a_crash(model_dir: Path) -> No
 def test_a_stranger_on_a_good_link_harms_nobody(model_dir: Path, local: LocalExperts) -> None:
     with one_host(model_dir) as (host, placement):
         weights_hash = Checkpoint(model_dir).fingerprint
-        hello = wire.Hello("a", weights_hash, 1).encode()
+        hello = wire.Hello("a", weights_hash, 1, 0.25).encode()
         with connect(host.endpoint, SECRET, hello) as link:
             link.send([b"what is this?"])
             assert wire.decode_reply(link.recv(5)).status is wire.Status.REFUSED

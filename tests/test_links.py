@@ -6,15 +6,18 @@ import contextlib
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from cluster import links, pipes
+from cluster import link as link_module
+from cluster import shared_memory
 from cluster.errors import LinkError, PortTaken
 from cluster.handshake import TRANSPORTS
 from cluster.links import Endpoint, Link, LinkRefused, LinkTimeout, Listener, connect
@@ -60,7 +63,7 @@ def test_messages_arrive_whole_and_in_order(transport: str) -> None:
 
 @every_transport
 def test_two_peers_that_both_send_long_messages_never_wait_for_each_other(transport: str) -> None:
-    message = random.Random(1).randbytes(5 * pipes.RING_BYTES + 7)
+    message = random.Random(1).randbytes(5 * shared_memory.RING_BYTES + 7)
     with linked(transport) as (near, far):
         received: list[memoryview] = []
 
@@ -104,6 +107,40 @@ def test_silence_is_a_timeout_and_the_link_lives_on(transport: str) -> None:
                 near.recv(deadline_s)
         far.send([b"late"])
         assert bytes(near.recv(1)) == b"late"
+
+
+@every_transport
+def test_a_send_waits_for_a_busy_peer_that_gives_signs_of_life(transport: str) -> None:
+    message = bytes(8 << 20)
+    with linked(transport) as (near, far):
+
+        def compute() -> None:
+            for _ in range(8):
+                time.sleep(0.1)
+                far.send([b"still busy"])
+
+        thread = threading.Thread(target=compute)
+        thread.start()
+        reader = threading.Timer(0.8, far.recv, [5])
+        reader.start()
+        near.send([message], 0.3)
+        thread.join()
+        reader.join()
+        assert [bytes(near.recv(1)) for _ in range(8)] == [b"still busy"] * 8
+
+
+@every_transport
+def test_spinning_finds_what_comes(transport: str) -> None:
+    with linked(transport) as (near, far):
+        pipe = near._pipe
+        assert not pipe.spin(0.001)
+        timer = threading.Timer(0.02, far.send, [[b"x"]])
+        timer.start()
+        start = time.monotonic()
+        assert pipe.spin(5.0)
+        assert time.monotonic() - start < 1
+        assert bytes(near.recv(1)) == b"x"
+        timer.join()
 
 
 @every_transport
@@ -151,7 +188,7 @@ def test_close_frees_a_thread_that_receives(transport: str) -> None:
 def test_the_deadline_is_for_silence_not_for_a_long_message(transport: str) -> None:
     message = os.urandom(6000)
     with linked(transport) as (near, far):
-        frame = memoryview(links._HEADER.pack(links._MARK, len(message)) + message)
+        frame = memoryview(link_module._HEADER.pack(link_module._MARK, len(message)) + message)
 
         def dribble() -> None:
             for start in range(0, len(frame), 1000):
@@ -172,7 +209,7 @@ def test_memory_that_cannot_be_mapped_leaves_nothing_open(monkeypatch: pytest.Mo
     near, far = socket.socketpair()
     monkeypatch.setattr("mmap.mmap", fail)
     with pytest.raises(LinkError, match="no memory"):
-        pipes.SharedMemoryPipe(near, pipes.create_shared_fds(), is_acceptor=True)
+        shared_memory.SharedMemoryPipe(near, shared_memory.create_shared_fds(), is_acceptor=True)
     far.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -281,13 +318,56 @@ def test_garbage_after_the_handshake_is_an_error(mark: bytes) -> None:
 
 def test_a_peer_that_corrupts_the_counters_is_an_error() -> None:
     with linked("shm") as (near, far):
-        assert isinstance(near._pipe, pipes.SharedMemoryPipe)
-        near._pipe._tx_words[pipes.HEAD] = 1 << 60
+        assert isinstance(near._pipe, shared_memory.SharedMemoryPipe)
+        near._pipe._tx_words[shared_memory.HEAD] = 1 << 60
         with pytest.raises(LinkError, match="nonsense"):
             far.recv(1)
-        near._pipe._rx_words[pipes.TAIL] = 1 << 60
+        near._pipe._rx_words[shared_memory.TAIL] = 1 << 60
         with pytest.raises(LinkError, match="nonsense"):
             far.send([b"x"])
+
+
+def accept_with_few_files(control: Any, num_files: int) -> None:
+    """Accept links in a process that may open `num_files` files beside its listener, and as many
+    as it likes once `control` says so.
+    """
+    listener = Listener(SECRET, say_welcome)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(map(int, os.listdir("/proc/self/fd")))
+    holes = [os.open("/dev/null", os.O_RDONLY) for _ in range(used)]  # below the highest, if any
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(holes) + 1, hard))
+    for fd in holes[:num_files]:
+        os.close(fd)
+    with serving(listener):
+        control.send(listener.endpoint.to_dict())
+        control.recv()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        control.send("more")
+        with contextlib.suppress(EOFError):
+            control.recv()
+
+
+@pytest.mark.parametrize(("num_files", "kind"), [(0, None), (1, "unix")])
+def test_a_listener_out_of_files_says_so_and_recovers(num_files: int, kind: str | None) -> None:
+    context = multiprocessing.get_context("forkserver")
+    control, far = context.Pipe()
+    process = context.Process(target=accept_with_few_files, args=(far, num_files), daemon=True)
+    process.start()
+    far.close()
+    endpoint = Endpoint.from_dict(control.recv())
+    if kind is None:
+        for _ in range(3):
+            with pytest.raises(LinkRefused, match="as many files open as it may"):
+                connect(endpoint, SECRET, b"friend", 5)
+    else:  # a file for the socket, none for shared memory
+        with connect(endpoint, SECRET, b"friend", 5) as link:
+            assert link.kind == kind
+    control.send("more")
+    control.recv()
+    with connect(endpoint, SECRET, b"friend", 5) as link:
+        assert link.kind == "shm"
+    control.close()
+    process.join(10)
 
 
 def test_a_taken_port_is_named() -> None:

@@ -1,0 +1,120 @@
+"""One copy of a group, and its host dies: the decoder computes it itself, with the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cluster.checkpoint import Checkpoint
+from cluster.errors import Unavailable
+from cluster.placement import ExpertGroups, ExpertPlacement
+from cluster.spec import AttentionKind, ModelSpec
+from engine.core import EngineCore, SpecLimits
+from engine.kv_cache import KVCacheConfig
+from engine.model import Experts, GemmaDecoder
+from engine.request import SamplingParams
+from engine.runner import ModelRunner
+from experts import fallback as fallback_module
+from experts.fallback import Fallback
+from experts.local import LocalExperts
+from tests.swarm import HOSTS, ExpertRouter, Swarm
+from tests.tiny_experts import random_topk
+from tests.tiny_models import tiny_model
+
+GROUPS = ExpertGroups(8, 4)
+ONE_COPY = ExpertPlacement.spread(GROUPS, HOSTS)
+PROMPTS = [[5, 9, 11, 60], [7] * 20, [100, 3, 2]]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("26b").save_pretrained(path)
+    return path
+
+
+@contextlib.contextmanager
+def swarm(model_dir: Path) -> Iterator[tuple[Swarm, ExpertRouter, Fallback]]:
+    """Two hosts, each the only one of its groups, and a router with a fallback."""
+    spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
+    fallback = Fallback(spec, checkpoint, GROUPS, torch.float32, batch_invariant=True)
+    hosts = Swarm(model_dir, ONE_COPY)
+    try:
+        with hosts.router(fallback=fallback) as router:
+            yield hosts, router, fallback
+    finally:
+        hosts.close()
+
+
+def make_core(model_dir: Path, experts: Experts) -> EngineCore:
+    spec = ModelSpec.load(model_dir)
+    kv = KVCacheConfig(4, {AttentionKind.GLOBAL: 100, AttentionKind.SLIDING: 100})
+    model = GemmaDecoder.load(spec, Checkpoint(model_dir), batch_invariant=True)
+    limits = SpecLimits.from_spec(spec, max_model_len=120)
+    return EngineCore(ModelRunner(model, kv, experts), kv, spec_limits=limits)
+
+
+def answers(core: EngineCore, victims: Swarm | None = None) -> list[list[int]]:
+    """Greedy tokens; the host "b" is killed after the eighth step."""
+    sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    for index, prompt in enumerate(PROMPTS):
+        core.add(request_id=str(index), prompt_ids=prompt, sampling=sampling)
+    num_steps = 0
+    while core.has_work:
+        if num_steps == 8 and victims is not None:
+            victims.signal("b", signal.SIGKILL)
+        for output in core.step():
+            assert output.error is None
+            tokens[int(output.request_id)] += output.new_token_ids
+        num_steps += 1
+    return tokens
+
+
+def test_killing_the_only_host_of_a_group_changes_no_token(model_dir: Path) -> None:
+    torch.set_num_threads(1)
+    spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
+    local = LocalExperts(spec, checkpoint, GROUPS, torch.float32, "cpu", True)
+    undisturbed = answers(make_core(model_dir, local))
+    with swarm(model_dir) as (hosts, router, _):
+        assert answers(make_core(model_dir, router), hosts) == undisturbed
+        assert list(router.problems()) == ["b"]
+        assert router.stats().num_fallbacks >= spec.num_layers
+        assert router.stats().num_calls > 0  # the other host was asked to the end
+
+
+def test_only_the_dead_hosts_groups_are_read_and_freed_again(model_dir: Path) -> None:
+    spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
+    local = LocalExperts(spec, checkpoint, GROUPS, torch.float32, "cpu", True)
+    with swarm(model_dir) as (hosts, router, fallback):
+        assert not fallback._loaded
+        hosts.signal("b", signal.SIGKILL)
+        for layer_idx in range(spec.num_layers):
+            call = layer_idx, *random_topk(spec, 20, layer_idx)
+            assert torch.equal(router.combine(router.dispatch(*call)), local.dispatch(*call))
+        assert sorted(fallback._loaded) == list(ONE_COPY.groups_of("b"))
+        fallback.free()
+        assert not fallback._loaded
+
+
+def test_without_memory_the_call_fails_with_the_reason(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModelSpec.load(model_dir)
+    with swarm(model_dir) as (hosts, router, fallback):
+        hosts.signal("b", signal.SIGKILL)
+        full = SimpleNamespace(available=0)
+        monkeypatch.setattr(fallback_module.psutil, "virtual_memory", lambda: full)
+        assert not fallback.can_hold([1])
+        with pytest.raises(Unavailable, match=r"No expert host answers for groups .*'b'"):
+            router.combine(router.dispatch(0, *random_topk(spec, 20)))
+        monkeypatch.undo()
+        router.combine(router.dispatch(0, *random_topk(spec, 20)))
+        full.available = 0
+        assert fallback.can_hold(fallback._loaded)  # what is there needs no more

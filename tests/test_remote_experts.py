@@ -1,0 +1,174 @@
+"""The decoder's side of the hosts: when it starts without some, and what it says of lost ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+
+from cluster.config import Config
+from cluster.errors import Unavailable
+from cluster.metrics import Metrics
+from deployments import remote_experts
+from deployments.host_directory import HostDirectory
+from deployments.layout import place_experts
+from deployments.loading import Source
+from deployments.meters import ExpertMeter
+from deployments.remote_experts import RemoteExperts
+from experts.host import ExpertHost
+from protos.briolette.v1.admin_pb2 import ClusterStatus
+from tests.tiny_experts import random_topk
+from tests.tiny_models import tiny_model
+
+SECRET = b"between us"
+
+
+class Handle:
+    """What Serve's handle of a host says: nothing before `host` is set."""
+
+    host: ExpertHost | None = None
+
+    def broadcast(self, method: str) -> Handle:
+        assert method == "describe"
+        return self
+
+    def results(self, **_: Any) -> list[Any]:
+        if self.host is None:
+            return [RuntimeError("no replica")]
+        return [
+            {
+                "host_id": self.host.host_id,
+                "pid": os.getpid(),
+                "device": "cpu",
+                "visible_devices": "",
+                "metrics_port": 1,
+                "group_ids": [0, 1],
+                "endpoint": self.host.endpoint.to_dict(),
+            }
+        ]
+
+
+class Cluster:
+    """Handles of two hosts, the hosts that were started, and the decoder's side of them."""
+
+    def __init__(self, model_dir: Path, **experts: Any) -> None:
+        self.config = Config.load(None, {"model": str(model_dir), "experts": experts})
+        self.source = Source.open(self.config)
+        placement = place_experts(self.config, self.source.spec)
+        assert placement is not None
+        self.placement = placement
+        self.handles = {host_id: Handle() for host_id in placement.host_ids}
+        meter = ExpertMeter(Metrics(CollectorRegistry()), "m")
+        directory = HostDirectory(self.handles)
+        self.experts = RemoteExperts(self.config, self.source, placement, directory, SECRET, meter)
+
+    def start(self, host_id: str) -> ExpertHost:
+        source = self.source
+        host = ExpertHost(
+            host_id, source.spec, source.checkpoint, self.placement, source.dtype, "cpu", SECRET
+        )
+        host.start()
+        self.handles[host_id].host = host
+        return host
+
+    def status(self) -> ClusterStatus:
+        status = ClusterStatus(ready=True)
+        self.experts.fill_status(status)
+        return status
+
+    def call(self) -> torch.Tensor:
+        router = self.experts.router
+        return router.combine(router.dispatch(0, *random_topk(self.source.spec, 20)))
+
+    def close(self) -> None:
+        self.experts.close()
+        for handle in self.handles.values():
+            if handle.host is not None:
+                handle.host.close()
+
+
+@contextlib.contextmanager
+def cluster(model_dir: Path, **experts: Any) -> Iterator[Cluster]:
+    with contextlib.closing(Cluster(model_dir, **experts)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("26b").save_pretrained(path)
+    return path
+
+
+def test_a_late_copy_holds_the_start_up_only_for_a_while(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_experts, "LATE_HOST_S", 0.6)
+    with cluster(model_dir, num_copies=2) as parts:
+        parts.start("host0")
+        start = time.monotonic()
+        parts.experts.wait_ready(30)
+        assert 0.5 < time.monotonic() - start < 5
+        assert list(parts.experts.router.problems()) == ["host1"]
+        assert parts.call().shape == (20, parts.source.spec.hidden_size)
+        assert parts.status().ready
+
+
+def test_a_copy_that_comes_in_time_is_waited_for(model_dir: Path) -> None:
+    with cluster(model_dir, num_copies=2) as parts:
+        parts.start("host0")
+        timer = threading.Timer(0.5, parts.start, ["host1"])
+        timer.start()
+        start = time.monotonic()
+        parts.experts.wait_ready(30)
+        assert time.monotonic() - start < remote_experts.LATE_HOST_S / 2
+        assert not parts.experts.router.problems()
+        timer.join()
+
+
+def test_a_group_without_any_host_fails_the_start_up(model_dir: Path) -> None:
+    with cluster(model_dir) as parts:
+        parts.start("host0")
+        with pytest.raises(Unavailable, match=r"host1.*not started"):
+            parts.experts.wait_ready(0.5)
+
+
+def test_health_says_who_computes_what_lost_its_host(model_dir: Path) -> None:
+    with cluster(model_dir) as parts:
+        parts.start("host0")
+        lost = parts.start("host1")
+        parts.experts.wait_ready(30)
+        before = parts.call()
+        assert (parts.status().ready, parts.status().reason) == (True, "")
+        lost.close()
+        torch.testing.assert_close(parts.call(), before)
+        status = parts.status()
+        assert status.ready
+        assert status.reason == (
+            "No expert host is alive for groups 1, 3; the decoder computes them, slower."
+        )
+        parts.start("host1")
+        parts.experts.wait_ready(30)
+        torch.testing.assert_close(parts.call(), before)
+        assert parts.status().reason == ""
+
+
+def test_health_without_fallback(model_dir: Path) -> None:
+    with cluster(model_dir, fallback="off") as parts:
+        parts.start("host0")
+        lost = parts.start("host1")
+        parts.experts.wait_ready(30)
+        lost.close()
+        with pytest.raises(Unavailable, match="No expert host answers"):
+            parts.call()
+        status = parts.status()
+        assert not status.ready
+        assert status.reason == "No expert host is alive for groups 1, 3."
