@@ -56,9 +56,7 @@ class Fallback:
         layer = owned.layers[layer_idx]
         slots = owned.localise(slots)
         with torch.inference_mode():
-            partials = group_partials(
-                hidden_states, slots, layer, batch_invariant=self._batch_invariant
-            )
+            partials = group_partials(hidden_states, slots, layer)
         return partials[0]
 
     def free(self) -> None:
