@@ -81,7 +81,7 @@ def memory_needed(config: Config, spec: ModelSpec, model_dir: Path) -> dict[str,
     needed = {"processes": num_processes * PROCESS_BYTES}
     if is_on_cpu:
         needed["attention"] = decoder_bytes(spec, checkpoint, dtype)
-        if spec.tie_word_embeddings and dtype is torch.float32 and not config.batch_invariant:
+        if spec.tie_word_embeddings and dtype is torch.float32:
             # The table of the embeddings, and its copy in the layout that gives logits faster.
             needed["attention"] += spec.vocab_size * spec.hidden_size * dtype.itemsize
         needed["the KV cache"] = config.engine.kv_bytes
