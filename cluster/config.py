@@ -99,7 +99,9 @@ class Config:
         "auto", "of weights and activations; auto: float32 on a CPU, bfloat16 on a GPU"
     )
     device: str = _setting("auto", "cpu, cuda, or auto: a GPU where there is one")
-    batch_invariant: bool = _setting(False, "a request's bits don't depend on the batch; slower on a GPU")
+    batch_invariant: bool = _setting(
+        False, "a request's bits don't depend on the batch; slower on a GPU"
+    )
     gateway: GatewayConfig = GatewayConfig()
     engine: EngineConfig = EngineConfig()
     experts: ExpertsConfig = ExpertsConfig()

@@ -246,9 +246,32 @@ def test_killing_an_expert_host_changes_no_token(client: Client) -> None:
     assert answer(client, 200) == undisturbed
 
 
-def is_replaced(status: ClusterStatus, old_pid: int) -> bool:
+def test_killing_every_expert_host_changes_no_token(client: Client) -> None:
+    """The decoder computes the experts itself until Serve has replaced the hosts."""
+    undisturbed = answer(client, 200)
+    before = client.status()
+    old_pids = [host.part.pid for host in before.expert_hosts]
+    port = before.decoder.metrics_port
+    num_fallbacks = metric(port, "expert_fallbacks_total")
+    tokens: list[int] = []
+    pieces: Iterator[Generation] = client.chat(QUESTION, greedy(200))
+    for piece in pieces:
+        tokens += piece.token_ids
+        if len(tokens) == 20:
+            for pid in old_pids:
+                os.kill(pid, signal.SIGKILL)
+        if len(tokens) > 20:
+            assert client.status().ready
+    assert tokens == undisturbed
+    wait_for(lambda: metric(port, "expert_fallbacks_total") > num_fallbacks)
+    wait_for(lambda: is_replaced(client.status(), *old_pids), 60)
+    wait_for(lambda: not client.status().reason)
+    assert answer(client, 200) == undisturbed
+
+
+def is_replaced(status: ClusterStatus, *old_pids: int) -> bool:
     return status.ready and all(
-        host.link and host.part.pid != old_pid for host in status.expert_hosts
+        host.link and host.part.pid not in old_pids for host in status.expert_hosts
     )
 
 
