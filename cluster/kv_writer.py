@@ -17,6 +17,7 @@ from cluster.redis import REDIS_ERRORS, BulkConnection, RedisAddress, packed
 
 BATCH_BYTES = 16 << 20
 BATCH_VALUES = 64
+IDLE_S = 0.25  # then a look at whether a reader has found the server gone
 FULL_RETRY_S = 5.0  # a full server is asked again after this, then twice as long, and so on
 
 
@@ -77,7 +78,7 @@ class Writer:
         """The outcome that a value of this size would have at once, if it can't be taken."""
         if not self._reach.is_closed:
             return "unreachable"
-        if not self._writing.is_closed:
+        if self._writing.retry_in_s > 0:
             return "server_full"
         if self._queue_bytes + num_bytes > self._max_queue_bytes:
             return "queue_full"
@@ -123,7 +124,7 @@ class Writer:
                 pause_s = max(self._reach.retry_in_s, self._writing.retry_in_s)
                 if pause_s == 0 and (self._queue or not self._reach.is_closed):
                     return self._take_batch() if self._reach.is_closed else []
-                self._changed.wait(pause_s or None)
+                self._changed.wait(pause_s or IDLE_S)
         return None
 
     def _take_batch(self) -> list[Value]:

@@ -17,8 +17,6 @@ import threading
 import time
 from pathlib import Path
 
-import redis
-
 from cluster.errors import ConfigError, Unavailable
 from cluster.redis import REDIS_ERRORS, RedisAddress
 
@@ -164,21 +162,16 @@ class RedisServer:
             time.sleep(POLL_S)
 
     def _answers(self) -> bool:
-        """Also while it still reads its file, which may take long."""
+        """Whether it is our own process that answers, also while it still reads its file."""
         try:
             connection = self.address.connect()
-        except redis.BusyLoadingError:
-            return True
+            try:
+                info: bytes = connection.command("INFO", "server")
+            finally:
+                connection.close()
         except REDIS_ERRORS:
             return False
-        try:
-            return bool(connection.command("PING"))
-        except redis.BusyLoadingError:
-            return True
-        except REDIS_ERRORS:
-            return False
-        finally:
-            connection.close()
+        return b"process_id:%d\r\n" % (self.pid or 0) in info
 
     def _last_line(self) -> str:
         lines = (self._data_dir / LOG).read_text(errors="replace").splitlines()

@@ -89,12 +89,9 @@ class Sessions:
         encoded, budget = _encoded(content), self._budget_of(tenant)
         meta = json.dumps({"fingerprint": fingerprint, "num_tokens": num_tokens})
         keys = dict.fromkeys(block_keys)  # each once, in order
-        try:
-            is_saved, answer = self._run(
-                SAVE_SESSION, tenant, _checked(name), encoded, meta, str(budget), *keys
-            )
-        except redis.OutOfMemoryError:
-            raise StoreFull("Redis is full: delete sessions or give it more memory.") from None
+        is_saved, answer = self._run(
+            SAVE_SESSION, tenant, _checked(name), encoded, meta, str(budget), *keys
+        )
         if not is_saved:
             raise StoreFull(
                 f"The session {name!r} doesn't fit: all sessions would take {answer:,} bytes, and "
@@ -147,9 +144,9 @@ class Sessions:
         prefix = tenant_prefix(tenant)
         try:
             return self._client.eval(script, 1, prefix, str(self._ttl_ms), *args)
-        except redis.OutOfMemoryError:
-            raise
         except REDIS_ERRORS as error:
+            if isinstance(error, redis.ResponseError) and "OOM" in str(error):
+                raise StoreFull("Redis is full: delete sessions, or give it more memory.") from None
             raise Unavailable(f"Redis at {self._address} doesn't answer: {error}") from None
 
 
