@@ -47,11 +47,11 @@ local function charge(key, bytes)
   redis.call('HINCRBY', usage, 'bytes', bytes)
   if is_pinned(key) then redis.call('HINCRBY', usage, 'pinned', bytes) end
 end
--- DEL comes first: on a full server a script may go on only once it has written something that
--- needs no memory.
+-- `0 - bytes`, since -0 would reach Redis as "-0", which is no number to it. DEL comes first: on a
+-- full server a script may go on only once it has written something that needs no memory.
 local function remove(key)
   redis.call('DEL', base..'kv:'..key)
-  charge(key, -bytes_of(key))
+  charge(key, 0 - bytes_of(key))
   redis.call('HDEL', size, key)
   redis.call('ZREM', lru, key)
 end
@@ -67,7 +67,7 @@ end
 local function unpin(key)
   if redis.call('HINCRBY', pins, key, -1) > 0 then return end
   redis.call('HDEL', pins, key)
-  redis.call('HINCRBY', usage, 'pinned', -bytes_of(key))
+  redis.call('HINCRBY', usage, 'pinned', 0 - bytes_of(key))
   if redis.call('PEXPIRE', base..'kv:'..key, ttl) == 1 then redis.call('ZADD', lru, now, key)
   else remove(key) end
 end
@@ -227,7 +227,8 @@ DELETE_SESSION = (
     + """
 local name = ARGV[2]
 if redis.call('SREM', sessions, name) == 0 then return 0 end
-charge_content(-redis.call('HSTRLEN', record_of(name), 'content'))
+remove_expired()
+charge_content(0 - redis.call('HSTRLEN', record_of(name), 'content'))
 for _, key in ipairs(all_keys(name)) do
   unpin(key)
   if not is_pinned(key) then remove(key) end
