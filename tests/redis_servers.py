@@ -11,14 +11,14 @@ from pathlib import Path
 import redis
 
 from cluster.redis import REDIS_ERRORS, RedisAddress
-from cluster.redis_server import _server_binary
+from cluster.redis_server import server_binary
 
 
 @contextlib.contextmanager
 def redis_server(directory: Path, *options: str) -> Iterator[RedisAddress]:
     """A bare server on a Unix socket, killed at the end; it keeps nothing on disk."""
     path = directory / "redis.sock"
-    command = [str(_server_binary()), "--port", "0", "--unixsocket", str(path), "--save", ""]
+    command = [str(server_binary()), "--port", "0", "--unixsocket", str(path), "--save", ""]
     process = subprocess.Popen([*command, *options], cwd=directory, stdout=subprocess.DEVNULL)
     try:
         address = RedisAddress(f"unix://{path}", timeout_s=1.0)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -443,13 +446,13 @@ def test_a_server_that_dies_mid_read(tmp_path: Path, stores: Stores) -> None:
 class Cut:
     """Passes bytes between clients and the test's server, and hangs up within an answer."""
 
-    def __init__(self, directory: Path, after_bytes: int) -> None:
-        self._server, self._left = str(directory / "redis.sock"), after_bytes
-        self.address = RedisAddress(f"unix://{directory}/cut.sock", timeout_s=1.0)
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(directory / "cut.sock"))
-        self._listener.listen()
-        self._threads: list[threading.Thread] = []
+    def __init__(
+        self, directory: Path, after_bytes: int, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self._server, self._left, self._tls = str(directory / "redis.sock"), after_bytes, tls
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        scheme, port = "rediss" if tls else "redis", self._listener.getsockname()[1]
+        self.address = RedisAddress(f"{scheme}://localhost:{port}", timeout_s=1.0)
         self._start(self._accept)
 
     def __enter__(self) -> Cut:
@@ -460,14 +463,16 @@ class Cut:
         self._listener.close()
 
     def _start(self, run: Callable[..., None], *args: Any) -> None:
-        thread = threading.Thread(target=run, args=args, daemon=True)
-        thread.start()
-        self._threads.append(thread)
+        threading.Thread(target=run, args=args, daemon=True).start()
 
     def _accept(self) -> None:
         while True:
             try:
                 client, _ = self._listener.accept()
+                if self._tls is not None:
+                    client = self._tls.wrap_socket(client, server_side=True)
+            except ssl.SSLError:
+                continue  # a client that doesn't trust us
             except OSError:
                 return
             server = socket.socket(socket.AF_UNIX)
@@ -484,16 +489,10 @@ class Cut:
                         break
                 sink.sendall(data)
         except OSError:
-            pass
+            pass  # the other direction has hung up
         for end in (source, sink):
-            end.close() if end.fileno() < 0 else _hang_up(end)
-
-
-def _hang_up(end: socket.socket) -> None:
-    try:
-        end.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        end.close()
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_hanging_server_is_given_up(tmp_path: Path, stores: Stores) -> None:
@@ -540,6 +539,25 @@ def test_over_tcp(tmp_path: Path, stores: Stores) -> None:
         store = stores(RedisAddress(f"redis://127.0.0.1:{port}/0"))
         put_all(store)
         assert read_all(store) == [payload(key) for key in KEYS]
+
+
+def test_over_tls(tmp_path: Path, stores: Stores) -> None:
+    """The server that comes with us has no TLS: a proxy that ends it stands before."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl to make a certificate")
+    files = ["-out", str(certificate), "-keyout", str(key)]
+    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with redis_server(tmp_path), Cut(tmp_path, after_bytes=1 << 40, tls=context) as proxy:
+        store = stores(RedisAddress(proxy.address.url, ca_file=certificate))
+        put_all(store)
+        assert read_all(store) == [payload(key) for key in KEYS]
+        distrusting = stores(RedisAddress(proxy.address.url))
+        wait_until(lambda: not distrusting.is_up)
 
 
 # -- decisions
