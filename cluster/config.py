@@ -77,6 +77,25 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
+class StoreConfig:
+    """Redis or Valkey, where long contexts and sessions are kept."""
+
+    enabled: bool = _setting(True, "keep contexts in Redis")
+    url: str | None = _setting(
+        None, "redis://, rediss:// (TLS) or unix://; null starts the server that comes with us"
+    )
+    password_file: Path | None = _setting(None, "its first line is the password")  # noqa: RUF009
+    ca_file: Path | None = _setting(None, "of the server's certificate; null: the system's")  # noqa: RUF009
+    data_dir: Path | None = _setting(None, "of our own server; null: redis in state_dir")  # noqa: RUF009
+    max_bytes: int = _setting(4 << 30, "memory of our own server", "bytes", 16 << 20)
+    tenant_bytes: int = _setting(2 << 30, "budget of each tenant", "bytes", 1 << 20)
+    ttl_s: float = _setting(7 * 86400.0, "an unused value is forgotten after this", "s", 1)
+    queue_bytes: int = _setting(256 << 20, "that may wait to be written", "bytes", 1 << 20)
+    connections: int = _setting(2, "for reading, each with a thread", "", 1, 64)
+    timeout_s: float = _setting(2.0, "without an answer counts as a failure", "s", 0.01, 60)
+
+
+@dataclass(frozen=True)
 class RayConfig:
     """The Ray cluster that places the processes."""
 
@@ -105,6 +124,7 @@ class Config:
     gateway: GatewayConfig = GatewayConfig()
     engine: EngineConfig = EngineConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    store: StoreConfig = StoreConfig()
     ray: RayConfig = RayConfig()
     state_dir: Path = _setting(STATE_DIR, "logs, sockets, the running cluster's files")  # noqa: RUF009
 

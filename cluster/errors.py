@@ -42,6 +42,18 @@ class Unavailable(BrioletteError):
     status = "UNAVAILABLE"
 
 
+class UnknownSession(BrioletteError):
+    """The tenant has no session of that name."""
+
+    status = "NOT_FOUND"
+
+
+class StoreFull(BrioletteError):
+    """What should be kept is more than the tenant's or the server's memory allows."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
 class DeadlineExceeded(BrioletteError):
     """The deadline passed before the answer was complete."""
 

@@ -149,6 +149,22 @@ class Metrics:
     expert_link_up = _gauge("1 while the link to a host works", "model", "host")
     placement_epoch = _gauge("Epoch of the expert placement in use", "model")
 
+    # The KV store. `outcome` of a write: written, present (it was there), queue_full, unreachable,
+    # server_full, over_budget; of a read: ok, missing, damaged, foreign, unreachable.
+    kv_store_up = _gauge("1 while Redis answers", "model")
+    kv_store_writable = _gauge("0 while Redis refuses what is written, as when full", "model")
+    kv_store_writes_total = _counter("Values given to the store", "model", "outcome")
+    kv_store_reads_total = _counter("Values asked of the store", "model", "outcome")
+    kv_store_bytes_total = _counter(
+        "Bytes of values moved; direction: read or written", "model", "direction"
+    )
+    kv_store_queue_bytes = _gauge("Bytes that wait to be written", "model")
+    kv_store_used_bytes = _gauge("Bytes in Redis, as last seen", "model", "tenant")
+    kv_store_read_bytes_per_second = _gauge("What reads reached lately", "model")
+    kv_store_decisions_total = _counter(
+        "Prefixes found in the store; choice: fetch or recompute", "model", "choice"
+    )
+
     def __init__(self, registry: CollectorRegistry) -> None:
         for spec in METRICS:
             self.__dict__[spec.attribute] = spec.create(registry)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import engine as engine_bench
-from bench import gpu_engine, overlap, peers
+from bench import gpu_engine, kv_store, overlap, peers
 from bench.card import Check, report
 from bench.gguf_writer import UNROTATED, gguf_tensors, write_gguf
 from bench.gpu_shapes import CONFIG_26B
@@ -185,3 +185,11 @@ def test_the_26b_has_the_bytes_that_were_counted() -> None:
     assert gpu_engine.bytes_per_step(spec, 1, 0, torch.bfloat16) / 2 == pytest.approx(
         3.82e9, rel=0.02
     )
+
+
+def test_the_kv_store_bench_measures_every_way(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = kv_store.main(["--no-keep", "--values", "2", "--rounds", "1"])
+    rates = summary["results"]["gb_per_s"]
+    assert rates.keys() >= {kv_store.OURS, kv_store.OURS_ON_DISK, "redis-py"}
+    assert all(rate > 0 for one in rates.values() for what in one.values() for rate in what)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary

@@ -1,0 +1,176 @@
+"""The long-context store: KV values in Redis, written behind the step and read beside it.
+
+Redis may be full, slow, or gone, and what it holds may be damaged: that costs warmth, never an
+answer, and never an exception from here. The calls that a decoder's step makes (`put`, `look_up`,
+`read`, `worth_fetching`) don't wait for the network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from cluster.breaker import Breaker
+from cluster.config import StoreConfig
+from cluster.kv_rates import RateMeter, Rates, worth_fetching
+from cluster.kv_reader import Lookup, Read, Reader
+from cluster.kv_value import Buffer, short_fingerprint
+from cluster.kv_writer import FULL_RETRY_S, Value, Writer
+from cluster.metrics import Metrics
+from cluster.redis import RedisAddress
+
+
+class KVStore:
+    """The store of one model, as one process sees it. Any thread may call.
+
+    `fingerprint` stands for all that decides what a value's bytes mean (model, dtype, layout).
+    `budget_of` gives a tenant's budget in bytes where it isn't `config.tenant_bytes`. Raises
+    ConfigError for an address that can't be used; a server that isn't there is no error.
+    """
+
+    def __init__(
+        self,
+        address: RedisAddress,
+        fingerprint: bytes,
+        model: str,
+        metrics: Metrics,
+        config: StoreConfig | None = None,
+        budget_of: Callable[[str], int] | None = None,
+    ) -> None:
+        address.check()
+        config = config or StoreConfig()
+        self._model, self._metrics = model, metrics
+        self._meter = RateMeter()
+        self._decisions = {
+            choice: metrics.kv_store_decisions_total(model, choice)
+            for choice in ("fetch", "recompute")
+        }
+        ttl_ms, fingerprint = round(config.ttl_s * 1000), short_fingerprint(fingerprint)
+        metrics.kv_store_up(model).set(1)
+        metrics.kv_store_writable(model).set(1)
+        reach = Breaker(f"The KV store at {address}", metrics.kv_store_up(model).set)
+        writing = Breaker(
+            f"Writing to the KV store at {address}",
+            metrics.kv_store_writable(model).set,
+            first_retry_s=FULL_RETRY_S,
+        )
+        self._reach = reach
+        self._writer = Writer(
+            address,
+            fingerprint,
+            reach,
+            writing,
+            queue_bytes=config.queue_bytes,
+            ttl_ms=ttl_ms,
+            budget_of=budget_of or (lambda tenant: config.tenant_bytes),
+            on_outcome=self._count_write,
+            on_used=lambda tenant, used: metrics.kv_store_used_bytes(model, tenant).set(used),
+        )
+        self._reader = Reader(
+            address,
+            fingerprint,
+            reach,
+            num_connections=config.connections,
+            ttl_ms=ttl_ms,
+            on_lookup_s=self._meter.saw_lookup,
+        )
+
+    @property
+    def is_up(self) -> bool:
+        """Whether Redis answered when it was last asked."""
+        return self._reach.is_closed
+
+    @property
+    def rates(self) -> Rates:
+        """What reads reached lately."""
+        return self._meter.rates
+
+    def takes(self, num_bytes: int) -> bool:
+        """Whether a `put` of this size would be queued now: to ask before making a copy."""
+        return self._writer.refusal(num_bytes) is None
+
+    def put(self, tenant: str, key: bytes, parts: Sequence[Buffer]) -> bool:
+        """Queue a value to be written; False where it is dropped instead, and counted.
+
+        The parts are not copied: they belong to the store from now on and must not change. A value
+        that Redis has under this key is not sent again, so a key must stand for its content.
+        """
+        views = [memoryview(part).cast("B") for part in parts]
+        return self._writer.put(Value(tenant, key, views, sum(map(len, views))))
+
+    def look_up(
+        self, tenant: str, keys: Sequence[bytes], on_done: Callable[[], None] | None = None
+    ) -> Lookup:
+        """Ask which keys are there and how long their payloads are; each counts as used.
+
+        `on_done` is called by a thread of the store's when the answer can be taken.
+        """
+        lookup = Lookup(tenant, keys, on_done)
+        self._reader.submit(lookup)
+        return lookup
+
+    def read(
+        self,
+        tenant: str,
+        wanted: Sequence[tuple[bytes, Sequence[Buffer]]],
+        on_done: Callable[[], None] | None = None,
+    ) -> Read:
+        """Read values, in this order, each straight into writable memory as long as its payload.
+
+        The memory of a value that didn't come, or came damaged, holds anything at all.
+        """
+
+        def finish(read: Read) -> None:
+            self._count_read(read)
+            if on_done is not None:
+                on_done()
+
+        views = [(key, [memoryview(part).cast("B") for part in parts]) for key, parts in wanted]
+        read = Read(tenant, views, finish)
+        if views:
+            self._reader.submit(read)
+        else:
+            read.stop()
+        return read
+
+    def worth_fetching(
+        self, num_bytes: int, num_tokens: int, prefill_tokens_per_s: float | None
+    ) -> bool:
+        """Decide, by the measured rates, between reading these bytes and computing the tokens."""
+        rates = self._meter.rates
+        fetch = worth_fetching(
+            num_bytes, num_tokens, rates.read_bytes_per_s, prefill_tokens_per_s, rates.latency_s
+        )
+        self._decisions["fetch" if fetch else "recompute"].inc()
+        return fetch
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that was put is written or given up; whether that came in time."""
+        return self._writer.flush(timeout_s)
+
+    def close(self) -> None:
+        """End the threads and give up what still waits; `flush` first to keep it."""
+        self._writer.close()
+        self._reader.close()
+
+    def __enter__(self) -> KVStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _count_write(self, outcome: str, value: Value) -> None:
+        self._metrics.kv_store_writes_total(self._model, outcome).inc()
+        self._metrics.kv_store_queue_bytes(self._model).set(self._writer.queue_bytes)
+        if outcome == "written":
+            self._metrics.kv_store_bytes_total(self._model, "written").inc(value.num_bytes)
+
+    def _count_read(self, read: Read) -> None:
+        for outcome in read.outcomes:
+            self._metrics.kv_store_reads_total(self._model, outcome).inc()
+        self._metrics.kv_store_bytes_total(self._model, "read").inc(read.num_bytes)
+        if all(outcome == "ok" for outcome in read.outcomes):
+            self._meter.saw_read(read.num_bytes, time.perf_counter() - read.started_s)
+        rate = self._meter.rates.read_bytes_per_s
+        if rate is not None:
+            self._metrics.kv_store_read_bytes_per_second(self._model).set(rate)

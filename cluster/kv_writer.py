@@ -1,0 +1,283 @@
+"""Write-behind: values wait in a bounded queue, and a thread of its own sends them to Redis."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from cluster.breaker import Breaker
+from cluster.kv_keys import BOOK_VALUE, LOOK_UP, MAKE_ROOM, OVERHEAD_BYTES, tenant_prefix
+from cluster.kv_value import HEADER_BYTES, header_of
+from cluster.redis import REDIS_ERRORS, BulkConnection, RedisAddress, packed
+
+BATCH_BYTES = 16 << 20
+BATCH_VALUES = 64
+IDLE_S = 0.25  # then a look at whether a reader has found the server gone
+FULL_RETRY_S = 5.0  # a full server is asked again after this, then twice as long, and so on
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value on its way."""
+
+    tenant: str
+    key: bytes
+    parts: Sequence[memoryview]
+    num_bytes: int  # of the payload
+
+
+class Writer:
+    """The queue and its thread.
+
+    `on_outcome(outcome, value)` is called once for each value that was put, `on_used(tenant,
+    bytes)` with what a tenant uses after a write. A value that is being sent when the connection
+    breaks is lost; those that wait behind it are sent later.
+    """
+
+    def __init__(
+        self,
+        address: RedisAddress,
+        fingerprint: bytes,
+        reach: Breaker,
+        writing: Breaker,
+        *,
+        queue_bytes: int,
+        ttl_ms: int,
+        budget_of: Callable[[str], int],
+        on_outcome: Callable[[str, Value], None],
+        on_used: Callable[[str, int], None],
+    ) -> None:
+        self._address = address
+        self._fingerprint = fingerprint
+        self._reach = reach
+        self._writing = writing
+        self._max_queue_bytes = queue_bytes
+        self._ttl_ms = ttl_ms
+        self._budget_of = budget_of
+        self._on_outcome = on_outcome
+        self._on_used = on_used
+        self._changed = threading.Condition()
+        self._queue: deque[Value] = deque()
+        self._queue_bytes = 0  # of what waits and of what is being sent
+        self._is_closing = False
+        self._connection: BulkConnection | None = None
+        self._thread = threading.Thread(target=self._run, name="kv-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def queue_bytes(self) -> int:
+        """Bytes that wait or are being sent."""
+        return self._queue_bytes
+
+    def refusal(self, num_bytes: int) -> str | None:
+        """The outcome that a value of this size would have at once, if it can't be taken."""
+        if not self._reach.is_closed:
+            return "unreachable"
+        if self._writing.retry_in_s > 0:
+            return "server_full"
+        if self._queue_bytes + num_bytes > self._max_queue_bytes:
+            return "queue_full"
+        return None
+
+    def put(self, value: Value) -> bool:
+        """Queue a value; False where there is no place for it."""
+        with self._changed:
+            refusal = self.refusal(value.num_bytes)
+            if refusal is None:
+                self._queue.append(value)
+                self._queue_bytes += value.num_bytes
+                self._changed.notify_all()
+        if refusal is not None:
+            self._on_outcome(refusal, value)
+        return refusal is None
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that was put is written or given up; whether that came in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._queue_bytes == 0, timeout_s)
+
+    def close(self) -> None:
+        """Give up what still waits."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        self._probe()
+        while (batch := self._next_batch()) is not None:
+            if batch:
+                self._write(batch)
+            elif not self._reach.is_closed:
+                self._probe()
+        self._hang_up()
+
+    def _next_batch(self) -> list[Value] | None:
+        """Values to write; none when the server should be tried again; None at the end."""
+        with self._changed:
+            while not self._is_closing:
+                pause_s = max(self._reach.retry_in_s, self._writing.retry_in_s)
+                if pause_s == 0 and (self._queue or not self._reach.is_closed):
+                    return self._take_batch() if self._reach.is_closed else []
+                self._changed.wait(pause_s or IDLE_S)
+        return None
+
+    def _take_batch(self) -> list[Value]:
+        batch, num_bytes = [self._queue.popleft()], 0
+        while self._queue and len(batch) < BATCH_VALUES and num_bytes < BATCH_BYTES:
+            num_bytes += self._queue[0].num_bytes
+            batch.append(self._queue.popleft())
+        return batch
+
+    def _probe(self) -> None:
+        """See whether the server answers (again)."""
+        self._hang_up()
+        try:
+            self._connected().command("PING")
+        except REDIS_ERRORS as error:
+            self._reach.failed(str(error))
+        else:
+            self._reach.succeeded()
+
+    def _write(self, batch: Sequence[Value]) -> None:
+        outcomes = ["unreachable"] * len(batch)
+        try:
+            self._send(self._connected(), batch, outcomes)
+        except REDIS_ERRORS as error:
+            self._hang_up()
+            self._reach.failed(str(error))
+        for value, outcome in zip(batch, outcomes, strict=True):
+            self._on_outcome(outcome, value)
+        with self._changed:
+            self._queue_bytes -= sum(value.num_bytes for value in batch)
+            self._changed.notify_all()
+
+    def _send(
+        self, connection: BulkConnection, batch: Sequence[Value], outcomes: list[str]
+    ) -> None:
+        """Send what isn't there yet; note what became of each value."""
+        for i in self._present(connection, batch):
+            outcomes[i] = "present"
+        absent = [i for i, outcome in enumerate(outcomes) if outcome != "present"]
+        refusal = self._send_these(connection, batch, outcomes, absent)
+        if isinstance(refusal, redis.OutOfMemoryError):
+            refused = [i for i in absent if outcomes[i] == "server_full"]
+            if self._make_room(connection, [batch[i] for i in refused]):
+                refusal = self._send_these(connection, batch, outcomes, refused)
+        if refusal is not None:
+            self._writing.failed(f"Redis refuses to store: {refusal}")
+        elif absent:
+            self._writing.succeeded()
+
+    def _send_these(
+        self,
+        connection: BulkConnection,
+        batch: Sequence[Value],
+        outcomes: list[str],
+        indices: Sequence[int],
+    ) -> redis.ResponseError | None:
+        """Send some values, one ahead of the replies. Returns why the server refused one."""
+        refusal = None
+        under_way: deque[int] = deque()
+        for i in [*indices, None]:
+            if i is not None:
+                connection.send(self._transaction(batch[i]))
+                under_way.append(i)
+            while under_way and (i is None or len(under_way) > 1):
+                done = under_way.popleft()
+                outcomes[done], error = self._settle(connection, batch[done])
+                refusal = refusal or error
+        return refusal
+
+    def _make_room(self, connection: BulkConnection, values: Sequence[Value]) -> bool:
+        """On a full server tenants write over the oldest of their own; whether all could."""
+        by_tenant: dict[str, int] = {}
+        for value in values:
+            num_bytes = value.num_bytes + HEADER_BYTES + OVERHEAD_BYTES
+            by_tenant[value.tenant] = by_tenant.get(value.tenant, 0) + num_bytes
+        freed = [
+            connection.command(*self._script(MAKE_ROOM, tenant), num_bytes)
+            for tenant, num_bytes in by_tenant.items()
+        ]
+        return all(freed)
+
+    def _present(self, connection: BulkConnection, batch: Sequence[Value]) -> list[int]:
+        """Which of the values Redis has already, at least by their length."""
+        by_tenant: dict[str, list[int]] = {}
+        for i, value in enumerate(batch):
+            by_tenant.setdefault(value.tenant, []).append(i)
+        present = []
+        for tenant, indices in by_tenant.items():
+            lengths = connection.command(
+                *self._script(LOOK_UP, tenant), *(batch[i].key for i in indices)
+            )
+            present += [
+                i
+                for i, length in zip(indices, lengths, strict=True)
+                if length == batch[i].num_bytes + HEADER_BYTES
+            ]
+        return present
+
+    def _script(self, script: str, tenant: str) -> tuple[bytes, ...]:
+        ttl = str(self._ttl_ms).encode()
+        return (b"EVAL", script.encode(), b"1", tenant_prefix(tenant), ttl)
+
+    def _transaction(self, value: Value) -> list[bytes | memoryview]:
+        """SET and its entry in the books, both or neither; the payload is not copied."""
+        name = tenant_prefix(value.tenant) + b"kv:" + value.key
+        header = header_of(value.parts, name, self._fingerprint)
+        num_bytes = len(header) + value.num_bytes
+        set_head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, num_bytes)
+        ttl = str(self._ttl_ms).encode()
+        book = packed(
+            [
+                *self._script(BOOK_VALUE, value.tenant),
+                str(self._budget_of(value.tenant)).encode(),
+                value.key,
+                str(num_bytes + OVERHEAD_BYTES).encode(),
+            ]
+        )
+        return [
+            packed([b"MULTI"]) + set_head + header,
+            *value.parts,
+            b"\r\n$2\r\nPX\r\n$%d\r\n%s\r\n" % (len(ttl), ttl) + book + packed([b"EXEC"]),
+        ]
+
+    def _settle(
+        self, connection: BulkConnection, value: Value
+    ) -> tuple[str, redis.ResponseError | None]:
+        """Read the four replies to a transaction: what became of the value, and the refusal."""
+        replies = [_reply_or_error(connection) for _ in range(4)]
+        for reply in replies:  # the first has the reason; EXEC only says that there was one
+            if isinstance(reply, redis.ResponseError):
+                return "server_full", reply
+        _, booked = replies[3]
+        if isinstance(booked, redis.ResponseError):
+            return "server_full", booked
+        used, is_kept = booked
+        self._on_used(value.tenant, used)
+        return ("written" if is_kept else "over_budget"), None
+
+    def _connected(self) -> BulkConnection:
+        if self._connection is not None and self._connection.is_stale():
+            self._hang_up()
+        if self._connection is None:
+            self._connection = self._address.connect()
+        return self._connection
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+
+def _reply_or_error(connection: BulkConnection) -> Any:
+    try:
+        return connection.reply()
+    except redis.ResponseError as error:
+        return error

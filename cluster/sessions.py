@@ -1,0 +1,166 @@
+"""Named sessions: conversations that a tenant keeps, with the KV values that they need.
+
+A session pins its values: they don't expire and no budget pushes them out, and they count against
+the tenant's budget with the session's own content. So a session that doesn't fit is refused when it
+is saved, instead of being emptied later. Deleting it removes every value that no other session of
+the tenant needs, also one that a running conversation could have used.
+
+These calls wait for Redis: they belong to a gateway's thread, never to a step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from cluster.errors import InvalidRequest, StoreFull, Unavailable, UnknownSession
+from cluster.kv_keys import (
+    DELETE_SESSION,
+    LIST_SESSIONS,
+    LOAD_SESSION,
+    SAVE_SESSION,
+    tenant_prefix,
+)
+from cluster.redis import REDIS_ERRORS, RedisAddress
+
+MAX_NAME_BYTES = 200
+MAX_CONTENT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """What a list shows. Times are seconds since the epoch, on the server's clock."""
+
+    name: str
+    fingerprint: str  # of the model whose KV values it needs
+    num_tokens: int
+    num_bytes: int  # of its content and of its values that are there; shared ones count in each
+    created: float
+    last_used: float
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session as it was saved. `content` is plain JSON: messages, token ids."""
+
+    name: str
+    fingerprint: str
+    num_tokens: int
+    content: Any
+    block_keys: tuple[bytes, ...]
+    created: float
+    last_used: float  # before this load
+
+
+class Sessions:
+    """The sessions of all tenants; each call sees one tenant's. Any thread may call.
+
+    Every call raises Unavailable where Redis doesn't answer.
+    """
+
+    def __init__(
+        self, address: RedisAddress, ttl_s: float, budget_of: Callable[[str], int]
+    ) -> None:
+        self._address = address
+        self._client = address.client()
+        self._ttl_ms = round(ttl_s * 1000)
+        self._budget_of = budget_of
+
+    def save(
+        self,
+        tenant: str,
+        name: str,
+        content: Any,
+        block_keys: Sequence[bytes],
+        *,
+        fingerprint: str,
+        num_tokens: int,
+    ) -> list[bytes]:
+        """Keep a session, in place of one of the same name; what that one alone needed is no longer
+        pinned. Returns the keys whose values are not in Redis: put them, they are pinned already.
+
+        Raises InvalidRequest for an impossible name or a content too long, StoreFull, with nothing
+        changed, where the tenant's sessions would need more than its budget or the server is full.
+        """
+        encoded, budget = _encoded(content), self._budget_of(tenant)
+        meta = json.dumps({"fingerprint": fingerprint, "num_tokens": num_tokens})
+        keys = dict.fromkeys(block_keys)  # each once, in order
+        is_saved, answer = self._run(
+            SAVE_SESSION, tenant, _checked(name), encoded, meta, str(budget), *keys
+        )
+        if not is_saved:
+            raise StoreFull(
+                f"The session {name!r} doesn't fit: all sessions would take {answer:,} bytes, and "
+                f"the budget is {budget:,}."
+            )
+        return list(answer)
+
+    def load(self, tenant: str, name: str) -> Session:
+        """A session, which counts as used. Raises UnknownSession."""
+        found = self._run(LOAD_SESSION, tenant, _checked(name))
+        if found is None:
+            raise UnknownSession(f"There is no session {name!r}.")
+        content, meta, created, used, keys = found
+        return Session(
+            name,
+            **json.loads(meta),
+            content=json.loads(content),
+            block_keys=tuple(keys),
+            created=int(created) / 1000,
+            last_used=int(used) / 1000,
+        )
+
+    def list(self, tenant: str) -> list[SessionInfo]:
+        """All sessions, the last used one first."""
+        sessions = [
+            SessionInfo(
+                name.decode(),
+                **json.loads(meta),
+                num_bytes=num_bytes,
+                created=int(created) / 1000,
+                last_used=int(used) / 1000,
+            )
+            for name, meta, created, used, num_bytes in self._run(LIST_SESSIONS, tenant)
+        ]
+        return sorted(sessions, key=lambda session: session.last_used, reverse=True)
+
+    def delete(self, tenant: str, name: str) -> None:
+        """Remove a session and its values. Raises UnknownSession.
+
+        What a decoder still has in its write queue would come again: flush it before.
+        """
+        if not self._run(DELETE_SESSION, tenant, _checked(name)):
+            raise UnknownSession(f"There is no session {name!r}.")
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.close()
+
+    def _run(self, script: str, tenant: str, *args: bytes | str) -> Any:
+        prefix = tenant_prefix(tenant)
+        try:
+            return self._client.eval(script, 1, prefix, str(self._ttl_ms), *args)
+        except REDIS_ERRORS as error:
+            if isinstance(error, redis.ResponseError) and "OOM" in str(error):
+                raise StoreFull("Redis is full: delete sessions, or give it more memory.") from None
+            raise Unavailable(f"Redis at {self._address} doesn't answer: {error}") from None
+
+
+def _checked(name: str) -> bytes:
+    encoded = name.encode()
+    if not 0 < len(encoded) <= MAX_NAME_BYTES or not name.isprintable():
+        raise InvalidRequest(
+            f"A session's name has 1 to {MAX_NAME_BYTES} bytes, all of them printable."
+        )
+    return encoded
+
+
+def _encoded(content: Any) -> bytes:
+    encoded = json.dumps(content, separators=(",", ":")).encode()
+    if len(encoded) > MAX_CONTENT_BYTES:
+        raise InvalidRequest(f"A session's content has at most {MAX_CONTENT_BYTES:,} bytes.")
+    return encoded

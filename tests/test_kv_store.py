@@ -1,0 +1,635 @@
+"""The KV store against real servers: exact bytes, budgets, and everything that can go wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from prometheus_client import CollectorRegistry
+
+from cluster.breaker import Breaker
+from cluster.config import StoreConfig
+from cluster.errors import ConfigError
+from cluster.kv_keys import OVERHEAD_BYTES, tenant_prefix, value_name
+from cluster.kv_rates import RateMeter, worth_fetching
+from cluster.kv_store import KVStore
+from cluster.kv_value import HEADER_BYTES
+from cluster.metrics import Metrics
+from cluster.redis import RedisAddress
+from tests.redis_servers import redis_server, wait_until
+
+SIZE = 100_000
+FINGERPRINT = b"a model"
+KEYS = [b"key-%d" % i for i in range(8)]
+
+Stores = Callable[..., KVStore]
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def stores(registry: CollectorRegistry) -> Iterator[Stores]:
+    metrics = Metrics(registry)
+    with ExitStack() as stack:
+
+        def make(address: RedisAddress, fingerprint: bytes = FINGERPRINT, **config: Any) -> KVStore:
+            return stack.enter_context(
+                KVStore(address, fingerprint, "m", metrics, StoreConfig(**config))
+            )
+
+        yield make
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[RedisAddress]:
+    with redis_server(tmp_path) as found:
+        yield found
+
+
+def payload(key: bytes, size: int = SIZE) -> bytes:
+    return (key * size)[:size]
+
+
+def put_all(store: KVStore, keys: list[bytes] = KEYS, tenant: str = "t") -> None:
+    for key in keys:
+        assert store.put(tenant, key, [payload(key)])
+    assert store.flush(5)
+
+
+def read_all(
+    store: KVStore, keys: list[bytes] = KEYS, tenant: str = "t", size: int = SIZE
+) -> list[bytes | None]:
+    memory = [bytearray(size) for _ in keys]
+    read = store.read(tenant, [(key, [view]) for key, view in zip(keys, memory, strict=True)])
+    came = read.result(10)
+    assert read.done()
+    return [bytes(view) if ok else None for ok, view in zip(came, memory, strict=True)]
+
+
+def count(registry: CollectorRegistry, kind: str, outcome: str) -> float:
+    name = f"briolette_kv_store_{kind}_total"
+    return registry.get_sample_value(name, {"model": "m", "outcome": outcome}) or 0.0
+
+
+# -- the usual way
+
+
+def test_values_come_back_exactly(address: RedisAddress, stores: Stores) -> None:
+    store = stores(address)
+    value = os.urandom(3_000_017)
+    assert store.put("t", b"big", [value[:5], memoryview(value)[5:70_000], value[70_000:]])
+    put_all(store)
+    assert store.look_up("t", [b"big", b"nothing", KEYS[0]]).result(5) == [len(value), None, SIZE]
+    into = [bytearray(1_000_000), bytearray(17), bytearray(2_000_000)]
+    assert store.read("t", [(b"big", into)]).result(5) == [True]
+    assert b"".join(into) == value
+    assert read_all(store) == [payload(key) for key in KEYS]
+
+
+def test_results_tell_which_keys_came(
+    address: RedisAddress, stores: Stores, registry: CollectorRegistry
+) -> None:
+    store = stores(address)
+    put_all(store, KEYS[:3])
+    expected = [payload(key) for key in KEYS[:3]]
+    assert read_all(store, [*KEYS[:3], b"no", b"none"]) == [*expected, None, None]
+    assert count(registry, "reads", "ok") == 3 and count(registry, "reads", "missing") == 2
+    assert store.read("t", []).result(1) == []
+
+
+def test_callers_are_told_when_it_is_done(address: RedisAddress, stores: Stores) -> None:
+    store, told = stores(address), threading.Semaphore(0)
+    put_all(store, KEYS[:1])
+    store.look_up("t", KEYS, told.release)
+    assert told.acquire(timeout=5)
+    store.read("t", [(KEYS[0], [bytearray(SIZE)])], told.release)
+    assert told.acquire(timeout=5)
+
+
+def test_a_value_is_written_once(
+    address: RedisAddress, stores: Stores, registry: CollectorRegistry
+) -> None:
+    one, other = stores(address), stores(address)
+    put_all(one)
+    put_all(other)
+    assert count(registry, "writes", "written") == len(KEYS)
+    assert count(registry, "writes", "present") == len(KEYS)
+
+
+def test_a_cancelled_read_ends_and_asks_no_more(address: RedisAddress, stores: Stores) -> None:
+    store = stores(address, connections=1)
+    keys = [b"k%d" % i for i in range(200)]
+    put_all(store, keys)
+    memory = [bytearray(SIZE) for _ in keys]
+    read = store.read("t", [(key, [view]) for key, view in zip(keys, memory, strict=True)])
+    read.cancel()
+    came = read.result(5)
+    as_it_was = [bytes(view) for view in memory]
+    assert read_all(store, KEYS[:1]) == [None]  # the connection goes on working
+    assert not all(came) and [bytes(view) for view in memory] == as_it_was
+
+
+def test_calls_of_the_step_do_not_wait(tmp_path: Path, stores: Stores) -> None:
+    """A server that takes connections and never answers; the slowest of many calls counts."""
+    silent = socket.socket(socket.AF_UNIX)
+    silent.bind(str(tmp_path / "silent"))
+    silent.listen()
+    with silent:
+        store = stores(RedisAddress(f"unix://{tmp_path}/silent", timeout_s=0.2))
+        value, memory = bytes(SIZE), bytearray(SIZE)
+        slowest_s = 0.0
+        for i in range(200):
+            start_s = time.perf_counter()
+            store.put("t", b"%d" % i, [value])
+            lookup = store.look_up("t", KEYS)
+            read = store.read("t", [(KEYS[0], [memory])])
+            slowest_s = max(slowest_s, time.perf_counter() - start_s)
+        assert slowest_s < 0.1  # the timeout is twice that
+        assert lookup.result(5) == [None] * len(KEYS) and read.result(5) == [False]
+
+
+def test_a_full_queue_drops_and_counts(
+    tmp_path: Path, stores: Stores, registry: CollectorRegistry
+) -> None:
+    with redis_server(tmp_path) as address:
+        store = stores(address, queue_bytes=2 * SIZE)
+        pause(address, 1)
+        taken = [store.put("t", key, [payload(key)]) for key in KEYS]
+        assert taken[:2] == [True, True] and taken[-1] is False
+        assert not store.takes(2 * SIZE) and not store.flush(0.01)
+        assert store.flush(5) and store.takes(2 * SIZE)
+        assert count(registry, "writes", "queue_full") == taken.count(False)
+        assert count(registry, "writes", "written") == taken.count(True)
+
+
+def pause(address: RedisAddress, seconds: float) -> None:
+    with address.client() as client:
+        client.execute_command("CLIENT", "PAUSE", round(seconds * 500), "ALL")
+
+
+# -- lifetimes and budgets
+
+
+def test_unused_values_expire_and_leave_nothing(address: RedisAddress, stores: Stores) -> None:
+    store = stores(address, ttl_s=1.0)
+    put_all(store)
+    client = address.client()
+    assert client.dbsize() > 0
+    wait_until(lambda: client.dbsize() == 0)
+
+
+def test_use_prolongs_a_life(address: RedisAddress, stores: Stores) -> None:
+    store = stores(address, ttl_s=1.0)
+    put_all(store, KEYS[:2])
+    end = time.monotonic() + 1.3
+    while time.monotonic() < end:
+        store.look_up("t", KEYS[:1]).result(5)
+        time.sleep(0.1)
+    assert store.look_up("t", KEYS[:2]).result(5) == [SIZE, None]
+
+
+def booked(address: RedisAddress, tenant: str = "t") -> int:
+    with address.client() as client:
+        return int(client.hget(tenant_prefix(tenant) + b"usage", "bytes") or 0)
+
+
+VALUE_BYTES = SIZE + HEADER_BYTES + OVERHEAD_BYTES
+
+
+def test_the_budget_takes_the_oldest_used_of_its_tenant(
+    address: RedisAddress, stores: Stores
+) -> None:
+    store = stores(address, tenant_bytes=3 * VALUE_BYTES)
+    put_all(store, KEYS[:3])
+    put_all(store, KEYS[:3], tenant="other")
+    time.sleep(0.005)  # the order of uses is kept by the millisecond
+    store.look_up("t", KEYS[:1]).result(5)
+    put_all(store, KEYS[3:4])
+    sizes = store.look_up("t", KEYS[:4]).result(5)
+    assert sizes[0] == sizes[3] == SIZE and sizes.count(None) == 1
+    assert store.look_up("other", KEYS[:3]).result(5) == [SIZE] * 3
+    assert booked(address) == 3 * VALUE_BYTES
+
+
+def test_several_decoders_agree_on_the_budget(address: RedisAddress, stores: Stores) -> None:
+    pair = [stores(address, tenant_bytes=4 * VALUE_BYTES) for _ in range(2)]
+    keys = [b"k%d" % i for i in range(40)]
+    for i, key in enumerate(keys):
+        assert pair[i % 2].put("t", key, [payload(key)])
+    assert all(store.flush(5) for store in pair)
+    sizes = pair[0].look_up("t", keys).result(5)
+    assert len(sizes) - sizes.count(None) == 4
+    assert booked(address) == 4 * VALUE_BYTES
+
+
+def test_a_value_above_the_whole_budget_is_not_kept(
+    address: RedisAddress, stores: Stores, registry: CollectorRegistry
+) -> None:
+    store = stores(address, tenant_bytes=SIZE // 2)
+    put_all(store, KEYS[:1])
+    assert store.look_up("t", KEYS[:1]).result(5) == [None]
+    assert count(registry, "writes", "over_budget") == 1 and booked(address) == 0
+
+
+def test_books_are_right_within_what_redis_uses(address: RedisAddress, stores: Stores) -> None:
+    client = address.client()
+    before = client.info("memory")["used_memory"]
+    store = stores(address)
+    keys = [os.urandom(32) for _ in range(200)]
+    for key in keys:
+        assert store.put("t", key, [os.urandom(SIZE)])
+    assert store.flush(5)
+    grown = client.info("memory")["used_memory"] - before
+    assert booked(address) == pytest.approx(grown, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "other", ["a:kv", "a}", "{a}", "a:", "", "A", "a/../b", "a%3Akv", "*", "a\n", "ä"]
+)
+def test_no_call_reaches_another_tenant(address: RedisAddress, stores: Stores, other: str) -> None:
+    store = stores(address, connections=1)
+    put_all(store, KEYS[:1], tenant="a")
+    tricks = [KEYS[0], b"kv:" + KEYS[0], b"}:kv:" + KEYS[0], value_name("a", KEYS[0])]
+    assert store.look_up(other, tricks).result(5) == [None] * len(tricks)
+    assert read_all(store, tricks, other) == [None] * len(tricks)
+    assert not tenant_prefix("a").startswith(tenant_prefix(other))
+    assert not tenant_prefix(other).startswith(tenant_prefix("a"))
+
+
+# -- what is no good is never decoded
+
+
+def damage(address: RedisAddress, how: str) -> None:
+    name, client = value_name("t", KEYS[0]), address.client()
+    if how == "a byte of the payload":
+        client.setrange(name, HEADER_BYTES + 777, b"\x00")
+    elif how == "a byte of the checksum":
+        client.setrange(name, HEADER_BYTES - 1, bytes([client.getrange(name, 47, 47)[0] ^ 1]))
+    elif how == "no magic":
+        client.setrange(name, 0, b"XXXX")
+    elif how == "appended":
+        client.append(name, b"more")
+    elif how == "truncated":
+        client.set(name, client.getrange(name, 0, 5000))
+    elif how == "shorter than a header":
+        client.set(name, b"BRKV")
+    elif how == "of another key":
+        client.set(name, client.get(value_name("t", KEYS[1])))
+    elif how == "of another tenant":
+        client.set(name, client.get(value_name("other", KEYS[0])))
+    elif how == "another version":
+        client.setrange(name, 4, b"\x63\x00")
+    else:
+        raise AssertionError(how)
+
+
+@pytest.mark.parametrize(
+    ("how", "outcome"),
+    [
+        ("a byte of the payload", "damaged"),
+        ("a byte of the checksum", "damaged"),
+        ("no magic", "damaged"),
+        ("appended", "damaged"),
+        ("truncated", "damaged"),
+        ("shorter than a header", "damaged"),
+        ("of another key", "damaged"),
+        ("of another tenant", "damaged"),
+        ("another version", "foreign"),
+    ],
+)
+def test_damaged_values_are_refused_and_removed(
+    address: RedisAddress, stores: Stores, registry: CollectorRegistry, how: str, outcome: str
+) -> None:
+    store = stores(address, connections=1)
+    put_all(store, KEYS[:1], tenant="other")
+    put_all(store)
+    damage(address, how)
+    assert read_all(store) == [None, *map(payload, KEYS[1:])]
+    assert count(registry, "reads", outcome) == 1
+    assert read_all(store, KEYS[:2]) == [None, payload(KEYS[1])]
+    assert count(registry, "reads", "missing") == 1, "it was removed"
+    put_all(store, KEYS[:1])
+    assert read_all(store, KEYS[:1]) == [payload(KEYS[0])]
+
+
+def test_another_models_values_are_refused(
+    address: RedisAddress, stores: Stores, registry: CollectorRegistry
+) -> None:
+    put_all(stores(address))
+    assert read_all(stores(address, b"another model")) == [None] * len(KEYS)
+    assert count(registry, "reads", "foreign") == len(KEYS)
+
+
+def test_memory_of_another_size_is_refused(address: RedisAddress, stores: Stores) -> None:
+    store = stores(address, connections=1)
+    put_all(store, KEYS[:2])
+    assert read_all(store, KEYS[:1], size=SIZE - 1) == [None]
+    assert read_all(store, KEYS[1:2], size=SIZE + 1) == [None]
+
+
+# -- a server that is full, away, closed or dying
+
+
+def test_a_full_server_stops_writing_for_a_while_and_is_still_read(
+    tmp_path: Path,
+    stores: Stores,
+    registry: CollectorRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("cluster.kv_store.FULL_RETRY_S", 0.2)
+    with redis_server(tmp_path) as address:
+        store, client = stores(address), address.client()
+        put_all(store, KEYS[:3])
+        client.config_set("maxmemory", 1)
+        with caplog.at_level(logging.WARNING):
+            store.put("poor", KEYS[4], [payload(KEYS[4])])  # has nothing of its own to give up
+            assert store.flush(5)
+            assert not store.put("poor", KEYS[5], [payload(KEYS[5])]) and not store.takes(1)
+            assert read_all(store, KEYS[:3]) == [payload(key) for key in KEYS[:3]]
+            assert gauge(registry, "writable") == 0 and store.is_up
+            client.config_set("maxmemory", 0)
+            wait_until(lambda: store.put("poor", KEYS[5], [payload(KEYS[5])]))
+            assert store.flush(5)
+        assert read_all(store, KEYS[5:6], "poor") == [payload(KEYS[5])]
+        assert count(registry, "writes", "server_full") >= 2
+        assert gauge(registry, "writable") == 1
+        lines = [record.message for record in caplog.records]
+        assert len(lines) == 2 and "maxmemory" in lines[0] and lines[1].endswith("works again")
+
+
+def gauge(registry: CollectorRegistry, name: str) -> float | None:
+    return registry.get_sample_value(f"briolette_kv_store_{name}", {"model": "m"})
+
+
+def test_on_a_full_server_a_tenant_writes_over_its_own(
+    tmp_path: Path, stores: Stores, registry: CollectorRegistry
+) -> None:
+    with redis_server(tmp_path, "--maxmemory", "8mb") as address:
+        store = stores(address)
+        put_all(store, KEYS[:2], tenant="other")
+        keys = [b"k%d" % i for i in range(150)]
+        for key in keys:
+            assert store.put("t", key, [payload(key)]) and store.flush(5)
+        assert count(registry, "writes", "written") == 152
+        assert read_all(store, keys[-1:]) == [payload(keys[-1])]
+        assert store.look_up("other", KEYS[:2]).result(5) == [SIZE, SIZE]
+        info = address.client().info("memory")
+        assert info["used_memory"] <= info["maxmemory"] + 2 * SIZE
+
+
+def test_a_server_that_goes_and_comes_back(
+    tmp_path: Path,
+    stores: Stores,
+    registry: CollectorRegistry,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        with redis_server(tmp_path) as address:
+            store = stores(address)
+            put_all(store)
+        assert read_all(store) == [None] * len(KEYS)
+        assert not store.is_up and gauge(registry, "up") == 0
+        start_s = time.perf_counter()
+        for _ in range(50):
+            assert not store.put("t", b"k", [b"v"])
+            assert store.look_up("t", KEYS).done(), "known to be away: no wait"
+        assert time.perf_counter() - start_s < 0.2
+        with redis_server(tmp_path):
+            wait_until(lambda: store.is_up)
+            put_all(store)
+            assert read_all(store) == [payload(key) for key in KEYS]
+            assert gauge(registry, "up") == 1
+            lines = [record.message for record in caplog.records]
+            assert len(lines) == 2 and lines[1].endswith("works again")
+            assert "redis.sock" in lines[0]
+
+
+def test_a_restart_that_nobody_noticed_costs_no_failure(
+    tmp_path: Path, stores: Stores, registry: CollectorRegistry
+) -> None:
+    with redis_server(tmp_path) as address:
+        store = stores(address, connections=1)
+        put_all(store)
+        assert read_all(store, KEYS[:1]) == [payload(KEYS[0])]
+    with redis_server(tmp_path):
+        put_all(store)
+        assert read_all(store) == [payload(key) for key in KEYS]
+        assert count(registry, "reads", "unreachable") == 0
+
+
+def test_a_server_that_dies_mid_read(tmp_path: Path, stores: Stores) -> None:
+    """A proxy passes on a part of a value, then the connection breaks."""
+    with redis_server(tmp_path) as address, Cut(tmp_path, after_bytes=250_000) as cut:
+        put_all(stores(address))
+        store = stores(cut.address, connections=1)
+        came = read_all(store)
+        assert came[:2] == [payload(KEYS[0]), payload(KEYS[1])] and came[2:] == [None] * 6
+        wait_until(lambda: store.is_up)
+
+
+class Cut:
+    """Passes bytes between clients and the test's server, and hangs up within an answer."""
+
+    def __init__(
+        self, directory: Path, after_bytes: int, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self._server, self._left, self._tls = str(directory / "redis.sock"), after_bytes, tls
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        scheme, port = "rediss" if tls else "redis", self._listener.getsockname()[1]
+        self.address = RedisAddress(f"{scheme}://localhost:{port}", timeout_s=1.0)
+        self._start(self._accept)
+
+    def __enter__(self) -> Cut:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _start(self, run: Callable[..., None], *args: Any) -> None:
+        threading.Thread(target=run, args=args, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+                if self._tls is not None:
+                    client = self._tls.wrap_socket(client, server_side=True)
+            except ssl.SSLError:
+                continue  # a client that doesn't trust us
+            except OSError:
+                return
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(self._server)
+            self._start(self._pump, client, server, False)
+            self._start(self._pump, server, client, True)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
+        try:
+            while data := source.recv(10_000):
+                if is_answer and self._left > 0:
+                    self._left -= len(data)
+                    if self._left <= 0:
+                        break
+                sink.sendall(data)
+        except OSError:
+            pass  # the other direction has hung up
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_hanging_server_is_given_up(tmp_path: Path, stores: Stores) -> None:
+    with redis_server(tmp_path) as address:
+        store = stores(RedisAddress(address.url, timeout_s=0.2), connections=1)
+        put_all(store)
+        pause(address, 2)
+        start_s = time.perf_counter()
+        assert read_all(store) == [None] * len(KEYS)
+        assert time.perf_counter() - start_s < 1.0 and not store.is_up
+
+
+def test_passwords(tmp_path: Path, stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
+    secret = tmp_path / "password"
+    with redis_server(tmp_path, "--requirepass", "right") as address:
+        with caplog.at_level(logging.WARNING):
+            secret.write_text("wrong\n")
+            store = stores(RedisAddress(address.url, password_file=secret))
+            wait_until(lambda: not store.is_up)
+            assert read_all(store) == [None] * len(KEYS)
+            secret.write_text("right\n")
+            wait_until(lambda: store.is_up)
+        put_all(store)
+        put_all(stores(RedisAddress(f"unix://:right@{tmp_path}/redis.sock")))
+        assert read_all(store) == [payload(key) for key in KEYS]
+    text = caplog.text.lower()
+    assert "password" in text and "right" not in text
+
+
+def test_logs_show_no_password() -> None:
+    assert str(RedisAddress("rediss://me:secret@host:6380/1")) == "rediss://host:6380/1"
+
+
+@pytest.mark.parametrize("url", ["http://localhost", "localhost:6379"])
+def test_an_address_that_can_not_be_used(url: str, stores: Stores) -> None:
+    with pytest.raises(ConfigError, match=r"store\.url"):
+        stores(RedisAddress(url))
+
+
+def test_over_tcp(tmp_path: Path, stores: Stores) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with redis_server(tmp_path, "--port", str(port), "--bind", "127.0.0.1"):
+        store = stores(RedisAddress(f"redis://127.0.0.1:{port}/0"))
+        put_all(store)
+        assert read_all(store) == [payload(key) for key in KEYS]
+
+
+def test_over_tls(tmp_path: Path, stores: Stores) -> None:
+    """The server that comes with us has no TLS: a proxy that ends it stands before."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl to make a certificate")
+    files = ["-out", str(certificate), "-keyout", str(key)]
+    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with redis_server(tmp_path), Cut(tmp_path, after_bytes=1 << 40, tls=context) as proxy:
+        store = stores(RedisAddress(proxy.address.url, ca_file=certificate))
+        put_all(store)
+        assert read_all(store) == [payload(key) for key in KEYS]
+        distrusting = stores(RedisAddress(proxy.address.url))
+        wait_until(lambda: not distrusting.is_up)
+
+
+# -- decisions
+
+
+def test_fetch_where_that_is_sooner() -> None:
+    assert worth_fetching(1_000_000, 1000, 1e9, 1e4, 0.001)
+    assert not worth_fetching(1_000_000_000, 1000, 1e9, 1e4, 0.001)
+    assert not worth_fetching(1_000, 10, 1e9, 1e4, latency_s=0.002)
+    assert not worth_fetching(0, 0, None, None, 0.0)
+    assert worth_fetching(1_000_000_000, 1, None, 1e4, 0.0), "unknown rates are to be measured"
+
+
+def test_a_slow_read_weighs_as_long_as_it_takes() -> None:
+    meter = RateMeter()
+    meter.saw_read(100, 1.0)
+    assert meter.rates.read_bytes_per_s is None, "too short to tell"
+    meter.saw_read(1 << 30, 1.0)
+    meter.saw_read(1 << 30, 6.0)
+    assert meter.rates.read_bytes_per_s == pytest.approx((1 << 30) / 2.0)
+    meter.saw_lookup(0.01)
+    meter.saw_lookup(0.02)
+    assert meter.rates.latency_s == pytest.approx(0.012)
+
+
+def test_decisions_rest_on_what_reads_reached(
+    address: RedisAddress, stores: Stores, registry: CollectorRegistry
+) -> None:
+    store = stores(address)
+    put_all(store)
+    store.look_up("t", KEYS).result(5)
+    read_all(store)
+    assert store.rates.read_bytes_per_s and store.rates.latency_s > 0
+    assert store.worth_fetching(SIZE, 100_000, 1.0)
+    assert not store.worth_fetching(10**15, 1, 1e6)
+    for choice in ("fetch", "recompute"):
+        labels = {"model": "m", "choice": choice}
+        name = "briolette_kv_store_decisions_total"
+        assert registry.get_sample_value(name, labels) == 1
+
+
+def test_a_breaker_backs_off_and_tries_again() -> None:
+    now, changes = [0.0], list[bool]()
+    breaker = Breaker("It", changes.append, first_retry_s=1.0, clock=lambda: now[0])
+    breaker.failed("broken")
+    breaker.failed("broken")  # one that began before
+    assert not breaker.is_closed and breaker.retry_in_s == 1.0
+    now[0] = 1.0
+    breaker.failed("still broken")
+    assert breaker.retry_in_s == 2.0
+    for _ in range(20):
+        now[0] += breaker.retry_in_s
+        breaker.failed("still broken")
+    assert breaker.retry_in_s == 30.0
+    breaker.succeeded()
+    assert breaker.is_closed and breaker.retry_in_s == 0.0 and changes == [False, True]
+
+
+def test_nobody_is_left_waiting_at_the_end(tmp_path: Path, registry: CollectorRegistry) -> None:
+    with redis_server(tmp_path) as address:
+        store = KVStore(address, FINGERPRINT, "m", Metrics(registry), StoreConfig(connections=1))
+        pause(address, 1)
+        jobs = [store.look_up("t", KEYS) for _ in range(3)]
+        store.close()
+        assert all(job.done() for job in jobs)
+
+
+def test_a_wrong_type_under_a_key_is_no_crash(address: RedisAddress, stores: Stores) -> None:
+    store, client = stores(address, connections=1), address.client()
+    client.lpush(value_name("t", KEYS[0]), "what is this")
+    assert read_all(store, KEYS[:1]) == [None]
+    client.delete(value_name("t", KEYS[0]))
+    wait_until(lambda: store.is_up)
+    put_all(store, KEYS[:1])
+    assert isinstance(client, redis.Redis)
