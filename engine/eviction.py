@@ -13,11 +13,12 @@ T = TypeVar("T")
 def eviction_priority(last_used: float, num_blocks_saved: int, num_bytes: int) -> float:
     """What goes first has the lowest: GreedyDual-Size (Cao and Irani, 1997).
 
-    A checkpoint is worth the blocks that need not be computed again, per byte that it holds. The
-    clock, which stands at the priority of the last one evicted, is added when it is used, so that
-    worth outlives use only for a while.
+    A checkpoint is worth the blocks that need not be computed again, per byte that goes with it.
+    One with which nothing goes, because others keep its whole window, is worth nothing: requests
+    can resume there without it. The clock, which stands at the priority of the last one evicted,
+    is added when a checkpoint is used, so that worth outlives use only for a while.
     """
-    return last_used + num_blocks_saved / max(1, num_bytes)
+    return last_used + (num_blocks_saved / num_bytes if num_bytes else 0)
 
 
 class EvictionQueue(Generic[T]):

@@ -324,7 +324,7 @@ def test_the_simulation_reaches_what_it_is_for() -> None:
             counts["blocks loaded"] += simulation.store.num_loaded
         for _, request in simulation.arrivals:
             counts[str(request.finish_reason)] += 1
-    assert len(counts) == 11 and min(counts.values()) >= 5, counts
+    assert len(counts) == 11 and min(counts.values()) >= 3, counts
 
 
 def test_a_long_prompt_is_cut_into_chunks_and_shares_steps_with_decodes() -> None:
