@@ -53,6 +53,10 @@ class EngineConfig:
     max_model_len: int | None = _setting(None, "context length; null is the model's", "tokens", 1)
     kv_bytes: int = _setting(512 << 20, "KV cache on the device", "bytes", 1 << 16)
     num_blocks: int | None = _setting(None, "KV blocks a group, in place of kv_bytes", "blocks", 2)
+    prefix_caching: bool = _setting(True, "don't compute again what the KV cache still holds")
+    checkpoint_blocks: int = _setting(
+        256, "keep a sliding window every so many blocks of a prompt; 0: at its ends", "blocks", 0
+    )
     threads: int | None = _setting(None, "CPU threads; null shares the cores out", "threads", 1)
 
 

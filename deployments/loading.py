@@ -14,8 +14,10 @@ from cluster.config import Config
 from cluster.errors import ConfigError, NotEnoughMemory, Unavailable
 from cluster.spec import ModelSpec
 from deployments.layout import expert_groups
+from engine.block_hash import BlockHasher
 from engine.core import EngineCore, SpecLimits
-from engine.kv_cache import KVCacheConfig, longest_context, size_kv_cache
+from engine.kv_cache import KVCacheConfig
+from engine.kv_sizing import kv_bytes_per_block, longest_context, size_kv_cache
 from engine.model import Experts, GemmaDecoder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
@@ -77,6 +79,8 @@ def load_engine(
         ModelRunner(model, kv, experts, num_micro_batches=config.experts.micro_batches),
         kv,
         spec_limits=limits,
+        hasher=make_hasher(config, source),
+        checkpoint_blocks=config.engine.checkpoint_blocks,
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
         max_num_seqs=config.engine.max_num_seqs,
         max_queue=config.engine.max_queue,
@@ -164,7 +168,11 @@ def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheCon
     engine = config.engine
     if engine.num_blocks is not None:
         kinds = {layer.kind for layer in source.spec.layers if layer.owns_kv}
-        return KVCacheConfig(engine.block_size, {kind: engine.num_blocks for kind in kinds})
+        return KVCacheConfig(
+            engine.block_size,
+            dict.fromkeys(kinds, engine.num_blocks),
+            {k: kv_bytes_per_block(source.spec, k, engine.block_size, source.dtype) for k in kinds},
+        )
     return size_kv_cache(
         source.spec,
         engine.kv_bytes,
@@ -173,7 +181,24 @@ def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheCon
         block_size=engine.block_size,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
+        prefix_caching=engine.prefix_caching,
     )
+
+
+def make_hasher(config: Config, source: Source) -> BlockHasher | None:
+    """What names KV blocks; None without prefix caching.
+
+    Beside the weights it names what else changes the bits of keys and values.
+    """
+    if not config.engine.prefix_caching:
+        return None
+    facts = (
+        source.checkpoint.fingerprint,
+        source.dtype,
+        config.batch_invariant,
+        config.experts.num_groups,
+    )
+    return BlockHasher(config.engine.block_size, " ".join(map(str, facts)))
 
 
 def with_turn_end(limits: SpecLimits, tokenizer: Tokenizer) -> SpecLimits:

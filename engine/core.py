@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -14,10 +14,12 @@ from torch import Tensor
 from cluster.errors import BrioletteError, ContextTooLong, InvalidRequest
 from cluster.spec import AttentionKind, ModelSpec
 from engine.batch import Batch, build_batch
+from engine.block_hash import BlockHasher
+from engine.block_store import BlockStore
 from engine.kv_cache import KVCache, KVCacheConfig
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler, SamplerOutput, TokenLogprobs
-from engine.scheduler import BlockStore, Policy, Scheduler, SchedulerOutput
+from engine.scheduler import Policy, PrefixUse, Scheduler, SchedulerOutput
 from engine.tokenizer import TextStream, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class RequestOutput:
     error_status: str | None  # the gRPC status code's name that goes with it
     num_prompt_tokens: int
     num_output_tokens: int
+    num_cached_tokens: int  # of the prompt (of a resumed request: and its output), not computed
     matched_stop: str | int | None  # the stop string or stop token id; None at the end of sequence
 
 
@@ -71,12 +74,15 @@ class EngineStats:
 
     num_waiting: int
     num_running: int
-    num_free_blocks: Mapping[AttentionKind, int]
+    num_free_blocks: Mapping[AttentionKind, int]  # unused or cached
     num_used_blocks: Mapping[AttentionKind, int]
+    num_cached_blocks: Mapping[AttentionKind, int]  # of the free ones, those that can be found
     num_steps: int  # counter
     num_prefill_tokens: int  # counter; recomputed ones too
     num_decode_tokens: int  # counter
     num_preemptions: int  # counter
+    num_evicted_blocks: Mapping[AttentionKind, int]  # counter
+    prefix_use: Mapping[str, PrefixUse]  # counters, by tenant
 
 
 class EngineCore:
@@ -95,12 +101,18 @@ class EngineCore:
         sampler: Sampler | None = None,
         policy: Policy | None = None,
         store: BlockStore | None = None,
+        hasher: BlockHasher | None = None,
+        checkpoint_blocks: int = 0,
         max_num_batched_tokens: int = 512,
         max_num_seqs: int = 64,
         max_queue: int = 1024,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """Raises NotEnoughMemory when `kv` is too small for any request."""
+        """With a hasher prefixes are cached; windows are kept at the ends of prompts and turns,
+        where prompts part, and every `checkpoint_blocks` blocks (0: not there).
+
+        Raises NotEnoughMemory when `kv` is too small for any request.
+        """
         self.runner = runner
         self.sampler = sampler or Sampler()
         self.tokenizer = tokenizer
@@ -110,6 +122,8 @@ class EngineCore:
             sliding_window=spec_limits.sliding_window,
             max_num_seqs=max_num_seqs,
             max_model_len=spec_limits.max_model_len,
+            hasher=hasher,
+            checkpoint_blocks=checkpoint_blocks,
         )
         self.scheduler = Scheduler(
             self.kv,
@@ -206,10 +220,13 @@ class EngineCore:
             num_running=len(self.scheduler.running),
             num_free_blocks={kind: group.pool.num_free for kind, group in groups},
             num_used_blocks={kind: group.pool.num_used for kind, group in groups},
+            num_cached_blocks={kind: group.pool.num_cached for kind, group in groups},
             num_steps=self._num_steps,
             num_prefill_tokens=self._num_prefill_tokens,
             num_decode_tokens=self._num_decode_tokens,
             num_preemptions=self.scheduler.num_preemptions,
+            num_evicted_blocks=dict(self.kv.index.num_evicted),
+            prefix_use={tenant: replace(u) for tenant, u in self.scheduler.prefix_use.items()},
         )
 
     def check_integrity(self) -> None:
@@ -236,7 +253,8 @@ class EngineCore:
     # After a step
 
     def _update(self, output: SchedulerOutput, sampled: SamplerOutput) -> None:
-        self.scheduler.update(output)
+        failed = {output.sampling[row] for row in sampled.errors}
+        self.scheduler.update(output, failed)
         num_decode = sum(item.is_decode for item in output.scheduled)
         self._num_steps += 1
         self._num_decode_tokens += num_decode
@@ -245,7 +263,7 @@ class EngineCore:
         for row, (request, token_id, logprobs) in enumerate(rows):
             if row in sampled.errors:
                 error = BrioletteError(sampled.errors[row])
-                self._finish(request, FinishReason.ERROR, error=error)
+                self._finish(request, FinishReason.ERROR, error=error, is_sound=False)
             else:
                 self._append(request, token_id, logprobs)
 
@@ -298,9 +316,13 @@ class EngineCore:
         text: str = "",
         matched_stop: str | int | None = None,
         error: BrioletteError | None = None,
+        is_sound: bool = True,
     ) -> None:
-        """The one way out of the engine, for every reason."""
-        self.scheduler.finish(request, reason)
+        """The one way out of the engine, for every reason.
+
+        Not `is_sound`: others must not resume from what it has computed.
+        """
+        self.scheduler.finish(request, reason, is_sound=is_sound)
         del self._requests[request.request_id]
         stream = self._streams.pop(request.request_id, None)
         if stream is not None:
@@ -379,6 +401,7 @@ def _output(
         error_status=None if error is None else error.status,
         num_prompt_tokens=len(request.prompt_ids),
         num_output_tokens=len(request.output_ids),
+        num_cached_tokens=request.num_cached_tokens,
         matched_stop=matched_stop,
     )
 

@@ -88,6 +88,8 @@ class Request:
     deadline_s: float | None = None  # on time.monotonic's clock
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # of these, found cached at the first start
+    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as hashed
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
 

@@ -7,13 +7,15 @@ prompt, a whole prompt and a decoded token are one case.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.errors import Overloaded
+from engine.block_store import BlockStore, NullBlockStore, StoredBlock
 from engine.kv_cache import KVCache
+from engine.prefix import NOTHING_FETCHED, Fetched
 from engine.request import FinishReason, Request, RequestState
 
 
@@ -62,30 +64,13 @@ class FirstComeFirstServed:
         return sorted(requests, key=lambda request: request.arrival_s)
 
 
-class BlockStore(Protocol):
-    """Where KV blocks of earlier requests may come from. A request waits while they travel."""
+@dataclass(slots=True)
+class PrefixUse:
+    """Counters of one tenant: requests that were started, and what they found cached."""
 
-    def fetch(self, request: Request) -> bool:
-        """Start fetching what is known of the request's prefix; False if there is nothing."""
-
-    def is_ready(self, request: Request) -> bool:
-        """Whether the fetch is over, with or without success; never blocks."""
-
-    def cancel(self, request: Request) -> None:
-        """The request ended before its blocks came."""
-
-
-class NullBlockStore:
-    """Knows no blocks."""
-
-    def fetch(self, request: Request) -> bool:
-        return False
-
-    def is_ready(self, request: Request) -> bool:
-        return True
-
-    def cancel(self, request: Request) -> None:
-        pass
+    num_queries: int = 0
+    num_hits: int = 0
+    num_cached_tokens: int = 0
 
 
 class Scheduler:
@@ -116,6 +101,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.prefix_use: defaultdict[str, PrefixUse] = defaultdict(PrefixUse)  # by tenant
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises Overloaded when the queue is full; those that the next step can
@@ -124,19 +110,24 @@ class Scheduler:
         num_idle = max(0, self.max_num_seqs - len(self.running))
         if len(self.waiting) >= self.max_queue + num_idle:
             raise Overloaded(f"{len(self.waiting)} requests are waiting; try again later.")
-        if self.store.fetch(request):
+        cached = self.kv.find_prefix(request)
+        if self.store.fetch(request, cached.num_blocks * self.kv.block_size):
             request.state = RequestState.WAITING_FOR_BLOCKS
         self.waiting.append(request)
 
-    def finish(self, request: Request, reason: FinishReason) -> None:
-        """End a request in any state and take its blocks back. Not while a step is computed."""
+    def finish(self, request: Request, reason: FinishReason, *, is_sound: bool = True) -> None:
+        """End a request in any state and take its blocks back. Not while a step is computed.
+
+        What it has computed stays for others to resume from, unless it isn't sound.
+        """
         if request.state is RequestState.RUNNING:
+            if not is_sound:
+                self.kv.forget(request)
             self.running.remove(request)
-            self.kv.free(request)
+            self._release(request, keep=is_sound)
         else:
             self.waiting.remove(request)
-            if request.state is RequestState.WAITING_FOR_BLOCKS:
-                self.store.cancel(request)
+            self.store.release(request)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
 
@@ -160,17 +151,19 @@ class Scheduler:
         for request in self.policy.order(self.waiting):
             if not self._is_ready(request):
                 continue
-            if budget == 0 or not self._has_room() or not self._fits(request):
+            if budget == 0 or not self._has_room() or not self._admit(request):
                 break  # nobody overtakes the first that doesn't fit, else it could wait forever
-            self._admit(request)
             budget -= self._take(request, self._num_new_tokens(request, budget), output)
         return output
 
-    def update(self, output: SchedulerOutput) -> None:
-        """The step was computed: move on, and give back the blocks that windows have left."""
+    def update(self, output: SchedulerOutput, failed: Collection[Request] = ()) -> None:
+        """The step was computed: move on, let others find the blocks that are full now, and give
+        back those that windows have left. What was computed for the `failed` counts for nothing.
+        """
         for item in output.scheduled:
-            item.request.num_computed_tokens += item.num_new_tokens
-            self.kv.leave_window(item.request)
+            if item.request not in failed:
+                item.request.num_computed_tokens += item.num_new_tokens
+                self._save(item.request, self.kv.commit(item.request))
 
     def _num_new_tokens(self, request: Request, budget: int) -> int:
         return min(request.num_pending_tokens, budget, self.kv.max_new_tokens(request))
@@ -190,34 +183,69 @@ class Scheduler:
         return bool(self.waiting) and len(self.running) < self.max_num_seqs
 
     def _is_ready(self, request: Request) -> bool:
-        if request.state is RequestState.WAITING_FOR_BLOCKS and self.store.is_ready(request):
+        is_waiting = request.state is RequestState.WAITING_FOR_BLOCKS
+        if is_waiting and self.store.fetched(request) is not None:
             request.state = RequestState.WAITING
         return request.state is RequestState.WAITING
 
-    def _fits(self, request: Request) -> bool:
-        """Whether all its known tokens fit beside the running requests.
+    def _admit(self, request: Request) -> bool:
+        """Start it behind what is cached or fetched of it, if it fits."""
+        fetched = self.store.fetched(request) or NOTHING_FETCHED
+        if not (self._start(request, fetched) or (fetched and self._start(request))):
+            return False
+        self.store.release(request)
+        self.waiting.remove(request)
+        self.running.append(request)
+        request.state = RequestState.RUNNING
+        if request.num_preemptions == 0:
+            self._count_prefix(request)
+        return True
+
+    def _start(self, request: Request, fetched: Fetched = NOTHING_FETCHED) -> bool:
+        """Give it blocks if all its known tokens fit beside the running requests.
 
         Asking for the first chunk only would admit prompts that preempt each other halfway. What
         the running requests know is allocated: while it isn't, budget or blocks are used up.
         """
-        return self.kv.can_hold(request.num_tokens)
+        prefix = self.kv.find_prefix(request, fetched)
+        if not self.kv.can_hold(request, prefix):
+            return False
+        lacking = self.kv.add(request, prefix)
+        if lacking:
+            if not self.store.load(request, lacking):
+                self.kv.free(request)
+                self.store.release(request)
+                return False
+            self.kv.loaded(request, prefix.num_blocks)
+        request.num_computed_tokens = prefix.num_blocks * self.kv.block_size
+        return True
 
-    def _admit(self, request: Request) -> None:
-        self.waiting.remove(request)
-        self.running.append(request)
-        self.kv.add(request)
-        request.state = RequestState.RUNNING
+    def _count_prefix(self, request: Request) -> None:
+        request.num_cached_tokens = request.num_computed_tokens
+        use = self.prefix_use[request.tenant]
+        use.num_queries += 1
+        use.num_hits += request.num_cached_tokens > 0
+        use.num_cached_tokens += request.num_cached_tokens
 
     def _preempt(self, request: Request, output: SchedulerOutput) -> None:
-        """Back to the queue; prompt and output are kept and will be computed again."""
+        """Back to the queue; prompt and output are kept. It resumes from what is cached then."""
         self.running.remove(request)
-        self.kv.free(request)
+        self._release(request)
         self.waiting.insert(0, request)
         request.state = RequestState.WAITING
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
         output.preempted.append(request)
+
+    def _release(self, request: Request, *, keep: bool = True) -> None:
+        if keep:
+            self._save(request, self.kv.checkpoint(request))
+        self.kv.free(request)
+
+    def _save(self, request: Request, blocks: Sequence[StoredBlock]) -> None:
+        if blocks:
+            self.store.save(request, blocks)
 
     def check_integrity(self) -> None:
         """Assert that states, lists and blocks agree, and that nothing is held when idle."""

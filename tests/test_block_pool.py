@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 from cluster.errors import NotEnoughMemory
 from cluster.spec import AttentionKind, ModelSpec
 from engine.block_pool import NULL_BLOCK, BlockPool
-from engine.kv_cache import (
-    KVCache,
-    KVCacheConfig,
-    kv_bytes_per_block,
-    longest_context,
-    size_kv_cache,
-)
+from engine.kv_cache import KVCache, KVCacheConfig
+from engine.kv_sizing import kv_bytes_per_block, longest_context, size_kv_cache
 from engine.request import Request, SamplingParams
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def make_request(num_tokens: int) -> Request:
@@ -101,7 +100,7 @@ def test_a_request_holds_what_its_queries_read_and_little_more(
     config = KVCacheConfig(block_size, {GLOBAL: 300, SLIDING: 300})
     kv = KVCache(config, sliding_window=window, max_num_seqs=2, max_model_len=num_tokens)
     request = make_request(num_tokens)
-    kv.add(request)
+    kv.add(request, kv.find_prefix(request))
     row = kv.row(request)
     sliding = kv.groups[SLIDING]
     while request.num_pending_tokens:
@@ -110,12 +109,16 @@ def test_a_request_holds_what_its_queries_read_and_little_more(
         start, stop = request.num_computed_tokens, request.num_computed_tokens + num_new
         for position in range(max(0, start - window + 1), stop):
             assert sliding.block_tables[row, position // block_size] != NULL_BLOCK
-        assert sliding.num_held(row) <= -(-(window + chunk) // block_size) + 1
+        # The window at the last full block, and the blocks that an unaligned chunk touches.
+        assert (
+            sliding.num_held(row) <= cdiv(window - 1, block_size) + cdiv(chunk - 1, block_size) + 1
+        )
         assert kv.groups[GLOBAL].num_held(row) == -(-stop // block_size)
         request.num_computed_tokens = stop
-        kv.leave_window(request)
+        kv.commit(request)
         kv.check_integrity()
-        last_behind = (stop - window) // block_size - 1  # ends before the next query's window
+        # Ends before the window at the last full block.
+        last_behind = (stop // block_size * block_size - window) // block_size - 1
         if last_behind >= 0:
             assert sliding.block_tables[row, last_behind] == NULL_BLOCK
     kv.free(request)
@@ -187,7 +190,8 @@ def test_an_only_sliding_cache_bounds_no_length() -> None:
     kv = KVCache(
         KVCacheConfig(4, {SLIDING: 9}), sliding_window=8, max_num_seqs=1, max_model_len=10_000
     )
-    assert kv.max_request_tokens is None and kv.can_hold(10_000)
+    request = make_request(10_000)
+    assert kv.max_request_tokens is None and kv.can_hold(request, kv.find_prefix(request))
 
 
 def test_config_is_a_value() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cluster.errors import ContextTooLong, InvalidRequest, Overloaded, Unavailable
 from cluster.spec import AttentionKind
 from engine.batch import Batch
+from engine.block_hash import BlockHasher
 from engine.core import EngineCore, RequestOutput, SpecLimits
 from engine.kv_cache import KVCacheConfig
 from engine.request import FinishReason, Request, SamplingParams
@@ -23,6 +24,7 @@ from engine.tokenizer import Tokenizer
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
 VOCAB_SIZE = 60
 WINDOW = 6
+SHARING = ("ann", "bob")  # tenants
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
@@ -96,6 +98,7 @@ def make_core(
 ) -> EngineCore:
     kv = KVCacheConfig(block_size, {GLOBAL: num_global, SLIDING: num_sliding})
     limits = SpecLimits(max_model_len, WINDOW, VOCAB_SIZE, eos_token_ids)
+    options = {"hasher": BlockHasher(block_size, "model", SHARING), **options}
     return EngineCore(FakeRunner(kv), kv, spec_limits=limits, sampler=Sampler(), **options)
 
 
@@ -492,7 +495,7 @@ def test_stats_count_tokens_and_blocks() -> None:
     stats = core.stats()
     assert (stats.num_waiting, stats.num_running, stats.num_steps) == (0, 1, 1)
     assert (stats.num_used_blocks[GLOBAL], stats.num_free_blocks[GLOBAL]) == (3, 97)
-    assert stats.num_used_blocks[SLIDING] == 2
+    assert stats.num_used_blocks[SLIDING] == 3  # the window at 8 tokens, and the block begun
     drain(core)
     stats = core.stats()
     assert (stats.num_prefill_tokens, stats.num_decode_tokens) == (10, 7)

@@ -15,7 +15,8 @@ from cluster.checkpoint import Checkpoint
 from cluster.placement import ExpertGroups
 from cluster.spec import AttentionKind, ModelSpec
 from engine.core import EngineCore, SpecLimits
-from engine.kv_cache import KVCacheConfig, size_kv_cache
+from engine.kv_cache import KVCacheConfig
+from engine.kv_sizing import size_kv_cache
 from engine.model import Experts, GemmaDecoder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner

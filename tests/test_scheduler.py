@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +17,13 @@ from hypothesis import strategies as st
 from cluster.errors import Overloaded
 from cluster.spec import AttentionKind
 from engine.batch import Batch, build_batch
+from engine.block_hash import BlockHasher
+from engine.block_store import BlockStore
 from engine.kv_cache import KVCache, KVCacheConfig
+from engine.kv_cache_group import IntArray
 from engine.request import FinishReason, Request, RequestState, SamplingParams
 from engine.scheduler import Scheduler, SchedulerOutput
+from tests.memory_store import MemoryStore
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
 
@@ -35,25 +42,32 @@ def make_scheduler(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 16,
     max_queue: int = 100,
+    checkpoint_blocks: int = 0,
+    kinds: Collection[AttentionKind] = (GLOBAL, SLIDING),
+    store: BlockStore | None = None,
 ) -> Scheduler:
+    num_blocks = {GLOBAL: num_global, SLIDING: num_sliding}
     kv = KVCache(
-        KVCacheConfig(block_size, {GLOBAL: num_global, SLIDING: num_sliding}),
+        KVCacheConfig(block_size, {kind: num_blocks[kind] for kind in kinds}),
         sliding_window=window,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
+        hasher=BlockHasher(block_size, "model", SHARING),
+        checkpoint_blocks=checkpoint_blocks,
     )
     return Scheduler(
         kv,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         max_queue=max_queue,
+        store=store,
     )
 
 
 def make_request(name: str, num_prompt: int, max_tokens: int = 4, arrival: float = 0) -> Request:
-    return Request(
-        name, [1] * num_prompt, SamplingParams(), 0, max_tokens=max_tokens, arrival_s=arrival
-    )
+    """Requests of different names have no token in common."""
+    prompt_ids = [100 + zlib.crc32(name.encode())] * num_prompt
+    return Request(name, prompt_ids, SamplingParams(), 0, max_tokens=max_tokens, arrival_s=arrival)
 
 
 def run_step(scheduler: Scheduler) -> SchedulerOutput:
@@ -72,34 +86,64 @@ def shares(output: SchedulerOutput) -> list[tuple[str, int, bool]]:
 
 
 class FakeKV:
-    """Remembers who wrote each slot, and checks that every key a query reads is the right one."""
+    """Remembers what each slot stands for, and checks that every key a query reads is right.
+
+    A key stands for its position and for all tokens up to it, of tenants that share or of one.
+    """
 
     def __init__(self, kv: KVCache) -> None:
         self.kv = kv
         self.slots = {
-            kind: np.full((group.pool.num_blocks * kv.block_size, 2), -1)
+            kind: np.full((group.pool.num_blocks, kv.block_size), -1)
             for kind, group in kv.groups.items()
         }
 
-    def write_and_check(self, batch: Batch, tags: list[int]) -> None:
-        """`tags` tells the requests of the batch apart, over their whole lives."""
-        tag_of_token = np.repeat(tags, batch.query_lens)
-        written = np.stack([tag_of_token, batch.positions.numpy()], axis=1)
+    def write_and_check(self, batch: Batch, requests: list[Request], broken: set[Request]) -> None:
+        """Garbage is written for the `broken`, whose results nobody looks at."""
+        meanings = [meanings_of(request) for request in requests]
+        parts = zip(requests, meanings, batch.query_lens, batch.seq_lens, strict=True)
+        written = np.concatenate(
+            [np.where(r in broken, -2, m[end - num : end]) for r, m, num, end in parts]
+        )
         for kind, slots in self.slots.items():
             mapping = batch.slot_mapping[kind].numpy()
             assert len(set(mapping.tolist())) == batch.num_tokens, "two tokens share a slot"
             assert mapping.min() >= self.kv.block_size, "the null block is written"
-            slots[mapping] = written
+            slots.reshape(-1)[mapping] = written
         for kind, slots in self.slots.items():
-            window = self.kv.groups[kind].window
-            lens = zip(tags, batch.query_lens, batch.seq_lens, strict=True)
-            for row, (tag, query_len, seq_len) in enumerate(lens):
-                first = seq_len - query_len  # the query that reads farthest back
+            for row, request in enumerate(requests):
+                if request in broken:
+                    continue
+                window, seq_len = self.kv.groups[kind].window, batch.seq_lens[row]
+                first = seq_len - batch.query_lens[row]  # the query that reads farthest back
                 positions = np.arange(0 if window is None else max(0, first - window + 1), seq_len)
                 blocks = batch.block_tables[kind][row].numpy()[positions // self.kv.block_size]
-                read = slots[blocks * self.kv.block_size + positions % self.kv.block_size]
-                assert (read[:, 0] == tag).all(), "keys of another request are read"
-                assert (read[:, 1] == positions).all(), "keys of other positions are read"
+                read = slots[blocks, positions % self.kv.block_size]
+                assert (read == meanings[row][positions]).all(), "wrong keys are read"
+
+    def read(self, kind: AttentionKind, block_id: int) -> Any:
+        return self.slots[kind][block_id].copy()
+
+    def write(self, kind: AttentionKind, block_id: int, value: Any) -> None:
+        self.slots[kind][block_id] = value
+
+
+def meanings_of(request: Request) -> IntArray:
+    meaning = hash("both" if request.tenant in SHARING else request.tenant)
+    meanings = []
+    for position, token in enumerate(request.token_ids(0, request.num_tokens)):
+        meaning = hash((meaning, position, token))
+        meanings.append(meaning)
+    return np.array(meanings)
+
+
+def evict_all(scheduler: Scheduler) -> None:
+    for kind, group in scheduler.kv.groups.items():
+        scheduler.kv.index.make_room(kind, group.pool.num_free)
+
+
+SHARING = ("b", "c")
+TENANTS = ("a", "b", "c", "d")
 
 
 @dataclass
@@ -108,20 +152,26 @@ class Simulation:
 
     rng: random.Random
     scheduler: Scheduler
+    store: MemoryStore | None
     arrivals: list[tuple[int, Request]]
     cancellations: dict[int, list[Request]]
-    live: dict[Request, int] = field(default_factory=dict)  # to the number of tokens computed
+    failure_rate: float
+    live: dict[Request, int | None] = field(default_factory=dict)  # computed tokens; None: waits
     num_refused: int = 0
+    num_resumed: int = 0  # starts after a preemption that found something
 
     @staticmethod
     def draw(seed: int) -> Simulation:
         rng = random.Random(seed)
         block_size = rng.choice([1, 2, 4, 16])
         window = rng.choice([1, 3, 8, 20])
-        max_model_len = rng.randint(2, 80)
+        max_model_len = rng.randint(2, 100)
         min_global = cdiv(max_model_len, block_size) + 1
         min_sliding = cdiv(window - 1, block_size) + 2
         max_num_seqs = rng.randint(1, 8)
+        polls = rng.choice([0, 1, 5, None])
+        store = MemoryStore(polls, fails=rng.random() < 0.2) if rng.random() < 0.4 else None
+        kinds = rng.choice([(GLOBAL, SLIDING), (GLOBAL, SLIDING), (GLOBAL,), (SLIDING,)])
         scheduler = make_scheduler(
             block_size=block_size,
             num_global=min_global + rng.choice([0, rng.randint(0, 3 * min_global)]),
@@ -131,67 +181,93 @@ class Simulation:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=rng.choice([1, 3, 16, 64]),
             max_queue=rng.choice([3, 100]),
+            checkpoint_blocks=rng.choice([0, 1, 3]),
+            kinds=kinds,
+            store=store,
         )
+        texts = [[rng.randrange(100) for _ in range(max_model_len)] for _ in range(3)]
         arrivals, cancellations = [], dict[int, list[Request]]()
         for index in range(rng.randint(1, 20)):
-            num_prompt = rng.randint(1, max_model_len - 1)
+            num_prompt = rng.randint(1, max(1, (max_model_len - 1) // rng.choice([1, 4])))
             max_tokens = rng.randint(1, max_model_len - num_prompt)
             request = make_request(f"r{index}", num_prompt, max_tokens)
+            request.tenant = rng.choice(TENANTS)
+            num_shared = rng.choice([num_prompt, rng.randint(0, num_prompt)])
+            request.prompt_ids[:num_shared] = rng.choice(texts)[:num_shared]
             if rng.random() < 0.2:  # resumed
                 request.output_ids = [1] * rng.randint(0, max_tokens - 1)
             step = rng.randint(0, 40)
             arrivals.append((step, request))
-            if rng.random() < 0.2:
+            if rng.random() < 0.2 or polls is None:
                 cancellations.setdefault(step + rng.randint(1, 40), []).append(request)
         arrivals.sort(key=lambda arrival: arrival[0])
         for order, (_, request) in enumerate(arrivals):
             request.arrival_s = order
-        return Simulation(rng, scheduler, arrivals, cancellations)
+        failure_rate = rng.choice([0, 0, 0.01, 0.05])
+        return Simulation(rng, scheduler, store, arrivals, cancellations, failure_rate)
 
     def run(self) -> None:
         self.fake_kv = FakeKV(self.scheduler.kv)
-        self.tags = {request: tag for tag, (_, request) in enumerate(self.arrivals)}
+        if self.store is not None:
+            self.store.blocks = self.fake_kv
         num_tokens = sum(len(r.prompt_ids) + r.max_tokens for _, r in self.arrivals)
         pending = list(self.arrivals)
-        for step in range(num_tokens + 100):
+        for step in range(num_tokens + 200):
             while pending and pending[0][0] <= step:
                 self.add(pending.pop(0)[1])
             for request in self.cancellations.get(step, []):
                 if request in self.live:
                     self.finish(request, FinishReason.ABORT)
+            if self.store is not None and self.rng.random() < 0.2:
+                evict_all(self.scheduler)
             self.step()
             if not pending and not self.live:
                 break
         assert not self.live, "a request without an end"
         assert all(group.pool.num_used == 0 for group in self.scheduler.kv.groups.values())
+        assert self.store is None or not self.store.on_their_way
 
     def add(self, request: Request) -> None:
         try:
             self.scheduler.add(request)
-            self.live[request] = 0
+            self.live[request] = None
         except Overloaded:
             self.num_refused += 1
 
-    def finish(self, request: Request, reason: FinishReason) -> None:
-        self.scheduler.finish(request, reason)
+    def finish(self, request: Request, reason: FinishReason, *, is_sound: bool = True) -> None:
+        self.scheduler.finish(request, reason, is_sound=is_sound)
         del self.live[request]
 
     def step(self) -> None:
         output = self.scheduler.schedule()
         for request in output.preempted:
-            self.live[request] = 0
+            self.live[request] = None
         self.check(output)
-        if output.scheduled:
+        requests = [item.request for item in output.scheduled]
+        whole_step_fails = self.rng.random() < self.failure_rate
+        failed = {r for r in output.sampling if self.rng.random() < self.failure_rate}
+        if requests:
             batch = build_batch(output, self.scheduler.kv)
-            self.fake_kv.write_and_check(batch, [self.tags[s.request] for s in output.scheduled])
+            broken = set(requests) if whole_step_fails else failed
+            self.fake_kv.write_and_check(batch, requests, broken)
             last_rows = np.cumsum(batch.query_lens)[[s.samples for s in output.scheduled]] - 1
             assert batch.logits_indices.tolist() == last_rows.tolist()
-        self.scheduler.update(output)
+        if whole_step_fails:
+            for request in requests:
+                self.finish(request, FinishReason.ERROR)
+        else:
+            self.update(output, failed)
+        self.scheduler.check_integrity()
+
+    def update(self, output: SchedulerOutput, failed: set[Request]) -> None:
+        self.scheduler.update(output, failed)
         for request in output.sampling:
+            if request in failed:
+                self.finish(request, FinishReason.ERROR, is_sound=False)
+                continue
             request.output_ids.append(self.rng.randrange(100))
             if len(request.output_ids) == request.max_tokens:
                 self.finish(request, FinishReason.LENGTH)
-        self.scheduler.check_integrity()
 
     def check(self, output: SchedulerOutput) -> None:
         assert output.num_tokens <= self.scheduler.max_num_batched_tokens
@@ -201,33 +277,54 @@ class Simulation:
         if output.preempted and self.scheduler.running:
             youngest = max(request.arrival_s for request in self.scheduler.running)
             assert all(request.arrival_s > youngest for request in output.preempted)
-        if self.live:
-            oldest = min(self.live, key=lambda request: request.arrival_s)
+        # Where requests wait for blocks, those that came later may be running before them.
+        candidates = self.live if self.store is None else self.scheduler.running
+        if candidates:
+            oldest = min(candidates, key=lambda request: request.arrival_s)
             assert oldest in requests, "the oldest request makes no progress"
         for item in output.scheduled:
+            num_computed = self.live[item.request]
+            if num_computed is None:
+                num_computed = self.check_start(item.request)
             # Each token once per life, in order: a step begins where the last one ended.
-            assert item.request.num_computed_tokens == self.live[item.request]
-            self.live[item.request] += item.num_new_tokens
+            assert item.request.num_computed_tokens == num_computed
+            self.live[item.request] = num_computed = num_computed + item.num_new_tokens
             assert item.num_new_tokens >= 1
-            assert item.samples == (self.live[item.request] == item.request.num_tokens)
+            assert item.samples == (num_computed == item.request.num_tokens)
+
+    def check_start(self, request: Request) -> int:
+        num_cached = request.num_computed_tokens
+        assert num_cached % self.scheduler.kv.block_size == 0 and num_cached < request.num_tokens
+        if request.num_preemptions == 0:
+            assert request.num_cached_tokens == num_cached
+        else:
+            self.num_resumed += num_cached > 0
+        return num_cached
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_no_block_leaked_no_request_without_an_end_no_starvation(seed: int) -> None:
     Simulation.draw(seed).run()
 
 
 def test_the_simulation_reaches_what_it_is_for() -> None:
-    num_preemptions = num_refused = num_cancelled = 0
-    for seed in range(20):
+    counts: Counter[str] = Counter()
+    for seed in range(60):
         simulation = Simulation.draw(seed)
         simulation.run()
-        num_preemptions += simulation.scheduler.num_preemptions
-        num_refused += simulation.num_refused
-        ends = [request.finish_reason for _, request in simulation.arrivals]
-        num_cancelled += ends.count(FinishReason.ABORT)
-    assert min(num_preemptions, num_refused, num_cancelled) > 5
+        scheduler = simulation.scheduler
+        counts["preemptions"] += scheduler.num_preemptions
+        counts["refused"] += simulation.num_refused
+        counts["resumed after a preemption"] += simulation.num_resumed
+        counts["hits"] += sum(use.num_hits for use in scheduler.prefix_use.values())
+        for kind, num_evicted in scheduler.kv.index.num_evicted.items():
+            counts[f"evicted {kind.value}"] += num_evicted
+        if simulation.store is not None:
+            counts["blocks loaded"] += simulation.store.num_loaded
+        for _, request in simulation.arrivals:
+            counts[str(request.finish_reason)] += 1
+    assert len(counts) == 11 and min(counts.values()) >= 3, counts
 
 
 def test_a_long_prompt_is_cut_into_chunks_and_shares_steps_with_decodes() -> None:
@@ -307,33 +404,24 @@ def test_a_policy_chooses_who_goes_first() -> None:
 
 
 def test_a_request_waits_for_its_blocks_without_holding_up_others() -> None:
-    class SlowStore:
-        arrived = False
-        num_cancelled = 0
-
-        def fetch(self, request: Request) -> bool:
-            return request.request_id == "stored"
-
-        def is_ready(self, request: Request) -> bool:
-            return self.arrived
-
-        def cancel(self, request: Request) -> None:
-            self.num_cancelled += 1
-
-    store = SlowStore()
-    scheduler = make_scheduler()
-    scheduler.store = store
-    stored, other = make_request("stored", 5, arrival=0), make_request("other", 5, arrival=1)
+    store = MemoryStore(polls=1)
+    scheduler = make_scheduler(store=store)
+    store.blocks = FakeKV(scheduler.kv)
+    scheduler.add(make_request("stored", 8))
+    while scheduler.running or scheduler.waiting:
+        run_step(scheduler)
+    stored, other = make_request("stored", 9, arrival=0), make_request("other", 3, arrival=1)
     scheduler.add(stored)
     scheduler.add(other)
     assert stored.state is RequestState.WAITING_FOR_BLOCKS
-    assert shares(run_step(scheduler)) == [("other", 5, True)]
-    store.arrived = True
-    assert [name for name, _, _ in shares(run_step(scheduler))] == ["other", "stored"]
+    assert other.state is RequestState.WAITING
+    assert shares(run_step(scheduler)) == [("other", 3, True)]
+    assert shares(run_step(scheduler)) == [("other", 1, True), ("stored", 1, True)]
     scheduler.check_integrity()
 
-    store.arrived = False
-    gone = make_request("stored", 5)
+    store.polls = None
+    gone = make_request("stored", 12)
     scheduler.add(gone)
+    assert gone in store.on_their_way
     scheduler.finish(gone, FinishReason.ABORT)
-    assert store.num_cancelled == 1
+    assert gone not in store.on_their_way

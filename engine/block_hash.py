@@ -1,0 +1,50 @@
+"""Block hashes: each names the content of a block and of all blocks before it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from hashlib import blake2b
+
+import numpy as np
+
+from engine.request import Request
+
+HASH_BYTES = 20  # finding two prompts with one hash takes some 2**80 tries
+
+
+def tenant_salt(tenant: str, shared_tenants: Collection[str] = ()) -> bytes:
+    """What keeps a tenant's hashes apart; the same for all that have opted in to sharing."""
+    return b"shared" if tenant in shared_tenants else b"tenant " + tenant.encode()
+
+
+def block_hash(parent: bytes, token_bytes: bytes, media: bytes = b"") -> bytes:
+    """Names a block and everything before it. `media` are the digests of its images and audio."""
+    return blake2b(parent + token_bytes + media, digest_size=HASH_BYTES).digest()
+
+
+class BlockHasher:
+    """Hashes the blocks of requests, each once.
+
+    `fingerprint` names all that the bits of keys and values depend on beside the tokens: weights,
+    dtype, the layout of a row.
+    """
+
+    def __init__(
+        self, block_size: int, fingerprint: str, shared_tenants: Collection[str] = ()
+    ) -> None:
+        self._block_size = block_size
+        self._shared_tenants = shared_tenants
+        self._model = block_hash(b"", fingerprint.encode())
+
+    def extend(self, request: Request) -> None:
+        """Append the hashes of the full blocks of known tokens to the request's block_hashes."""
+        hashes, size = request.block_hashes, self._block_size
+        num_blocks = request.num_tokens // size
+        if len(hashes) == num_blocks:
+            return
+        salt = tenant_salt(request.tenant, self._shared_tenants)
+        parent = hashes[-1] if hashes else block_hash(self._model, salt)
+        token_ids = request.token_ids(len(hashes) * size, num_blocks * size)
+        for tokens in np.array(token_ids, dtype="<u4").reshape(-1, size):
+            parent = block_hash(parent, tokens.tobytes())
+            hashes.append(parent)
