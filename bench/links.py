@@ -2,7 +2,8 @@
 
 `python -m bench.links` starts echo processes and sends them what an expert call carries: 5.6 KB
 (one token's hidden state of the 26B in bf16), 45 KB (eight) and 1.4 MB (a prefill chunk of 256),
-the same each way; to one peer, and to two at once. Nothing spins; each process waits in the kernel.
+the same each way; to one peer, and to two at once. A wait spins where a link's own waits do
+(`cluster/spinning.py`); gRPC's don't.
 """
 
 from __future__ import annotations

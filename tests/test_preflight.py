@@ -48,7 +48,7 @@ def test_two_bytes_a_weight_are_half_and_nothing_is_packed() -> None:
     half = needed(dtype="bfloat16")
     assert half["experts"] == 2 * NUM_EXPERT_WEIGHTS
     assert half["attention"] == 2 * NUM_OTHER_WEIGHTS
-    assert needed(batch_invariant=True)["attention"] == 4 * NUM_OTHER_WEIGHTS
+    assert needed(batch_invariant=True) == needed()
 
 
 def test_what_a_gpu_holds_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

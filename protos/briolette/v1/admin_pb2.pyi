@@ -54,7 +54,7 @@ class ClusterStatus(_message.Message):
     ready: _builtins.bool
     """a token can be produced"""
     reason: _builtins.str
-    """why not"""
+    """why not, or why slowly"""
     model: _builtins.str
     context_tokens: _builtins.int
     vocab_size: _builtins.int
