@@ -366,8 +366,9 @@ def test_a_store_that_never_answers_holds_up_nobody_else_and_can_be_cancelled() 
     for _ in range(20):
         core.step()
     assert waiting.state is RequestState.WAITING_FOR_BLOCKS
-    assert core.stats().num_running == 0
+    assert core.waits_for_blocks and core.stats().num_running == 0
     core.abort("waits")
+    assert not core.waits_for_blocks  # the end is still to be returned
     assert not store.on_their_way
     assert drain(core)["waits"][-1].finish_reason is FinishReason.ABORT
 
