@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bench.warm_cold import Connect, WarmCold
+from cluster.config import Config
 from cluster.spec import AttentionKind
+from deployments.loading import Source, make_hasher
 from engine.batch import Batch
 from engine.block_hash import BlockHasher, block_hash
 from engine.core import EngineCore
@@ -180,6 +182,22 @@ def test_a_hash_is_computed_once_and_follows_the_output() -> None:
         ours is earlier for ours, earlier in zip(request.block_hashes, before, strict=False)
     )
     assert request.block_hashes == whole.block_hashes and len(before) == 2
+
+
+def test_the_configuration_says_what_changes_the_bits() -> None:
+    def last_hash(**overrides: Any) -> bytes | None:
+        config = Config.load(None, overrides)
+        hasher = make_hasher(config, Source.open(config))
+        if hasher is None:
+            return None
+        request = Request("r", [1] * 16, SamplingParams(), 0, max_tokens=1)
+        hasher.extend(request)
+        return request.block_hashes[-1]
+
+    assert last_hash() == last_hash(engine={"max_num_seqs": 3})
+    others = [{"dtype": "bfloat16"}, {"batch_invariant": True}, {"experts": {"num_groups": 8}}]
+    assert len({last_hash(), *(last_hash(**other) for other in others)}) == 4
+    assert last_hash(engine={"prefix_caching": False}) is None
 
 
 # What is kept, and what goes first
