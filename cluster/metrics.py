@@ -126,12 +126,19 @@ class Metrics:
         "From arrival to the end (E2E)", REQUEST_BUCKETS, "model", "tenant"
     )
 
-    # Steps of the engine. `group` is global or sliding, `state` used or free.
+    prefix_queries_total = _counter("Requests started", "model", "tenant")
+    prefix_hits_total = _counter("Of them, those that found a prefix cached", "model", "tenant")
+    cached_tokens_total = _counter(
+        "Tokens that requests found cached and didn't compute", "model", "tenant"
+    )
+
+    # Steps of the engine. `group` is global or sliding, `state` used, cached or unused.
     step_duration_seconds = _histogram("One step of the engine", STEP_BUCKETS, "model")
     computed_tokens_total = _counter(
         "Tokens run through the model; phase: prefill or decode", "model", "phase"
     )
     kv_blocks = _gauge("Blocks of the KV cache", "model", "group", "state")
+    kv_evictions_total = _counter("Cached blocks given to others", "model", "group")
     preemptions_total = _counter("Requests sent back to the queue for lack of blocks", "model")
 
     # Expert calls, as the ExpertRouter sees them. `host` is an expert host's id.

@@ -85,7 +85,16 @@ def status_card(status: ClusterStatus, address: str, started: float) -> Panel:
     rows.add_row("queue", f"{load.num_waiting} waiting, {load.num_running} running")
     rows.add_row("tokens/s", f"{load.decode_tokens_per_s:.1f} when last busy")
     for group in load.kv_blocks:
-        rows.add_row(f"KV {group.group}", f"{group.used} of {group.total} blocks used")
+        rows.add_row(
+            f"KV {group.group}",
+            f"{group.used} of {group.total} blocks used, {group.cached} cached",
+        )
+    if load.prefix_queries:
+        rows.add_row(
+            "prefixes",
+            f"{load.prefix_hits} of {load.prefix_queries} requests found one cached, "
+            f"{load.cached_tokens:,} tokens",
+        )
     _add_calls(rows, status)
     state = "[green]serving[/]" if status.ready else "[red]not serving[/]"
     if status.reason:

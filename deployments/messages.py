@@ -58,7 +58,11 @@ def to_output(output: RequestOutput, queue_s: float) -> Output:
         piece.finish_reason = FINISH_REASONS[reason]
         piece.matched_stop = output.matched_stop if isinstance(output.matched_stop, str) else ""
         piece.usage.CopyFrom(
-            Usage(prompt_tokens=output.num_prompt_tokens, output_tokens=output.num_output_tokens)
+            Usage(
+                prompt_tokens=output.num_prompt_tokens,
+                output_tokens=output.num_output_tokens,
+                cached_tokens=output.num_cached_tokens,
+            )
         )
         piece.timings.CopyFrom(Timings(queue_s=queue_s))
     return Output(request_id=output.request_id, generation=piece)
@@ -73,9 +77,18 @@ def to_load(stats: EngineStats) -> EngineLoad:
         decode_tokens=stats.num_decode_tokens,
         preemptions=stats.num_preemptions,
         kv_blocks=[
-            KvBlocks(group=kind.name.lower(), used=used, total=used + stats.num_free_blocks[kind])
+            KvBlocks(
+                group=kind.name.lower(),
+                used=used,
+                total=used + stats.num_free_blocks[kind],
+                cached=stats.num_cached_blocks[kind],
+                evicted=stats.num_evicted_blocks[kind],
+            )
             for kind, used in stats.num_used_blocks.items()
         ],
+        prefix_queries=sum(use.num_queries for use in stats.prefix_use.values()),
+        prefix_hits=sum(use.num_hits for use in stats.prefix_use.values()),
+        cached_tokens=sum(use.num_cached_tokens for use in stats.prefix_use.values()),
     )
 
 

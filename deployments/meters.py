@@ -34,6 +34,7 @@ class EngineMeter:
         self._clocks: dict[str, _Clock] = {}
         self._computed = {"prefill": 0, "decode": 0}
         self._preemptions = 0
+        self._evicted: dict[str, int] = {}
 
     def accepted(self, request: Request) -> None:
         """A request entered the queue."""
@@ -42,7 +43,11 @@ class EngineMeter:
 
     def started(self, request: Request, queue_s: float) -> None:
         """A request had its first step."""
-        self._metrics.queue_time_seconds(self._model, request.tenant).observe(queue_s)
+        labels = (self._model, request.tenant)
+        self._metrics.queue_time_seconds(*labels).observe(queue_s)
+        self._metrics.prefix_queries_total(*labels).inc()
+        self._metrics.prefix_hits_total(*labels).inc(request.num_cached_tokens > 0)
+        self._metrics.cached_tokens_total(*labels).inc(request.num_cached_tokens)
 
     def step(self, outputs: Sequence[RequestOutput], started: float) -> None:
         """A step that began at `started` (time.monotonic) is done."""
@@ -67,7 +72,12 @@ class EngineMeter:
         metrics.requests_running(model).set(load.num_running)
         for group in load.kv_blocks:
             metrics.kv_blocks(model, group.group, "used").set(group.used)
-            metrics.kv_blocks(model, group.group, "free").set(group.total - group.used)
+            num_unused = group.total - group.used - group.cached
+            metrics.kv_blocks(model, group.group, "cached").set(group.cached)
+            metrics.kv_blocks(model, group.group, "unused").set(num_unused)
+            num_new = group.evicted - self._evicted.get(group.group, 0)
+            metrics.kv_evictions_total(model, group.group).inc(num_new)
+            self._evicted[group.group] = group.evicted
         totals = {"prefill": load.prefill_tokens, "decode": load.decode_tokens}
         for phase, total in totals.items():
             metrics.computed_tokens_total(model, phase).inc(total - self._computed[phase])

@@ -24,6 +24,7 @@ from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad
 from protos.briolette.v1.stream_pb2 import Add, Failure, FromDecoder, Output, ToDecoder
 
 STATUS_PERIOD_S = 1.0
+BLOCKS_PERIOD_S = 0.001  # between two looks at a block store while nothing else can go on
 LONGEST_STEP_S = 120.0  # the largest model's longest prefill on a CPU; past it, the step hangs
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+    @property
+    def waits_for_blocks(self) -> bool: ...
     def add(
         self,
         *,
@@ -137,10 +140,12 @@ class StepLoop:
             self._gateways.close()  # so that no stream waits for ever
 
     def _read_inbox(self) -> None:
-        """Do what was asked for; wait for something to be asked while the engine is idle."""
+        """Do what was asked for; wait for something to be asked while the engine can do nothing."""
         try:
             if not self._engine.has_work:
                 self._inbox.get(timeout=STATUS_PERIOD_S)()
+            elif self._engine.waits_for_blocks:
+                self._inbox.get(timeout=BLOCKS_PERIOD_S)()
             while True:
                 self._inbox.get_nowait()()
         except queue.Empty:

@@ -164,6 +164,11 @@ class EngineCore:
         """Whether a step would do or return something."""
         return bool(self.scheduler.running or self.scheduler.waiting or self._outputs)
 
+    @property
+    def waits_for_blocks(self) -> bool:
+        """Whether a step now would only ask the block store whether it is ready."""
+        return self.scheduler.waits_for_blocks and not self._outputs
+
     def add(
         self,
         *,

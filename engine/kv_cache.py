@@ -133,9 +133,10 @@ class KVCache:
         return blocks
 
     def loaded(self, request: Request, num_blocks: int) -> None:
-        """All blocks of the request's prefix are filled."""
+        """All blocks of the request's prefix are filled; others can resume there too."""
         for index in range(num_blocks):
             self._index_block(request, index)
+        self.checkpoint(request)
 
     # Running
 

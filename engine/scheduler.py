@@ -103,6 +103,12 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_use: defaultdict[str, PrefixUse] = defaultdict(PrefixUse)  # by tenant
 
+    @property
+    def waits_for_blocks(self) -> bool:
+        """Whether no request can go on before the store brings its blocks."""
+        states = {request.state for request in (*self.running, *self.waiting)}
+        return states == {RequestState.WAITING_FOR_BLOCKS}
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises Overloaded when the queue is full; those that the next step can
         take on don't count as queued.

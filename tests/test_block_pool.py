@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from cluster.errors import NotEnoughMemory
 from cluster.spec import AttentionKind, ModelSpec
 from engine.block_pool import NULL_BLOCK, BlockPool
 from engine.kv_cache import KVCache, KVCacheConfig
-from engine.kv_sizing import kv_bytes_per_block, longest_context, size_kv_cache
+from engine.kv_sizing import (
+    KEPT_SHARE,
+    RUNNING_SHARE,
+    kv_bytes_per_block,
+    longest_context,
+    min_kv_bytes,
+    size_kv_cache,
+)
 from engine.request import Request, SamplingParams
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
@@ -71,22 +79,54 @@ def test_the_block_freed_longest_ago_is_reused_first() -> None:
     assert pool.allocate(3) == [second, first, third]
 
 
+def test_a_block_is_found_by_its_hash_while_somebody_holds_it() -> None:
+    pool = BlockPool(4)
+    (block,) = pool.allocate(1)
+    pool.register(block, b"hash")
+    pool.keep(block)
+    pool.free([block])
+    assert (pool.num_used, pool.num_cached, pool.num_unused, pool.num_free) == (0, 1, 2, 3)
+    with pytest.raises(AssertionError):
+        pool.allocate(3)
+    assert pool.find(b"hash") == block
+    pool.take(block)
+    pool.unkeep(block)
+    assert pool.find(b"hash") == block and pool.num_used == 1
+    pool.free([block])
+    assert pool.find(b"hash") is None and pool.num_unused == 3
+    pool.check_integrity()
+
+
 @given(seed=st.integers(0, 2**32), num_blocks=st.integers(2, 40))
 @settings(max_examples=50, deadline=None)
 def test_no_block_is_lost_or_given_twice(seed: int, num_blocks: int) -> None:
     rng, pool = random.Random(seed), BlockPool(num_blocks)
     held: list[int] = []
-    for _ in range(60):
-        match rng.randrange(2):
+    kept: list[int] = []
+    for step in range(100):
+        match rng.randrange(5):
             case 0:
-                blocks = pool.allocate(rng.randint(0, pool.num_free))
-                assert not set(blocks) & set(held) and NULL_BLOCK not in blocks
+                blocks = pool.allocate(rng.randint(0, pool.num_unused))
+                assert not set(blocks) & {*held, *kept} and NULL_BLOCK not in blocks
+                for block in blocks[::2]:
+                    pool.register(block, b"%d %d" % (step, block))
                 held += blocks
             case 1 if held:
                 pool.free([held.pop(rng.randrange(len(held)))])
+            case 2 if named := [block for _, block in pool.registered()]:
+                kept.append(rng.choice(named))
+                pool.keep(kept[-1])
+            case 3 if kept:
+                pool.unkeep(kept.pop(rng.randrange(len(kept))))
+            case 4 if kept:
+                held.append(rng.choice(kept))
+                pool.take(held[-1])
         pool.check_integrity()
         assert pool.num_used == len(set(held))
+        assert pool.num_cached == len(set(kept) - set(held))
     pool.free(held)
+    for block in kept:
+        pool.unkeep(block)
     assert pool.num_free == num_blocks - 1
 
 
@@ -153,8 +193,37 @@ def test_sizes_use_the_budget_and_hold_a_request_of_full_length(kv_bytes: int) -
     used = sum(config.num_blocks[kind] * per_block[kind] for kind in AttentionKind)
     assert used <= kv_bytes
     assert config.num_blocks[GLOBAL] - 1 >= 1024 // 16
-    assert used > kv_bytes - per_block[GLOBAL] or kv_bytes == 10**9  # more than could be used
+    assert used > kv_bytes - per_block[GLOBAL]
     KVCache(config, sliding_window=64, max_num_seqs=8, max_model_len=1024)
+
+
+def test_sizes_without_prefix_caching_stop_at_what_can_be_used() -> None:
+    options: dict[str, Any] = {"dtype": torch.float32, "max_num_seqs": 8, "prefix_caching": False}
+    config = size_kv_cache(make_spec(), 10**9, 1024, **options)
+    assert config.num_blocks[GLOBAL] == 1 + 8 * 1024 // 16
+
+
+def test_a_share_of_the_memory_is_for_kept_windows() -> None:
+    spec, kv_bytes = make_spec(), 20_000_000
+    options: dict[str, Any] = {"dtype": torch.float32, "max_num_seqs": 4}
+    without = size_kv_cache(spec, kv_bytes, 1024, prefix_caching=False, **options)
+    kept = size_kv_cache(spec, kv_bytes, 1024, **options)
+    spare = kv_bytes - min_kv_bytes(spec, 1024, dtype=torch.float32)
+    num_kept = int(KEPT_SHARE * spare) // kept.block_bytes[SLIDING]
+    assert kept.num_blocks[SLIDING] == without.num_blocks[SLIDING] + num_kept
+    assert (
+        min_kv_bytes(spec, 1024, dtype=torch.float32) < kv_bytes / 2
+    )  # the share is one to speak of
+
+    # Where memory is short running requests get no more than half of it, and contexts the rest.
+    options["max_num_seqs"] = 1000
+    short = size_kv_cache(spec, kv_bytes, 1024, **options)
+    for_sliding = short.num_blocks[SLIDING] * short.block_bytes[SLIDING]
+    assert (RUNNING_SHARE + KEPT_SHARE) * spare * 0.95 < for_sliding
+    assert (
+        short.num_blocks[GLOBAL] * short.block_bytes[GLOBAL]
+        > (1 - RUNNING_SHARE - KEPT_SHARE) * spare
+    )
 
 
 def test_sizes_of_a_model_without_sliding_layers() -> None:

@@ -171,7 +171,7 @@ def test_metrics_of_every_part(client: Client) -> None:
     assert all(metric(port, slots) > b for port, b in zip(hosts, before, strict=True))  # at once
     assert metric(status.decoder.metrics_port, "generated_tokens_total") == tokens + 4
     wait_for(lambda: num_chats(status) == calls + 1)
-    wait_for(lambda: metric(status.decoder.metrics_port, "kv_blocks", state="free") > 0)
+    wait_for(lambda: metric(status.decoder.metrics_port, "kv_blocks", state="unused") > 0)
     assert metric(status.decoder.metrics_port, "expert_link_up") == len(hosts)
     assert metric(status.decoder.metrics_port, "expert_call_duration_seconds_count") > 0
 

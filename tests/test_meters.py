@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from deployments.meters import HostMeter
+from prometheus_client import CollectorRegistry
+
+from cluster.metrics import Metrics
+from deployments.meters import EngineMeter, HostMeter
+from engine.request import Request, SamplingParams
 from experts.host import ExpertHost
+from protos.briolette.v1.admin_pb2 import EngineLoad, KvBlocks
 
 
 @dataclass
@@ -32,3 +37,25 @@ def test_a_scrape_shows_the_load_of_now() -> None:
     host.expert_load = [[3, 1], [0, 2]]
     assert shown() == [4, 2]
     assert shown() == [4, 2]
+
+
+def test_what_was_found_cached_is_counted_by_tenant() -> None:
+    registry = CollectorRegistry()
+    meter = EngineMeter(Metrics(registry), "m")
+    for tenant, num_cached in (("ann", 0), ("ann", 48), ("bob", 0)):
+        request = Request("r", [1] * 50, SamplingParams(), 0, max_tokens=1, tenant=tenant)
+        request.num_cached_tokens = num_cached
+        meter.started(request, 0.0)
+
+    def shown(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"briolette_{name}", {"model": "m", **labels})
+
+    for tenant, counts in (("ann", (2, 1, 48)), ("bob", (1, 0, 0))):
+        names = ("prefix_queries_total", "prefix_hits_total", "cached_tokens_total")
+        assert tuple(shown(name, tenant=tenant) for name in names) == counts
+    for evicted in (3, 7):
+        blocks = KvBlocks(group="sliding", used=2, total=20, cached=5, evicted=evicted)
+        meter.load(EngineLoad(kv_blocks=[blocks]))
+        assert shown("kv_evictions_total", group="sliding") == evicted
+    states = [shown("kv_blocks", group="sliding", state=s) for s in ("used", "cached", "unused")]
+    assert states == [2, 5, 13]

@@ -58,7 +58,7 @@ def test_every_metric_is_exposed_and_parses(registry: CollectorRegistry) -> None
 
 def test_a_process_shows_only_what_it_measures(registry: CollectorRegistry) -> None:
     metrics = Metrics(registry)
-    metrics.kv_blocks("m", "sliding", "free").set(3)
+    metrics.kv_blocks("m", "sliding", "unused").set(3)
     samples = [sample for family in registry.collect() for sample in family.samples]
     assert [(sample.name, sample.value) for sample in samples] == [("briolette_kv_blocks", 3)]
 

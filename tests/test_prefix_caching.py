@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bench.warm_cold import Connect, WarmCold
+from cluster.config import Config
 from cluster.spec import AttentionKind
+from deployments.loading import Source, make_hasher
 from engine.batch import Batch
 from engine.block_hash import BlockHasher, block_hash
 from engine.core import EngineCore
@@ -180,6 +182,22 @@ def test_a_hash_is_computed_once_and_follows_the_output() -> None:
         ours is earlier for ours, earlier in zip(request.block_hashes, before, strict=False)
     )
     assert request.block_hashes == whole.block_hashes and len(before) == 2
+
+
+def test_the_configuration_says_what_changes_the_bits() -> None:
+    def last_hash(**overrides: Any) -> bytes | None:
+        config = Config.load(None, overrides)
+        hasher = make_hasher(config, Source.open(config))
+        if hasher is None:
+            return None
+        request = Request("r", [1] * 16, SamplingParams(), 0, max_tokens=1)
+        hasher.extend(request)
+        return request.block_hashes[-1]
+
+    assert last_hash() == last_hash(engine={"max_num_seqs": 3})
+    others = [{"dtype": "bfloat16"}, {"batch_invariant": True}, {"experts": {"num_groups": 8}}]
+    assert len({last_hash(), *(last_hash(**other) for other in others)}) == 4
+    assert last_hash(engine={"prefix_caching": False}) is None
 
 
 # What is kept, and what goes first
@@ -366,8 +384,9 @@ def test_a_store_that_never_answers_holds_up_nobody_else_and_can_be_cancelled() 
     for _ in range(20):
         core.step()
     assert waiting.state is RequestState.WAITING_FOR_BLOCKS
-    assert core.stats().num_running == 0
+    assert core.waits_for_blocks and core.stats().num_running == 0
     core.abort("waits")
+    assert not core.waits_for_blocks  # the end is still to be returned
     assert not store.on_their_way
     assert drain(core)["waits"][-1].finish_reason is FinishReason.ABORT
 

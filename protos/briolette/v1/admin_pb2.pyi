@@ -174,6 +174,9 @@ class EngineLoad(_message.Message):
     DECODE_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FIELD_NUMBER: _builtins.int
+    PREFIX_QUERIES_FIELD_NUMBER: _builtins.int
+    PREFIX_HITS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     num_waiting: _builtins.int
     num_running: _builtins.int
     prefill_tokens: _builtins.int
@@ -183,6 +186,12 @@ class EngineLoad(_message.Message):
     decode_tokens_per_s: _builtins.float
     """over the last second with work"""
     preemptions: _builtins.int
+    prefix_queries: _builtins.int
+    """requests started"""
+    prefix_hits: _builtins.int
+    """of them, those that found a prefix cached"""
+    cached_tokens: _builtins.int
+    """found cached, not computed, since the start"""
     @_builtins.property
     def kv_blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvBlocks]: ...
     def __init__(
@@ -195,10 +204,13 @@ class EngineLoad(_message.Message):
         decode_tokens_per_s: _builtins.float = ...,
         preemptions: _builtins.int = ...,
         kv_blocks: _abc.Iterable[Global___KvBlocks] | None = ...,
+        prefix_queries: _builtins.int = ...,
+        prefix_hits: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_tokens", b"decode_tokens", "decode_tokens_per_s", b"decode_tokens_per_s", "kv_blocks", b"kv_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_tokens", b"decode_tokens", "decode_tokens_per_s", b"decode_tokens_per_s", "kv_blocks", b"kv_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -211,20 +223,28 @@ class KvBlocks(_message.Message):
     GROUP_FIELD_NUMBER: _builtins.int
     USED_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """the attention kind"""
     used: _builtins.int
     total: _builtins.int
+    cached: _builtins.int
+    """unused, but kept for requests with the same prefix"""
+    evicted: _builtins.int
+    """since the start"""
     def __init__(
         self,
         *,
         group: _builtins.str = ...,
         used: _builtins.int = ...,
         total: _builtins.int = ...,
+        cached: _builtins.int = ...,
+        evicted: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "total", b"total", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "evicted", b"evicted", "group", b"group", "total", b"total", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
