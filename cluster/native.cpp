@@ -527,4 +527,33 @@ void expert_partials(const float* hidden, int64_t num_tokens, int64_t size,
   }
 }
 
+// The same for the slots of a frame, `slots` holding num_slots tokens, then experts by their logical
+// ids, then weights; rows [num_groups * num_tokens, size] gets the sums of the tokens that have a
+// slot in a group, in order. Returns their number; -1 if an expert has no row, and is not owned.
+int64_t expert_rows(const float* hidden, int64_t num_tokens, int64_t size, const int32_t* slots,
+                    int64_t num_slots, const int64_t* expert_to_row, const float* gate_up,
+                    const float* down, int64_t num_experts, int64_t inner_size,
+                    const int64_t* expert_to_group, int64_t num_groups, float* rows,
+                    int num_threads) {
+  std::vector<int64_t> tokens(slots, slots + num_slots), experts(num_slots);
+  std::vector<float> weights(num_slots);
+  std::memcpy(weights.data(), slots + 2 * num_slots, num_slots * sizeof(float));
+  std::vector<bool> has_slot(num_groups * num_tokens);
+  for (int64_t n = 0; n < num_slots; n++) {
+    experts[n] = expert_to_row[slots[num_slots + n]];
+    if (experts[n] < 0) return -1;
+    has_slot[expert_to_group[experts[n]] * num_tokens + tokens[n]] = true;
+  }
+  expert_partials(hidden, num_tokens, size, tokens.data(), experts.data(), weights.data(),
+                  num_slots, gate_up, down, num_experts, inner_size, expert_to_group, num_groups,
+                  rows, num_threads);
+  int64_t num_rows = 0;
+  for (int64_t cell = 0; cell < num_groups * num_tokens; cell++) {
+    if (!has_slot[cell]) continue;
+    if (num_rows < cell) std::memcpy(rows + num_rows * size, rows + cell * size, size * sizeof(float));
+    num_rows++;
+  }
+  return num_rows;
+}
+
 }  // extern "C"

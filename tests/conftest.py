@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.native import native_kernels
+from cluster.native import native_kernels, native_library
 
 
 @pytest.fixture(scope="module", params=["native", "torch"])
@@ -15,7 +15,7 @@ def cpu_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
             patch.setenv("CXX", "false")  # a compiler that fails
-        native_kernels.cache_clear()
+        native_library.cache_clear()
         assert (native_kernels() is None) == (request.param == "torch")
         yield request.param
-    native_kernels.cache_clear()
+    native_library.cache_clear()
