@@ -19,6 +19,7 @@ from deployments.host_directory import Handle, HostDirectory
 from deployments.layout import decoder_threads, expert_groups, place_experts, transports
 from deployments.loading import Source, load_engine, load_local_experts, warm_up
 from deployments.meters import EngineMeter, ExpertMeter
+from deployments.priority import go_first
 from deployments.remote_experts import RemoteExperts
 from deployments.start_report import Reporter, reporting
 from deployments.step_loop import StepLoop
@@ -35,6 +36,7 @@ class DecoderReplica:
 
     def _start(self, config: Config, secret: bytes, hosts: tuple[Handle, ...]) -> None:
         """Off the replica's loop, on which Serve answers handles and health checks."""
+        go_first()
         with reporting(config.state_dir, "decoder") as reporter:
             self._config = config
             self._source = Source.open(config)
