@@ -249,15 +249,12 @@ inline void multiply_lanes(const float* const* queries, const float* const* keys
 __attribute__((noinline)) void norm_and_rotate_head(const float* from, float inverse,
                                                     const float* weight, const float* cos,
                                                     const float* sin, int64_t half,
-                                                    int64_t num_rotating, float* to) {
+                                                    int64_t num_rotating, float* __restrict to) {
+  for (int64_t i = 0; i < 2 * half; i++) to[i] = from[i] * inverse * weight[i];
   for (int64_t i = 0; i < num_rotating; i++) {
-    float x = from[i] * inverse * weight[i], y = from[half + i] * inverse * weight[half + i];
+    float x = to[i], y = to[half + i];
     to[i] = __builtin_fmaf(x, cos[i], -(y * sin[i]));
     to[half + i] = __builtin_fmaf(y, cos[i], x * sin[i]);
-  }
-  for (int64_t i = num_rotating; i < half; i++) {
-    to[i] = from[i] * inverse * weight[i];
-    to[half + i] = from[half + i] * inverse * weight[half + i];
   }
 }
 
@@ -327,8 +324,13 @@ class QueryTile {
       int64_t offset = (slot * kv_.num_heads + kv_head_) * kv_.head_dim, at = position - tile_;
       values_[at] = kv_.value + offset;
       keys_[at] = kv_.key ? kv_.key + offset : formed_.keys.data() + at * kv_.head_dim;
-      if (!kv_.key) form(at, position);
+      for (int64_t i = 0; i < kv_.head_dim; i += LANES) {
+        __builtin_prefetch(values_[at] + i, 0, 2);
+        if (kv_.key) __builtin_prefetch(keys_[at] + i, 0, 2);
+      }
     }
+    if (kv_.key) return;
+    for (int64_t position = begin; position < end; position++) form(position - tile_, position);
   }
 
   void form(int64_t at, int64_t position) {

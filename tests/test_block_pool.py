@@ -194,7 +194,7 @@ def test_one_row_is_half_and_holds_a_longer_context() -> None:
     longest = {r: longest_context(spec, 5_000_000, dtype=dtype, kv_rows=r) for r in KV_ROWS}
     assert longest["v"] == longest["raw"] == pytest.approx(2 * longest["split"], abs=32)
     configs = {r: size_kv_cache(spec, 5_000_000, 1024, dtype=dtype, kv_rows=r) for r in KV_ROWS}
-    assert configs["v"].num_blocks[GLOBAL] > 1.9 * configs["split"].num_blocks[GLOBAL]
+    assert configs["v"].num_blocks[GLOBAL] > 1.5 * configs["split"].num_blocks[GLOBAL]
     assert {rows: config.kv_rows for rows, config in configs.items()} == {
         rows: rows for rows in KV_ROWS
     }
