@@ -38,7 +38,12 @@ class KVTensors:
 
     @property
     def is_raw(self) -> bool:
-        return self.one_row is not None and self.one_row.eps is not None
+        return self.one_row is not None and self.one_row.is_raw
+
+    @property
+    def is_v(self) -> bool:
+        """Whether values alone are kept."""
+        return self.one_row is not None and not self.one_row.is_raw
 
     @property
     def stored(self) -> tuple[Tensor, ...]:

@@ -8,7 +8,8 @@ one [num_tokens, hidden_size] tensor; attention alone knows which belong togethe
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping
+import logging
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -28,6 +29,9 @@ from engine.native_attention import NativeAttention
 from engine.one_row import OneRow
 from engine.rotary import Rotary
 from engine.weights import CheckpointWeights, Progress, Weights, decoder_bytes
+
+PlanAttention = Callable[[Batch, AttentionKind, int | None, int], Attention]
+logger = logging.getLogger(__name__)
 
 # Runs to its end unless the experts are remote: then it yields whenever it is about to wait.
 Forward = Generator[None, None, Tensor]
@@ -93,6 +97,7 @@ class GemmaDecoder:
         where = embedding.device, embedding.dtype
         head_dims = {layer.kind: layer.head_dim for layer in spec.layers}
         self.rotary = {kind: Rotary(spec.rope[kind], n, *where) for kind, n in head_dims.items()}
+        self.gpu_attention = self._find_gpu_attention()
         self._num_owning = sum(layer.owns_kv for layer in spec.layers)  # they come first
         if batch_invariant:
             check_invariance(self.kernels, [*build.gemm_weights.values(), embedding])
@@ -168,14 +173,45 @@ class GemmaDecoder:
         return OneRow(weight, self.rotary[layer.kind], eps)
 
     def plan_attention(
-        self, batch: Batch, kind: AttentionKind, window: int | None, block_size: int
+        self,
+        batch: Batch,
+        kind: AttentionKind,
+        window: int | None,
+        block_size: int,
+        *,
+        is_reference: bool = False,
     ) -> Attention:
-        """One step's attention of one kind, by the fastest code that keeps what is asked."""
+        """One step's attention of one kind, by the fastest code that keeps what is asked.
+
+        `is_reference`: by PyTorch's operations where there is a choice.
+        """
         if isinstance(self.kernels, NativeKernels):
             return NativeAttention(self.kernels, batch, kind, window)
         if self.batch_invariant:
             return InvariantAttention(batch, kind, window, block_size)
+        if self.gpu_attention is not None and kind is AttentionKind.GLOBAL and not is_reference:
+            return self.gpu_attention(batch, kind, window, block_size)
         return FastAttention(batch, kind, window, block_size, self.dtype)
+
+    def _find_gpu_attention(self) -> PlanAttention | None:
+        """The Triton kernel, for global layers, where it is known to work."""
+        if self.device.type != "cuda" or self.batch_invariant:
+            return None
+        try:
+            from engine import triton_attention  # Triton comes with torch's CUDA build alone
+        except ImportError:
+            logger.warning("Triton isn't installed, so PyTorch attends, more slowly.")
+            return None
+        layers = {
+            (la.num_kv_heads, la.head_dim): la
+            for la in self.spec.layers
+            if la.kind is AttentionKind.GLOBAL
+        }
+        for shape, layer in layers.items():
+            where = self.device, self.dtype, self.spec.num_attention_heads
+            if not triton_attention.works(*where, shape, self.one_row(layer, "v")):
+                return None
+        return triton_attention.TritonAttention
 
 
 class Step:
@@ -193,8 +229,13 @@ class Step:
         self.rotations = {kind: rotary(batch.positions) for kind, rotary in model.rotary.items()}
         block_size = next(iter(kv.values())).value.shape[1]
         windows = {AttentionKind.GLOBAL: None, AttentionKind.SLIDING: model.spec.sliding_window}
+        # Raw rows and split ones are the reference, bit-equal as long as the same code reads both.
+        layers = [(model.spec.layers[idx], tensors) for idx, tensors in kv.items()]
+        is_reference = any(layer.k_eq_v and not tensors.is_v for layer, tensors in layers)
         self.attention = {
-            kind: model.plan_attention(batch, kind, windows[kind], block_size)
+            kind: model.plan_attention(
+                batch, kind, windows[kind], block_size, is_reference=is_reference
+            )
             for kind in model.rotary
         }
 

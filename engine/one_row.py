@@ -21,6 +21,10 @@ class OneRow:
     rotary: Rotary
     eps: float | None = None  # of the norm of raw rows
 
+    @property
+    def is_raw(self) -> bool:
+        return self.eps is not None
+
     def keys(self, rows: Tensor, positions: Tensor) -> Tensor:
         """rows [num_rows, num_kv_heads, head_dim], positions [num_rows] -> the rows' shape."""
         return rotate(self.values(rows) * self.weight, *self.rotary(positions))
