@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 MIN_ROWS = 16  # of a matrix product on a tensor core
 # What fits the registers and the shared memory (99 KiB) of a consumer card at a head size of 512,
-# by the bytes of an element: rows (queries x heads of a key head) of a prefill tile, keys at a time.
+# by the bytes of an element: rows (queries x heads of a key head) of a tile, keys of a turn.
 CHUNK_ROWS = {2: 32, 4: 16}
 KEYS = {2: 32, 4: 16}
 SPLIT_KEYS = 256  # a split of fewer keys doesn't pay
