@@ -24,10 +24,11 @@ from torch import Tensor
 from bench.card import Check, report, table
 from bench.gpu_engine import copy_bandwidth, synchronise
 from cluster.spec import AttentionKind, RopeSpec
-from engine.attention import FastAttention, KVTensors
+from engine.attention import KVTensors
 from engine.batch import Batch
 from engine.one_row import OneRow
 from engine.rotary import Rotary
+from engine.torch_attention import FastAttention
 
 if TYPE_CHECKING:
     from engine.triton_attention import TritonAttention

@@ -1,4 +1,4 @@
-"""Paged attention over one group of KV blocks: the plain reference, and the fast one.
+"""Paged attention over one group of KV blocks: the interface, and the plain reference.
 
 A step's attention of one kind (global or sliding) is planned once from the batch, then called by
 every layer of that kind, so block indices and masks are not worked out per layer.
@@ -6,21 +6,17 @@ every layer of that kind, so block indices and masks are not worked out per laye
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.spec import AttentionKind
 from engine.batch import Batch
 from engine.one_row import OneRow
 
-# A chunk's queries are cut so that its mask stays below this many elements (16 MiB in fp32).
-MAX_SCORES = 1 << 22
 # Decodes are grouped by the power of two of their length; all below this go together.
 MIN_BUCKET = 512
 
@@ -147,160 +143,3 @@ class ReferenceAttention:
                     attended = weights.softmax(0) @ values[seen, kv_head]
                     out[span.start + i, head] = attended.to(out.dtype)
         return out.flatten(1)
-
-
-class FastAttention:
-    """Decodes in a few batched calls over gathered blocks; each prefill chunk in calls of its own.
-
-    Only blocks that some query sees are touched: with a window, the cost doesn't grow with length.
-    """
-
-    def __init__(
-        self,
-        batch: Batch,
-        kind: AttentionKind,
-        window: int | None,
-        block_size: int,
-        dtype: torch.dtype,
-    ) -> None:
-        table = batch.block_tables[kind]
-        spans = query_spans(batch)
-        decodes = [span for span in spans if span.length == 1]
-        lengths = [s.position + 1 - first_key(s.position, window) for s in decodes]
-        self._groups = [
-            _plan_decodes([decodes[i] for i in bucket], table, window, block_size, dtype)
-            for bucket in bucket_by_length(lengths)
-        ]
-        self._chunks = [
-            _plan_chunk(part, table, window, block_size, dtype)
-            for span in spans
-            if span.length > 1
-            for part in _cut(span, window)
-        ]
-
-    def __call__(self, query: Tensor, kv: KVTensors) -> Tensor:
-        if not self._chunks and len(self._groups) == 1:
-            return self._groups[0].attend(query, kv).flatten(1)
-        out = torch.empty_like(query)
-        for group in self._groups:
-            out.index_copy_(0, group.rows, group.attend(query.index_select(0, group.rows), kv))
-        for chunk in self._chunks:
-            stop = chunk.start + chunk.length
-            out[chunk.start : stop] = chunk.attend(query[chunk.start : stop], kv)
-        return out.flatten(1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Decodes:
-    """Requests with one query each, their keys padded to the longest."""
-
-    rows: Tensor  # [num_requests], of the batch
-    blocks: Tensor  # [num_requests * num_blocks]
-    positions: Tensor  # [num_requests * num_blocks * block_size]
-    keys: slice  # of the gathered keys; cuts one request's to what it sees, so needs no mask
-    mask: Tensor | None  # [num_requests, 1, 1, num_keys], added to the scores
-
-    def attend(self, query: Tensor, kv: KVTensors) -> Tensor:
-        """[num_requests, num_heads, head_dim] -> the same shape."""
-        num_requests, _, head_dim = query.shape
-        keys, values = kv.keys(self.blocks, self.positions), kv.values(self.blocks)
-        key, value = (_by_request(t, num_requests)[:, :, self.keys] for t in (keys, values))
-        # The heads that share a key head are its queries: no key is repeated.
-        grouped = query.view(num_requests, key.shape[1], -1, head_dim)
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=self.mask, scale=1.0)
-        return out.reshape(query.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Consecutive queries of one request."""
-
-    start: int  # first row of the batch
-    length: int
-    blocks: Tensor  # [num_blocks]
-    positions: Tensor  # [num_blocks * block_size]
-    num_keys: int
-    mask: Tensor  # [length, num_keys], added to the scores
-
-    def attend(self, query: Tensor, kv: KVTensors) -> Tensor:
-        """[length, num_heads, head_dim] -> the same shape."""
-        keys, values = kv.keys(self.blocks, self.positions), kv.values(self.blocks)
-        key, value = (_by_request(t, 1)[0, :, None, : self.num_keys] for t in (keys, values))
-        num_kv_heads, head_dim = key.shape[0], key.shape[-1]
-        grouped = query.view(self.length, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        shape = (num_kv_heads, grouped.shape[1], self.num_keys, head_dim)
-        out = F.scaled_dot_product_attention(
-            grouped,
-            key.expand(shape),
-            value.expand(shape),
-            attn_mask=self.mask,
-            scale=1.0,
-        )
-        return out.permute(2, 0, 1, 3).reshape(query.shape)
-
-
-def _plan_decodes(
-    spans: list[QuerySpan],
-    table: Tensor,
-    window: int | None,
-    block_size: int,
-    dtype: torch.dtype,
-) -> _Decodes:
-    device = table.device
-    firsts = [first_key(span.position, window) for span in spans]
-    begins = [first // block_size for first in firsts]
-    num_blocks = max(
-        span.position // block_size - begin + 1 for span, begin in zip(spans, begins, strict=True)
-    )
-    rows = torch.tensor([span.start for span in spans], device=device)
-    begin = torch.tensor(begins, device=device)[:, None]
-    blocks = (begin + torch.arange(num_blocks, device=device)).clamp_(max=table.shape[1] - 1)
-    if len(spans) < len(table):
-        table = table[torch.tensor([span.request for span in spans], device=device)]
-    blocks = table.gather(1, blocks).flatten()
-    key_positions = begin * block_size + torch.arange(num_blocks * block_size, device=device)
-    if len(spans) == 1:
-        offset = begins[0] * block_size
-        keys = slice(firsts[0] - offset, spans[0].position + 1 - offset)
-        return _Decodes(rows, blocks, key_positions.flatten(), keys, None)
-    positions = torch.tensor([span.position for span in spans], device=device)[:, None]
-    mask = _additive_mask(visible(positions, key_positions, window), dtype)
-    mask = mask[:, None, None, :]
-    return _Decodes(rows, blocks, key_positions.flatten(), slice(None), mask)
-
-
-def _cut(span: QuerySpan, window: int | None) -> list[QuerySpan]:
-    """The span in parts whose masks stay small."""
-    longest = span.position + span.length
-    if window is not None:
-        longest = min(longest, window + span.length)
-    step = max(16, MAX_SCORES // longest)
-    return [
-        span._replace(
-            start=span.start + i, length=min(step, span.length - i), position=span.position + i
-        )
-        for i in range(0, span.length, step)
-    ]
-
-
-def _plan_chunk(
-    span: QuerySpan, table: Tensor, window: int | None, block_size: int, dtype: torch.dtype
-) -> _Chunk:
-    device = table.device
-    begin = first_key(span.position, window) // block_size
-    end = span.position + span.length
-    blocks = table[span.request, begin : math.ceil(end / block_size)]
-    first, num_keys = begin * block_size, end - begin * block_size
-    key_positions = first + torch.arange(len(blocks) * block_size, device=device)
-    positions = torch.arange(span.position, end, device=device)[:, None]
-    mask = _additive_mask(visible(positions, key_positions[:num_keys], window), dtype)
-    return _Chunk(span.start, span.length, blocks, key_positions, num_keys, mask)
-
-
-def _by_request(gathered: Tensor, num_requests: int) -> Tensor:
-    """Keys (or values) as [num_requests, num_kv_heads, num_keys, head_dim]."""
-    return gathered.view(num_requests, -1, *gathered.shape[1:]).transpose(1, 2)
-
-
-def _additive_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -math.inf)

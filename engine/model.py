@@ -22,12 +22,13 @@ from cluster.invariant import check_invariance
 from cluster.kernels import Kernels
 from cluster.native import NativeKernels, kernels_for
 from cluster.spec import AttentionKind, KVRows, LayerSpec, ModelSpec
-from engine.attention import Attention, FastAttention, KVTensors
+from engine.attention import Attention, KVTensors
 from engine.batch import Batch
 from engine.invariant_attention import InvariantAttention, check_attention
 from engine.native_attention import NativeAttention
 from engine.one_row import OneRow
 from engine.rotary import Rotary
+from engine.torch_attention import FastAttention
 from engine.weights import CheckpointWeights, Progress, Weights, decoder_bytes
 
 PlanAttention = Callable[[Batch, AttentionKind, int | None, int], Attention]

@@ -13,10 +13,11 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from cluster.spec import AttentionKind
-from engine.attention import FastAttention, KVTensors, QuerySpan, query_spans
+from engine.attention import KVTensors, QuerySpan, query_spans
 from engine.batch import Batch
 from engine.one_row import OneRow
 from engine.rotary import Rotary
+from engine.torch_attention import FastAttention
 from engine.triton_kernel import attend
 
 logger = logging.getLogger(__name__)

@@ -9,12 +9,14 @@ from torch import Tensor
 from cluster.kernels import TorchKernels, rotate
 from cluster.native import native_kernels
 from cluster.spec import AttentionKind, KVRows, RopeSpec
-from engine.attention import Attention, FastAttention, KVTensors, ReferenceAttention
+from engine import torch_attention
+from engine.attention import Attention, KVTensors, ReferenceAttention
 from engine.batch import Batch
 from engine.invariant_attention import InvariantAttention
 from engine.native_attention import NativeAttention
 from engine.one_row import OneRow
 from engine.rotary import Rotary
+from engine.torch_attention import FastAttention
 
 KIND, BLOCK_SIZE, EPS = AttentionKind.GLOBAL, 4, 1e-6
 KV_ROWS: tuple[KVRows, ...] = ("v", "raw", "split")
@@ -76,6 +78,19 @@ def test_backends_and_rows_agree(window: int | None, num_kv_heads: int, head_dim
         for kv_rows in KV_ROWS:
             actual = attention(query, kv[kv_rows])
             assert torch.allclose(actual, expected, atol=1e-5), (attention, kv_rows)
+
+
+def test_a_long_context_is_held_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_attention, "PART_KEYS", 16)
+    for query_lens, seq_lens in (([1], [130]), ([1, 9, 1, 70], [130, 40, 3, 90])):
+        batch = make_batch(query_lens, seq_lens)
+        query = draw(batch.num_tokens, 6, 32) * 32**-0.5
+        kv = make_kv(batch, 2, 32)
+        expected = ReferenceAttention(batch, KIND, None, BLOCK_SIZE)(query, kv["split"])
+        fast = FastAttention(batch, KIND, None, BLOCK_SIZE, torch.float32)
+        results = {kv_rows: fast(query, kv[kv_rows]) for kv_rows in KV_ROWS}
+        assert all(torch.allclose(result, expected, atol=1e-5) for result in results.values())
+        assert torch.equal(results["raw"], results["split"])
 
 
 def test_raw_rows_give_the_bits_of_a_split_cache() -> None:
