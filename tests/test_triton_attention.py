@@ -6,13 +6,11 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from cluster.native import native_kernels
 from engine import triton_attention
 from engine.attention import KVTensors, ReferenceAttention
 from engine.one_row import OneRow
@@ -59,16 +57,8 @@ def test_heads_of_the_26b_in_half_precision(query_lens: list[int]) -> None:
         assert torch.allclose(actual, expected, atol=5e-3), kv_rows
 
 
-@pytest.fixture
-def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """They would come first."""
-    monkeypatch.setenv("CXX", "false")
-    native_kernels.cache_clear()
-    yield
-    native_kernels.cache_clear()
-
-
-def test_in_a_model(no_native_kernels: None, make_pair: MakePair) -> None:  # noqa: F811
+@pytest.mark.parametrize("cpu_kernels", ["torch"], indirect=True)  # native ones would come first
+def test_in_a_model(cpu_kernels: str, make_pair: MakePair) -> None:  # noqa: F811
     pair = make_pair("26b")
     used: list[Any] = []
 
