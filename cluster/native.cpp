@@ -33,10 +33,32 @@ constexpr int ACCUMULATORS = 4, ROWS = 2;
 #endif
 constexpr float LOWEST = -1e30f;  // below every score, and finite
 
-typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 typedef float Vec8 __attribute__((vector_size(32), aligned(4)));
 typedef float Vec4 __attribute__((vector_size(16), aligned(4)));
+#ifdef __AVX512F__
+typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+#else
+// In halves: GCC keeps a vector that is wider than a register in memory, whatever is done with it.
+struct Vec {
+  Vec8 low, high;
+};
+typedef int32_t IntVec8 __attribute__((vector_size(32)));
+
+#define BOTH_HALVES(op)                                                               \
+  inline Vec operator op(Vec a, Vec b) { return {a.low op b.low, a.high op b.high}; } \
+  inline Vec operator op(Vec a, float b) { return {a.low op b, a.high op b}; }        \
+  inline Vec operator op(float a, Vec b) { return {a op b.low, a op b.high}; }
+BOTH_HALVES(+)
+BOTH_HALVES(-)
+BOTH_HALVES(*)
+BOTH_HALVES(/)
+#undef BOTH_HALVES
+inline Vec operator-(Vec a) { return {-a.low, -a.high}; }
+inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
+template <class V>
+inline Vec& operator*=(Vec& a, V b) { return a = a * b; }
+#endif
 
 inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
@@ -70,21 +92,22 @@ inline float sum(Vec v) {
 }
 
 inline float largest(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < LANES; i++) best = std::max(best, v[i]);
-  return best;
+  float lanes[LANES];
+  store(lanes, v);
+  return *std::max_element(lanes, lanes + LANES);
 }
 
 // e^x, within 2 units of the last place; 0 below -87. Cephes' split of x into n ln 2 + r, and a
 // Taylor polynomial in r, |r| <= ln 2 / 2.
-inline Vec exp_of(Vec x) {
-  IntVec tiny = x < -87.0f;
-  x = x > 88.0f ? splat(88.0f) : x;
-  x = tiny ? splat(-87.0f) : x;
+template <class V, class Int>
+inline V exp_lanes(V x) {
+  Int tiny = x < -87.0f;
+  x = x > 88.0f ? V{} + 88.0f : x;
+  x = tiny ? V{} - 87.0f : x;
   const float rounder = 12582912.0f;  // 1.5 * 2^23
-  Vec n = (x * 1.44269504f + rounder) - rounder;
-  Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = splat(1.0f / 5040);
+  V n = (x * 1.44269504f + rounder) - rounder;
+  V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = V{} + 1.0f / 5040;
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
   p = p * r + 1.0f / 24;
@@ -92,11 +115,29 @@ inline Vec exp_of(Vec x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  IntVec scale = (__builtin_convertvector(n, IntVec) + 127) << 23;
-  Vec power;
+  Int scale = (__builtin_convertvector(n, Int) + 127) << 23;
+  V power;
   std::memcpy(&power, &scale, sizeof power);
-  Vec result = p * power;
-  return tiny ? Vec{} : result;
+  V result = p * power;
+  return tiny ? V{} : result;
+}
+
+#ifdef __AVX512F__
+inline Vec exp_of(Vec x) { return exp_lanes<Vec, IntVec>(x); }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+#else
+inline Vec exp_of(Vec x) {
+  return {exp_lanes<Vec8, IntVec8>(x.low), exp_lanes<Vec8, IntVec8>(x.high)};
+}
+inline Vec larger(Vec a, Vec b) {
+  return {a.low > b.low ? a.low : b.low, a.high > b.high ? a.high : b.high};
+}
+#endif
+
+inline float exp_of(float x) {
+  float lanes[LANES];
+  store(lanes, exp_of(splat(x)));
+  return lanes[0];
 }
 
 // gelu_tanh(gate) * up; (1 + tanh u) / 2 is 1 / (1 + e^-2u).
@@ -203,6 +244,7 @@ inline float inverse_rms(const float* x, int64_t size, float eps) {
 
 // Each lane sums its own share of a dot product; this adds up 16 such vectors. The lanes of each are
 // added in the same order: in halves, and the halves in halves.
+#ifdef __AVX512F__
 inline Vec sum_each(const Vec* v) {
   Vec eights[8], fours[4], twos[2];
   const IntVec low8{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
@@ -220,6 +262,13 @@ inline Vec sum_each(const Vec* v) {
   const IntVec even{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
   return __builtin_shuffle(twos[0], twos[1], even) + __builtin_shuffle(twos[0], twos[1], even + 1);
 }
+#else
+inline Vec sum_each(const Vec* v) {
+  float sums[LANES];
+  for (int i = 0; i < LANES; i++) sums[i] = sum(v[i]);
+  return load(sums);
+}
+#endif
 
 // products[q * stride + n] = queries[q] * keys[n], lane by lane over all of `size`.
 template <int Q, int N>
@@ -407,8 +456,7 @@ class QueryTile {
   float soften(int i, float* scores) {
     Vec most = load(scores);
     for (int64_t j = LANES; j < KEY_TILE; j += LANES) {
-      Vec part = load(scores + j);
-      most = part > most ? part : most;
+      most = larger(load(scores + j), most);
     }
     float best = std::max(best_[i], largest(most));
     Vec totals{};
@@ -417,7 +465,7 @@ class QueryTile {
       store(scores + j, weights);
       totals += weights;
     }
-    float decay = exp_of(splat(best_[i] - best))[0];
+    float decay = exp_of(best_[i] - best);
     best_[i] = best;
     total_[i] = total_[i] * decay + sum(totals);
     return decay;
