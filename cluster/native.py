@@ -78,6 +78,7 @@ class NativeKernels:
             "norm_and_rotate": [pointer, *[size] * 5, pointer, real, *[pointer] * 6, count],
             "attend": [
                 *[pointer, size, size, pointer, pointer, size, size, size],
+                *[pointer, pointer, pointer, size, pointer],
                 *[pointer, size, pointer, pointer, size, pointer, count],
             ],
             "top_k_experts": [pointer, size, size, size, pointer, pointer, pointer],
@@ -173,7 +174,7 @@ class NativeKernels:
         norm_weight: Tensor,
         eps: float,
         rotation: tuple[Tensor, Tensor],
-        kv: tuple[Tensor, Tensor, Tensor] | None,
+        kv: tuple[Tensor, Tensor | None, Tensor] | None,
     ) -> Tensor:
         num_rows, num_heads, head_dim = qkv.shape
         query = qkv.new_empty(num_rows, num_queries, head_dim)
@@ -182,9 +183,9 @@ class NativeKernels:
         self._functions.norm_and_rotate(
             qkv.data_ptr(),
             num_rows,
+            num_heads,
             num_queries,
-            len(norm_weight) - num_queries,
-            num_heads - len(norm_weight),
+            0 if values is None else values.shape[1],
             head_dim,
             norm_weight.data_ptr(),
             eps,
@@ -201,28 +202,38 @@ class NativeKernels:
     def attend(
         self,
         query: Tensor,
-        key: Tensor,
+        key: Tensor | None,
         value: Tensor,
         block_tables: Tensor,
         requests: Tensor,
         positions: Tensor,
         window: int | None,
+        one_row: tuple[Tensor, Tensor, Tensor, float | None] | None = None,
     ) -> Tensor:
         """Paged attention without a scale.
 
         query [num_rows, num_heads, head_dim], key and value [num_blocks, block_size, num_kv_heads,
         head_dim], block_tables [num_requests, width], requests and positions [num_rows], the rows
         of a request being neighbours in order -> [num_rows, num_heads * head_dim].
+
+        Without a key, `one_row` says how keys come from what `value` holds: the norm's weight
+        [head_dim], cos and sin [num_positions, num_rotating], and, for raw rows, the norm's eps.
         """
         num_rows, num_heads, head_dim = query.shape
         out = query.new_empty(num_rows, num_heads * head_dim)
+        weight, cos, sin, eps = one_row or (None, None, None, None)
         self._functions.attend(
             query.data_ptr(),
             num_rows,
             num_heads,
-            key.data_ptr(),
+            _pointer(key),
             value.data_ptr(),
-            *key.shape[1:],
+            *value.shape[1:],
+            _pointer(weight),
+            _pointer(cos),
+            _pointer(sin),
+            0 if cos is None else cos.shape[1],
+            None if eps is None else ctypes.byref(ctypes.c_float(eps)),
             block_tables.data_ptr(),
             block_tables.shape[1],
             requests.data_ptr(),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from cluster.native import native_kernels, native_library
+
+os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: tests need no GPU
 
 
 @pytest.fixture(scope="module", params=["native", "torch"])
