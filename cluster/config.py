@@ -84,7 +84,7 @@ class ExpertsConfig:
 class StoreConfig:
     """Redis or Valkey, where long contexts and sessions are kept."""
 
-    enabled: bool = _setting(True, "keep contexts in Redis; not used by the decoder yet")
+    enabled: bool = _setting(True, "keep contexts and sessions in Redis, beyond a restart")
     url: str | None = _setting(
         None, "redis://, rediss:// (TLS) or unix://; null starts the server that comes with us"
     )

@@ -43,7 +43,7 @@ class KVStore:
         self._meter = RateMeter()
         self._decisions = {
             choice: metrics.kv_store_decisions_total(model, choice)
-            for choice in ("fetch", "recompute")
+            for choice in ("fetch", "recompute", "given_up")
         }
         ttl_ms, fingerprint = round(config.ttl_s * 1000), short_fingerprint(fingerprint)
         metrics.kv_store_up(model).set(1)
@@ -143,6 +143,10 @@ class KVStore:
         )
         self._decisions["fetch" if fetch else "recompute"].inc()
         return fetch
+
+    def gave_up(self) -> None:
+        """Count a prefix that took longer to come than computing it would have taken."""
+        self._decisions["given_up"].inc()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was put is written or given up; whether that came in time."""

@@ -40,6 +40,8 @@ class StartDisplay:
                 self._console.print(f"{news['phase']} ...", markup=False)
             self._end_phase()
             self._phase = self._progress.add_task(news["phase"], total=None)
+        if "warning" in news:
+            self._console.print(news["warning"], style="yellow", markup=False)
         for part, progress in news.get("parts", {}).items():
             if part not in self._bars:
                 self._bars[part] = self._progress.add_task(f"Loading {part}", total=1.0)
