@@ -26,6 +26,7 @@ from deployments.loading import (
     load_local_experts,
     warm_up,
 )
+from deployments.messages import to_kv_store
 from deployments.meters import EngineMeter, ExpertMeter
 from deployments.remote_experts import RemoteExperts
 from deployments.start_report import Reporter, reporting
@@ -145,3 +146,5 @@ class DecoderReplica:
             )
         if self._experts is not None:
             self._experts.fill_status(status)
+        if self._store is not None:
+            status.kv_store.CopyFrom(to_kv_store(self._store.status))

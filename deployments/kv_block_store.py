@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cluster.kv_reader import Lookup, Read
-from cluster.kv_store import KVStore
+from cluster.kv_store import KVStore, StoreStatus
 from cluster.spec import AttentionKind
 from deployments.kv_copies import BlockCopier, as_bytes
 from deployments.kv_landing import Landing
@@ -29,7 +30,7 @@ from engine.request import Request
 from engine.runner import ModelRunner
 
 READING_BYTES = 2 << 30  # of memory for what is read; a single request may take more
-MAX_KNOWN = 1 << 17  # keys that are thought to be in Redis
+MAX_KNOWN = 1 << 16  # keys of a tenant
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class KVBlockStore:
         self._fetches: dict[Request, _Fetch] = {}
         self._traces: WeakKeyDictionary[Request, _Trace] = WeakKeyDictionary()
         self._global_blocks = _BlockIds()
-        self._known: set[tuple[str, bytes]] = set()  # tenant and key; a look-up corrects it
+        self._known: defaultdict[str, set[bytes]] = defaultdict(set)  # by tenant
 
     # For the engine
 
@@ -82,6 +83,7 @@ class KVBlockStore:
             start,
             stop,
             candidates,
+            keys,
             self._store.look_up(request.tenant, keys),
             give_up_at=time.monotonic() + compute_s,
         )
@@ -138,6 +140,11 @@ class KVBlockStore:
         is_landed = self._landing.flush(timeout_s)
         return self._store.flush(max(0.0, give_up_at - time.monotonic())) and is_landed
 
+    @property
+    def status(self) -> StoreStatus:
+        """How Redis is doing, as last seen."""
+        return self._store.status
+
     def close(self) -> None:
         """Give up what still waits to be written; `flush` first to keep it."""
         self._landing.close()
@@ -162,14 +169,13 @@ class KVBlockStore:
 
     def _decide(self, request: Request, fetch: _Fetch) -> None:
         """Redis has answered what it has: fetch it, or compute."""
-        found = set()
-        for run, num_bytes in zip(fetch.candidates, fetch.lookup.result(), strict=True):
-            name = request.tenant, run.key(request.block_hashes)
-            if num_bytes == self._layout.num_bytes(run):
+        known, found = self._known_of(request), set()
+        known.difference_update(fetch.keys)
+        sizes = fetch.lookup.result()
+        for run, key, num_bytes in zip(fetch.candidates, fetch.keys, sizes, strict=True):
+            if num_bytes is not None and num_bytes == self._layout.num_bytes(run):
                 found.add(run)
-                self._known.add(name)
-            else:
-                self._known.discard(name)
+                known.add(key)
         stop, fetch.wanted = self._layout.choose(found, fetch.start, fetch.stop)
         num_bytes = sum(map(self._layout.num_bytes, fetch.wanted))
         num_tokens = (stop - fetch.start) * self._block_size
@@ -204,7 +210,7 @@ class KVBlockStore:
             if is_here:
                 hashes[run.kind].update(request.block_hashes[run.start : run.stop])
             else:
-                self._known.discard((request.tenant, run.key(request.block_hashes)))
+                self._known_of(request).discard(run.key(request.block_hashes))
         return hashes
 
     def _compute_s(self, num_blocks: int) -> float:
@@ -231,7 +237,7 @@ class KVBlockStore:
     def _put_global(self, request: Request, trace: _Trace, run: BlockRun) -> None:
         """Store a run if it isn't there yet; all its blocks are referenced by the request."""
         key = run.key(request.block_hashes)
-        if (request.tenant, key) in self._known:
+        if key in self._known_of(request):
             return
         block_ids = self._global_blocks.find(request.block_hashes[run.start : run.stop])
         if block_ids is not None and self._store.takes(self._layout.num_bytes(run)):
@@ -239,11 +245,11 @@ class KVBlockStore:
 
     def _put_sliding(self, request: Request, trace: _Trace, blocks: Sequence[StoredBlock]) -> None:
         """Store the blocks that aren't there yet, each as a value."""
-        new = {}
+        new, known = {}, self._known_of(request)
         for block in blocks:
             position = trace.positions[block.block_hash]
             key = BlockRun(SLIDING, position, position + 1).key(request.block_hashes)
-            if (request.tenant, key) not in self._known:
+            if key not in known:
                 new[key] = block.block_id
         if new and self._store.takes(len(new) * self._layout.block_bytes[SLIDING]):
             rows = self._copiers[SLIDING].read(list(new.values()))
@@ -252,11 +258,16 @@ class KVBlockStore:
     def _put(
         self, request: Request, trace: _Trace, keys: Sequence[bytes], values: Sequence[Tensor]
     ) -> None:
-        if len(self._known) > MAX_KNOWN:
-            self._known.clear()
-        self._known.update((request.tenant, key) for key in keys)
+        self._known_of(request).update(keys)
         trace.keys += keys
         self._landing.put(request.tenant, keys, values)
+
+    def _known_of(self, request: Request) -> set[bytes]:
+        """Keys of the tenant's values that are thought to be in Redis; a look-up corrects it."""
+        known = self._known[request.tenant]
+        if len(known) > MAX_KNOWN:
+            known.clear()
+        return known
 
     def _trace(self, request: Request) -> _Trace:
         trace = self._traces.setdefault(request, _Trace())
@@ -286,6 +297,7 @@ class _Fetch:
     start: int  # blocks that it has without the store
     stop: int  # blocks after which it could resume at most
     candidates: list[BlockRun]
+    keys: list[bytes]  # of the candidates
     lookup: Lookup
     give_up_at: float  # on time.monotonic's clock: by then it would have been computed
     wanted: list[BlockRun] | None = None
