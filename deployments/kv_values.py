@@ -108,7 +108,7 @@ class ValueLayout:
     def _window_ends(self, found: Collection[BlockRun], start: int, stop: int) -> set[int]:
         """The blocks before which a whole window ends."""
         ends, in_a_row = set(), 0
-        for i in range(max(0, start + 1 - self.window_blocks), stop):
+        for i in range(max(0, min(start, start + 1 - self.window_blocks)), stop):
             in_a_row = in_a_row + 1 if _sliding(i) in found else 0
             if in_a_row >= min(self.window_blocks, i + 1):
                 ends.add(i + 1)

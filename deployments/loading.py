@@ -201,7 +201,8 @@ def make_hasher(config: Config, source: Source) -> BlockHasher | None:
     """What names KV blocks; None without prefix caching."""
     if not config.engine.prefix_caching:
         return None
-    return BlockHasher(config.engine.block_size, fingerprint(config, source))
+    engine = config.engine
+    return BlockHasher(engine.block_size, fingerprint(config, source), engine.shared_tenants)
 
 
 def fingerprint(config: Config, source: Source) -> str:
