@@ -107,7 +107,7 @@ def test_model_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("model:", "model must be a text, not null."),
         ("model: ''", "model must be a text, not ''."),
         ("engine: {shared_tenants: a}", "engine.shared_tenants must be a list of texts, not 'a'."),
-        ("engine: {shared_tenants: [1]}", "engine.shared_tenants must be a list of texts, not [1]."),
+        ("engine: {shared_tenants: [1]}", "engine.shared_tenants must be a list of texts"),
         ("state_dir: 3", "state_dir must be a path, not 3."),
         ("- 1", "must hold keys and values, not a list."),
         ("a: [", "is not valid YAML"),
