@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from cluster.errors import ConfigError
 from engine.tokenizer import Tokenizer
@@ -115,23 +115,21 @@ def _conversation(line: str, where: str, tokenizer: Tokenizer) -> Conversation:
         entry: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where} is not JSON: {error}.") from None
-    match entry:
-        case {"prompt": str(prompt), **rest} if not rest:
+    if isinstance(entry, dict):
+        prompt, turns, system = (entry.get(key) for key in ("prompt", "turns", "system"))
+        if entry.keys() == {"prompt"} and isinstance(prompt, str) and prompt:
             return Conversation(token_ids=tokenizer.encode(prompt))
-        case {"turns": [_, *_] as turns, **rest} if _are_texts(turns) and _is_system(rest):
-            return Conversation(turns, rest.get("system"))
+        has_system = isinstance(system, str | None)
+        if entry.keys() <= {"turns", "system"} and _are_texts(turns) and has_system:
+            return Conversation(turns, system)
     raise ConfigError(
         f'{where} must be {{"turns": ["…"], "system": "…"}}, where system may be left out, or '
         '{"prompt": "…"}.'
     )
 
 
-def _are_texts(turns: Sequence[Any]) -> bool:
-    return all(isinstance(turn, str) for turn in turns)
-
-
-def _is_system(rest: Mapping[str, Any]) -> bool:
-    return not rest or (rest.keys() == {"system"} and isinstance(rest["system"], str))
+def _are_texts(turns: object) -> TypeGuard[list[str]]:
+    return isinstance(turns, list) and bool(turns) and all(isinstance(t, str) for t in turns)
 
 
 def _text(tokenizer: Tokenizer, num_tokens: int) -> str:
