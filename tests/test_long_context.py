@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from bench.long_context import BUDGET, LONG, NUM_ANSWER, SMALL, measure_memory
+from bench.long_context import BUDGET, LONG, NUM_ANSWER, SMALL, main, measure_memory
 from cluster.errors import NotEnoughMemory
 from cluster.spec import ModelSpec
 from engine.kv_sizing import size_kv_cache
@@ -31,3 +33,11 @@ def test_a_long_prompt_passes_through_a_cache_of_the_calculated_size() -> None:
             dtype=torch.float32,
             max_num_batched_tokens=BUDGET,
         )
+
+
+def test_the_bench_measures_both_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = main(["--no-keep", "--tokens", "8192", "--repeats", "1"])
+    assert [check["name"] for check in summary["checks"] if check["value"] is None] == []
+    assert summary["results"]["memory"]["num_tokens"] == 8192
+    assert 0 < summary["results"]["sliding"]["long_us"] < 1e6
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary
