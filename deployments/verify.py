@@ -7,39 +7,107 @@ too, and what it keeps in Redis belongs to a tenant of its own that is deleted a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cluster.config import Config
 from cluster.errors import BrioletteError, InvalidRequest
-from deployments.loading import Source, make_hasher, size_cache
-from deployments.verify_prompts import Case
+from deployments.layout import decoder_threads
+from deployments.loading import (
+    Progress,
+    Source,
+    load_engine,
+    load_local_experts,
+    make_hasher,
+    size_cache,
+)
+from deployments.preflight import check_memory
+from deployments.verify_prompts import Case, read_cases, shipped_cases
+from deployments.verify_redis import redis_tier
 from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
 from engine.core import EngineCore
 from engine.request import Request, SamplingParams
 from engine.runner import ModelRunner
 from engine.sampler import Sampler, SamplerOutput
+from engine.tokenizer import Tokenizer
 
 NUM_TOKENS = 16  # of each answer
 GARBAGE = 1e3  # where nothing was read into the KV cache: using it changes the logits
 POLL_S = 0.001  # while blocks are on their way from the store
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The verdicts on the prompts of each case, by its name."""
+
+    verdicts: Mapping[str, Sequence[Verdict]]
+    tokenizer: Tokenizer
+
+    @property
+    def is_equal(self) -> bool:
+        return all(v.is_equal for of_case in self.verdicts.values() for v in of_case)
+
+    @property
+    def is_warm(self) -> bool:
+        return all(v.is_warm for of_case in self.verdicts.values() for v in of_case)
+
+
+def verify(config: Config, prompts: Path | None, show: Callable[[dict[str, Any]], None]) -> Report:
+    """Verify the prompts of a file, or the shipped ones.
+
+    `show` is given news as `cards.StartDisplay` takes it. Raises the errors of loading a model,
+    ConfigError for a wrong file, Unavailable when Redis doesn't answer.
+    """
+    config = replace(
+        config,
+        engine=replace(config.engine, prefix_caching=True),
+        experts=replace(config.experts, mode="local"),
+    )
+    source = Source.open(config)
+    check_memory(config, source.spec, source.model_dir)
+    torch.set_num_threads(decoder_threads(config, num_hosts=0))
+    show({"phase": "Reaching Redis"})
+    with redis_tier(config, source) as tier:
+        show({"phase": "Loading the model"})
+        experts = load_local_experts(config, source, _bar(show, "experts"))
+        loaded = load_engine(config, source, experts, _bar(show, "attention"))
+        tokenizer = loaded.tokenizer
+        assert tokenizer is not None
+        if prompts is not None:
+            cases = read_cases(prompts, tokenizer)
+        else:
+            cases = shipped_cases(
+                tokenizer,
+                window=source.spec.sliding_window,
+                block_size=config.engine.block_size,
+                chunk=config.engine.max_num_batched_tokens,
+                longest=loaded.limits.max_model_len - NUM_TOKENS,
+            )
+        verifier = Verifier(config, source, loaded, tier)
+        verdicts = {}
+        for case in cases:
+            show({"phase": f"Verifying: {case.name}"})
+            verdicts[case.name] = verifier.check(case)
+    return Report(verdicts, tokenizer)
+
+
 class Tier(Protocol):
     """Where blocks outlive an engine, under a tenant that nobody else has."""
 
-    tenant: str
+    @property
+    def tenant(self) -> str: ...
 
-    def connect(self, runner: ModelRunner) -> BlockStore:
-        """The store as a new engine with this runner sees it."""
-
-    def flush(self) -> None:
-        """Wait until all that was saved is there."""
+    def connect(self, runner: ModelRunner) -> AbstractContextManager[BlockStore]:
+        """The store as a new engine with this runner sees it; at the end all that was saved has
+        been written.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,23 +230,25 @@ class Verifier:
 
     def _from_memory(self, cold: Sequence[Answer]) -> Iterator[tuple[Comparison, Comparison]]:
         """Each prompt twice, in an engine whose blocks the tier keeps."""
-        engine = self._warm_engine()
-        for answer in cold:
-            filling, warm = (self._ask(engine, answer.prompt_ids) for _ in range(2))
-            yield Comparison.of(answer, filling), Comparison.of(answer, warm)
-        self.tier.flush()
+        with self._warm_engine() as engine:
+            for answer in cold:
+                filling, warm = (self._ask(engine, answer.prompt_ids) for _ in range(2))
+                yield Comparison.of(answer, filling), Comparison.of(answer, warm)
 
     def _from_tier(self, cold: Sequence[Answer]) -> Iterator[Comparison]:
-        """By an engine that has seen nothing but what the tier gives back."""
+        """Each prompt in an engine that has seen nothing but what the tier gives back."""
         for answer in cold:
             # The memory still has what the last engine left there, perhaps in the right places.
             for tensors in self.runner.kv_tensors.values():
                 for tensor in tensors:
                     tensor.fill_(GARBAGE)
-            yield Comparison.of(answer, self._ask(self._warm_engine(), answer.prompt_ids))
+            with self._warm_engine() as engine:
+                yield Comparison.of(answer, self._ask(engine, answer.prompt_ids))
 
-    def _warm_engine(self) -> EngineCore:
-        return self._engine(make_hasher(self.config, self.source), self.tier.connect(self.runner))
+    @contextmanager
+    def _warm_engine(self) -> Iterator[EngineCore]:
+        with self.tier.connect(self.runner) as store:
+            yield self._engine(make_hasher(self.config, self.source), store)
 
     def _engine(self, hasher: BlockHasher | None, store: BlockStore | None) -> EngineCore:
         """As `load_engine` makes it, but for what it remembers."""
@@ -212,6 +282,10 @@ class Verifier:
             if engine.waits_for_blocks:
                 time.sleep(POLL_S)
         return Answer(prompt_ids, request.output_ids, recorder.logits, request.num_cached_tokens)
+
+
+def _bar(show: Callable[[dict[str, Any]], None], part: str) -> Progress:
+    return lambda done, total: show({"parts": {part: done / total}})
 
 
 class _Recorder(Sampler):

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
-from deployments.verify import Comparison, Verdict
+from deployments.verify import Comparison, Report, Verdict
 
 Results = Mapping[str, Sequence[Verdict]]  # by the case's name, a verdict for each prompt
 
 
+def print_report(console: Console, report: Report) -> None:
+    """All that there is to see of a verification."""
+    console.print(verify_table(report.verdicts))
+    for line in problems(report.verdicts, lambda token_id: report.tokenizer.decode([token_id])):
+        console.print(line, markup=False)
+    console.print(conclusion(report.verdicts), style="green" if report.is_equal else "red")
+
+
 def verify_table(results: Results) -> Table:
-    """A row for each case; sizes are sums over its prompts, differences the largest."""
-    table = Table()
-    for column in ("", "prompts", "tokens", "from memory", "differs by", "from Redis"):
-        table.add_column(column, justify="left" if column == "" else "right")
-    table.add_column("differs by", justify="right")
-    table.add_column("gap", justify="right")
+    """A row for each case: sums over its prompts, and the largest differences."""
+    table = Table(box=SIMPLE)
+    table.add_column("")
+    for column in ("prompts", "tokens", "warm", "from memory", "from Redis", "gap"):
+        table.add_column(column, justify="right")
     for name, verdicts in results.items():
         gaps = [c.smallest_gap for v in verdicts for c in v.comparisons]
         table.add_row(
             name,
             str(len(verdicts)),
             f"{sum(verdict.num_prompt_tokens for verdict in verdicts):,}",
-            _found(verdicts, lambda verdict: verdict.memory),
-            _difference([c for v in verdicts for c in (v.filling, v.memory)]),
-            _found(verdicts, lambda verdict: verdict.redis),
-            _difference([verdict.redis for verdict in verdicts]),
+            f"{sum(verdict.num_warm_tokens for verdict in verdicts):,}",
+            _cell(verdicts, [v.memory for v in verdicts], [v.filling for v in verdicts]),
+            _cell(verdicts, [v.redis for v in verdicts]),
             _number(min((gap for gap in gaps if gap is not None), default=None)),
         )
     return table
@@ -75,17 +83,18 @@ def _describe(comparison: Comparison, decode: Callable[[int], str]) -> str:
     return f"{text}; token {index + 1} is {decode(warm)!r} instead of {decode(cold)!r}."
 
 
-def _found(verdicts: Sequence[Verdict], of: Callable[[Verdict], Comparison]) -> str:
-    found = sum(of(verdict).num_cached_tokens for verdict in verdicts)
-    return f"{found:,} of {sum(verdict.num_warm_tokens for verdict in verdicts):,}"
-
-
-def _difference(comparisons: Sequence[Comparison]) -> str:
+def _cell(
+    verdicts: Sequence[Verdict], warm: Sequence[Comparison], others: Sequence[Comparison] = ()
+) -> str:
+    found = sum(comparison.num_cached_tokens for comparison in warm)
+    if found != sum(verdict.num_warm_tokens for verdict in verdicts):
+        return f"only {found:,} warm"
+    comparisons = [*warm, *others]
     if all(comparison.is_equal for comparison in comparisons):
         return "equal"
     largest = f"{max(c.largest_difference for c in comparisons):.2g}"
-    num_tokens = sum(comparison.first_token is not None for comparison in comparisons)
-    return f"{largest}, {num_tokens} answers" if num_tokens else largest
+    has_tokens = any(comparison.first_token is not None for comparison in comparisons)
+    return f"{largest}, tokens too" if has_tokens else largest
 
 
 def _number(value: float | None) -> str:

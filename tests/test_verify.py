@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,21 @@ import torch
 
 from cluster.config import Config
 from cluster.errors import ConfigError, ContextTooLong
+from cluster.kv_keys import value_name
+from cluster.kv_value import HEADER_BYTES, header_of
 from cluster.spec import AttentionKind
+from deployments import cli
 from deployments.loading import Source, load_engine, load_local_experts
 from deployments.verify import Answer, Comparison, Verifier
 from deployments.verify_card import conclusion, problems
 from deployments.verify_prompts import Case, Conversation, read_cases, shipped_cases
+from deployments.verify_redis import RedisTier
 from engine.block_store import BlockStore, StoredBlock
 from engine.core import EngineCore
 from engine.request import Request
 from engine.runner import ModelRunner
 from tests.memory_store import MemoryStore, TensorBlocks
+from tests.redis_servers import redis_server
 
 LONGEST = 300
 
@@ -51,14 +57,11 @@ class MemoryTier:
     kinds: list[AttentionKind]
     store: FlippingStore = field(default_factory=lambda: FlippingStore(polls=1))
     tenant: str = "verify"
-    num_flushes: int = 0
 
-    def connect(self, runner: ModelRunner) -> BlockStore:
+    @contextmanager
+    def connect(self, runner: ModelRunner) -> Iterator[BlockStore]:
         self.store.blocks = TensorBlocks(runner.kv_tensors, self.kinds)
-        return self.store
-
-    def flush(self) -> None:
-        self.num_flushes += 1
+        yield self.store
 
 
 @dataclass
@@ -194,3 +197,68 @@ def test_a_prompt_that_is_too_long_is_said_by_its_name(demo: Loaded) -> None:
     case = Case("line 7", [Conversation(token_ids=token_ids)])
     with pytest.raises(ContextTooLong, match="line 7: The prompt has"):
         demo.verifier().check(case)
+
+
+# Against real servers
+
+
+def arguments(tmp_path: Path, *more: str) -> list[str]:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"turns": ["What is 27 + 58, and what is the capital of Norway?", "And?"]}\n')
+    small = ["--set", "engine.kv_bytes=32MiB", "--prompts", str(file)]
+    return ["verify", *small, *more]
+
+
+def test_the_command_starts_a_redis_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments(tmp_path)) == 0
+    said = capsys.readouterr().out
+    assert "line 1" in said and "Equal: 2 prompts" in said
+
+
+def test_a_redis_that_is_there_keeps_nothing_and_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with redis_server(tmp_path) as address:
+        client = address.client()
+        client.set("briolette:{anna}:kv:a", "of somebody else")
+        assert cli.main(arguments(tmp_path, "--set", f"store.url={address.url}")) == 0
+        assert client.keys() == [b"briolette:{anna}:kv:a"]
+        assert client.info("commandstats")["cmdstat_set"]["calls"] > 1  # it was used
+    assert cli.main(arguments(tmp_path, "--set", f"store.url={address.url}")) == 1
+    assert "doesn't answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode, code", [("--batch-invariant", 1), ("--no-batch-invariant", 0)])
+def test_values_that_changed_under_a_right_checksum_are_seen(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    code: int,
+) -> None:
+    connect = RedisTier.connect
+
+    def flip_and_connect(
+        tier: RedisTier, runner: ModelRunner
+    ) -> AbstractContextManager[BlockStore]:
+        flip_a_bit(tier)
+        return connect(tier, runner)
+
+    monkeypatch.setattr(RedisTier, "connect", flip_and_connect)
+    assert cli.main(arguments(tmp_path, mode)) == code
+    said = " ".join(capsys.readouterr().out.split())
+    assert "line 1, prompt 1, from Redis: logits differ by up to" in said
+    assert "smallest gap between the two best tokens there" in said
+    assert "Different: " in said
+
+
+def flip_a_bit(tier: RedisTier) -> None:
+    """In each value that the tenant has."""
+    client = tier.address.client()
+    for name in client.scan_iter(match=value_name(tier.tenant, b"*")):
+        value: Any = client.get(name)
+        payload = bytearray(value[HEADER_BYTES:])
+        payload[-2] ^= 1 << 4
+        client.set(name, header_of([payload], name, value[16:32]) + payload, keepttl=True)
