@@ -286,7 +286,7 @@ def kv_tensors(runner: ModelRunner) -> dict[AttentionKind, list[Tensor]]:
     tensors: dict[AttentionKind, list[Tensor]] = {}
     for layer in runner.model.spec.layers:
         if layer.owns_kv:
-            tensors.setdefault(layer.kind, []).extend(runner.kv_tensors[layer.layer_idx])
+            tensors.setdefault(layer.kind, []).extend(runner.kv_tensors[layer.layer_idx].stored)
     return tensors
 
 

@@ -30,6 +30,11 @@ class KVTensors(NamedTuple):
     key: Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
     value: Tensor  # the same shape
 
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """All that is held: what a block's bytes are."""
+        return self.key, self.value
+
     def by_slot(self) -> tuple[Tensor, Tensor]:
         """Keys and values as [num_slots, num_kv_heads, head_dim]."""
         return self.key.flatten(0, 1), self.value.flatten(0, 1)
