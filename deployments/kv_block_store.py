@@ -121,6 +121,8 @@ class KVBlockStore:
         for start, stop in self._stretches(trace, blocks):
             for run in self._layout.global_runs(start, stop):
                 self._put_global(request, trace, run)
+            if start == 0:
+                self._use(request, self._layout.needed(0, stop))
         self._put_sliding(request, trace, [b for b in blocks if b.kind is SLIDING])
 
     # For sessions
@@ -201,6 +203,7 @@ class KVBlockStore:
             (run.key(request.block_hashes), [as_bytes(fetch.rows(run))]) for run in fetch.wanted
         ]
         fetch.read = self._store.read(request.tenant, wanted)
+        self._use(request, fetch.wanted)
 
     def _arrived(
         self, request: Request, runs: Sequence[BlockRun], is_ok: Sequence[bool]
@@ -261,6 +264,13 @@ class KVBlockStore:
         self._known_of(request).update(keys)
         trace.keys += keys
         self._landing.put(request.tenant, keys, values)
+
+    def _use(self, request: Request, runs: Sequence[BlockRun]) -> None:
+        """Of a tenant's values those go first that nobody used for long: whoever needs the end of a
+        prefix needs its beginning, and nobody the windows of earlier turns.
+        """
+        keys = [run.key(request.block_hashes) for run in runs]
+        self._store.look_up(request.tenant, keys, is_use=True)
 
     def _known_of(self, request: Request) -> set[bytes]:
         """Keys of the tenant's values that are thought to be in Redis; a look-up corrects it."""

@@ -193,6 +193,20 @@ def test_a_session_needs_the_values_of_keys_of_and_no_others(
     assert deployment.ask(PROMPT + deployment.cold(PROMPT) + [5]) == 104
 
 
+def test_a_budget_takes_the_windows_of_earlier_turns_first(
+    address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.kv_values.MAX_RUN_BLOCKS", 4)
+    deployment = deploy(address, tenant_bytes=120_000)
+    turn = PROMPT[:40]
+    for word in range(2, 12):
+        turn = [*turn, word, *deployment.cold([*turn, word])]
+        deployment.ask(turn)
+    assert deployment.count("writes", outcome="written") > len(deployment.stored())
+    deployment.start()
+    assert deployment.ask(turn) == (len(turn) - 1) // BLOCK_SIZE * BLOCK_SIZE
+
+
 def test_what_redis_missed_is_written_at_the_next_turn(
     tmp_path: Path, deploy: Callable[..., Deployment]
 ) -> None:
