@@ -103,9 +103,9 @@ return {used('bytes'), redis.call('EXISTS', base..'kv:'..key)}
 """
 )
 
-# ARGV: USE or LOOK, then keys. Returns the length of each value, 0 where there is none. As one text:
-# to parse thousands of numbers takes redis-py longer than Redis to find them. USE counts as a use;
-# on a server that is full it can't be noted, which is no reason not to read.
+# ARGV: USE or LOOK, then keys. Returns the length of each value, 0 where there is none. As one
+# text: to parse thousands of numbers takes redis-py longer than Redis to find them. USE counts as a
+# use; on a server that is full it can't be noted, which is no reason not to read.
 LOOK_UP = (
     _COMMON
     + """

@@ -23,11 +23,11 @@ from cluster.kv_store import KVStore, StoreStatus
 from cluster.spec import AttentionKind
 from deployments.kv_copies import BlockCopier, as_bytes
 from deployments.kv_landing import Landing
+from deployments.kv_traces import BlockIds, Trace
 from deployments.kv_values import GLOBAL, SLIDING, BlockRun, ValueLayout
 from engine.block_store import StoredBlock
 from engine.prefix import NOTHING_FETCHED, Fetched
 from engine.request import Request
-from engine.runner import ModelRunner
 
 READING_BYTES = 2 << 30  # of memory for what is read; a single request may take more
 MAX_KNOWN = 1 << 16  # keys of a tenant
@@ -65,8 +65,8 @@ class KVBlockStore:
         device = next(iter(tensors.values()))[0].device
         self._landing = Landing(self._store, device)
         self._fetches: dict[Request, _Fetch] = {}
-        self._traces: WeakKeyDictionary[Request, _Trace] = WeakKeyDictionary()
-        self._global_blocks = _BlockIds()
+        self._traces: WeakKeyDictionary[Request, Trace] = WeakKeyDictionary()
+        self._global_blocks = BlockIds()
         self._known: defaultdict[str, set[bytes]] = defaultdict(set)  # by tenant
 
     # For the engine
@@ -99,6 +99,7 @@ class KVBlockStore:
 
     def load(self, request: Request, blocks: Sequence[StoredBlock]) -> bool:
         fetch, positions = self._fetches[request], self._trace(request).positions
+        assert fetch.result and all(b.block_hash in fetch.result[b.kind] for b in blocks)
         try:
             for kind, memory in fetch.memory.items():
                 chosen = [block for block in blocks if block.kind is kind]
@@ -223,7 +224,7 @@ class KVBlockStore:
 
     # Saving
 
-    def _stretches(self, trace: _Trace, blocks: Sequence[StoredBlock]) -> Iterator[tuple[int, int]]:
+    def _stretches(self, trace: Trace, blocks: Sequence[StoredBlock]) -> Iterator[tuple[int, int]]:
         """Global blocks to be stored: a run that is whole now, and where a window ends all before
         it, in case the store wasn't there. Windows come from their last block to their first.
         """
@@ -237,7 +238,7 @@ class KVBlockStore:
             elif stop % self._layout.run_blocks == 0:
                 yield stop - 1, stop
 
-    def _put_global(self, request: Request, trace: _Trace, run: BlockRun) -> None:
+    def _put_global(self, request: Request, trace: Trace, run: BlockRun) -> None:
         """Store a run if it isn't there yet; all its blocks are referenced by the request."""
         key = run.key(request.block_hashes)
         if key in self._known_of(request):
@@ -246,7 +247,7 @@ class KVBlockStore:
         if block_ids is not None and self._store.takes(self._layout.num_bytes(run)):
             self._put(request, trace, [key], [self._copiers[GLOBAL].read(block_ids)])
 
-    def _put_sliding(self, request: Request, trace: _Trace, blocks: Sequence[StoredBlock]) -> None:
+    def _put_sliding(self, request: Request, trace: Trace, blocks: Sequence[StoredBlock]) -> None:
         """Store the blocks that aren't there yet, each as a value."""
         new, known = {}, self._known_of(request)
         for block in blocks:
@@ -259,7 +260,7 @@ class KVBlockStore:
             self._put(request, trace, list(new), rows.unbind())
 
     def _put(
-        self, request: Request, trace: _Trace, keys: Sequence[bytes], values: Sequence[Tensor]
+        self, request: Request, trace: Trace, keys: Sequence[bytes], values: Sequence[Tensor]
     ) -> None:
         self._known_of(request).update(keys)
         trace.keys += keys
@@ -279,25 +280,15 @@ class KVBlockStore:
             known.clear()
         return known
 
-    def _trace(self, request: Request) -> _Trace:
-        trace = self._traces.setdefault(request, _Trace())
-        for position in range(len(trace.positions), len(request.block_hashes)):
-            trace.positions[request.block_hashes[position]] = position
+    def _trace(self, request: Request) -> Trace:
+        trace = self._traces.setdefault(request, Trace())
+        trace.extend(request.block_hashes)
         return trace
 
     def _fingerprint(self, fingerprint: str) -> bytes:
         kinds = sorted((kind.value, copier.layout) for kind, copier in self._copiers.items())
         facts = (fingerprint, self._block_size, self._layout.run_blocks, kinds)
         return blake2b(repr(facts).encode(), digest_size=16).digest()
-
-
-def kv_tensors(runner: ModelRunner) -> dict[AttentionKind, list[Tensor]]:
-    """What holds a runner's keys and values, each [num_blocks, ...], by kind."""
-    tensors: dict[AttentionKind, list[Tensor]] = {}
-    for layer in runner.model.spec.layers:
-        if layer.owns_kv:
-            tensors.setdefault(layer.kind, []).extend(runner.kv_tensors[layer.layer_idx].stored)
-    return tensors
 
 
 @dataclass(slots=True)
@@ -319,37 +310,3 @@ class _Fetch:
     def rows(self, run: BlockRun) -> Tensor:
         first = self.first_block[run.kind]
         return self.memory[run.kind][run.start - first : run.stop - first]
-
-
-@dataclass(slots=True)
-class _Trace:
-    """What is noted of a request for as long as somebody holds it."""
-
-    positions: dict[bytes, int] = field(default_factory=dict)  # of its full blocks, by hash
-    keys: list[bytes] = field(default_factory=list)  # of what was put for it
-
-
-class _BlockIds:
-    """Where the global blocks are that the engine has saved or loaded.
-
-    Right for every block that a running request holds: whatever is registered under a hash was
-    shown to `save` or `load` then. Of others the id may be somebody else's by now.
-    """
-
-    def __init__(self) -> None:
-        self._id_of: dict[bytes, int] = {}
-        self._hash_of: dict[int, bytes] = {}
-
-    def update(self, blocks: Sequence[StoredBlock]) -> None:
-        for block in blocks:
-            if block.kind is GLOBAL:
-                old = self._hash_of.get(block.block_id)
-                if old is not None and self._id_of.get(old) == block.block_id:
-                    del self._id_of[old]
-                self._hash_of[block.block_id] = block.block_hash
-                self._id_of[block.block_hash] = block.block_id
-
-    def find(self, block_hashes: Sequence[bytes]) -> list[int] | None:
-        """None where one is missing."""
-        ids = [self._id_of.get(block_hash) for block_hash in block_hashes]
-        return None if None in ids else [i for i in ids if i is not None]

@@ -19,7 +19,8 @@ from cluster.kv_store import KVStore
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
 from cluster.spec import AttentionKind
-from deployments.kv_block_store import KVBlockStore, kv_tensors
+from deployments.kv_block_store import KVBlockStore
+from deployments.kv_copies import kv_tensors
 from engine.block_hash import BlockHasher
 from engine.core import EngineCore, SpecLimits
 from engine.kv_cache import KVCacheConfig
