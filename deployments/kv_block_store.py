@@ -157,18 +157,17 @@ class KVBlockStore:
 
     def _go_on(self, request: Request, fetch: _Fetch) -> None:
         """Take the next step towards a result, if it can be taken."""
-        if time.monotonic() > fetch.give_up_at:
+        if fetch.wanted is None and fetch.lookup.done():
+            self._decide(request, fetch)
+        elif fetch.wanted is not None and fetch.read is None:
+            self._read(request, fetch)
+        elif fetch.wanted is not None and fetch.read is not None and fetch.read.done():
+            fetch.result = self._arrived(request, fetch.wanted, fetch.read.result())
+        if fetch.result is None and time.monotonic() > fetch.give_up_at:
             self._store.gave_up()
             if fetch.read is not None:
                 fetch.read.cancel()
             fetch.result = NOTHING_FETCHED
-        elif fetch.wanted is None:
-            if fetch.lookup.done():
-                self._decide(request, fetch)
-        elif fetch.read is None:
-            self._read(request, fetch)
-        elif fetch.read.done():
-            fetch.result = self._arrived(request, fetch.wanted, fetch.read.result())
 
     def _decide(self, request: Request, fetch: _Fetch) -> None:
         """Redis has answered what it has: fetch it, or compute."""
@@ -196,15 +195,24 @@ class KVBlockStore:
         in_use = sum(m.nbytes for other in self._fetches.values() for m in other.memory.values())
         if in_use and in_use + num_bytes > READING_BYTES:
             return
-        for kind, copier in self._copiers.items():
-            if runs := [run for run in fetch.wanted if run.kind is kind]:
-                fetch.first_block[kind] = runs[0].start
-                fetch.memory[kind] = copier.memory(runs[-1].stop - runs[0].start)
+        try:
+            self._allocate(fetch, fetch.wanted)
+        except (MemoryError, RuntimeError) as error:  # numpy's, and torch's of pinned memory
+            log.warning("There is no memory for %d bytes from the KV store: %s", num_bytes, error)
+            fetch.memory.clear()
+            fetch.result = NOTHING_FETCHED
+            return
         wanted = [
             (run.key(request.block_hashes), [as_bytes(fetch.rows(run))]) for run in fetch.wanted
         ]
         fetch.read = self._store.read(request.tenant, wanted)
         self._use(request, fetch.wanted)
+
+    def _allocate(self, fetch: _Fetch, wanted: Sequence[BlockRun]) -> None:
+        for kind, copier in self._copiers.items():
+            if runs := [run for run in wanted if run.kind is kind]:
+                fetch.first_block[kind] = runs[0].start
+                fetch.memory[kind] = copier.memory(runs[-1].stop - runs[0].start)
 
     def _arrived(
         self, request: Request, runs: Sequence[BlockRun], is_ok: Sequence[bool]
