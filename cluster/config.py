@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from cluster.errors import ConfigError
+from cluster.spec import KVRows
 
 DEMO_MODEL = "demo"
 DEMO_MODEL_DIR = Path(__file__).resolve().parent.parent / "demo" / "gemma4-moe-demo"
@@ -55,6 +56,9 @@ class EngineConfig:
     max_model_len: int | None = _setting(None, "context length; null is the model's", "tokens", 1)
     kv_bytes: int = _setting(512 << 20, "KV cache on the device", "bytes", 1 << 16)
     num_blocks: int | None = _setting(None, "KV blocks a group, in place of kv_bytes", "blocks", 2)
+    kv_rows: KVRows = _setting(  # noqa: RUF009
+        "v", "kept of a token where K = V: v and raw are one row, raw and split give equal bits"
+    )
     prefix_caching: bool = _setting(True, "don't compute again what the KV cache still holds")
     checkpoint_blocks: int = _setting(
         256, "keep a sliding window every so many blocks of a prompt; 0: at its ends", "blocks", 0

@@ -29,6 +29,7 @@ from deployments.loading import (
 )
 from deployments.messages import to_kv_store
 from deployments.meters import EngineMeter, ExpertMeter
+from deployments.priority import go_first
 from deployments.remote_experts import RemoteExperts
 from deployments.start_report import Reporter, reporting
 from deployments.step_loop import StepLoop
@@ -52,6 +53,7 @@ class DecoderReplica:
 
     def _start(self, config: Config, secret: bytes, hosts: tuple[Handle, ...]) -> None:
         """Off the replica's loop, on which Serve answers handles and health checks."""
+        go_first()
         with reporting(config.state_dir, "decoder") as reporter:
             self._config = config
             self._source = Source.open(config)

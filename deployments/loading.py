@@ -164,6 +164,7 @@ def pick_context(config: Config, source: Source) -> int:
         dtype=source.dtype,
         block_size=engine.block_size,
         max_num_batched_tokens=engine.max_num_batched_tokens,
+        kv_rows=engine.kv_rows,
     )
     if longest < whole:
         logger.warning(
@@ -180,10 +181,12 @@ def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheCon
     engine = config.engine
     if engine.num_blocks is not None:
         kinds = {layer.kind for layer in source.spec.layers if layer.owns_kv}
+        block = engine.block_size, source.dtype, engine.kv_rows
         return KVCacheConfig(
             engine.block_size,
             dict.fromkeys(kinds, engine.num_blocks),
-            {k: kv_bytes_per_block(source.spec, k, engine.block_size, source.dtype) for k in kinds},
+            {kind: kv_bytes_per_block(source.spec, kind, *block) for kind in kinds},
+            engine.kv_rows,
         )
     return size_kv_cache(
         source.spec,
@@ -194,6 +197,7 @@ def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheCon
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
         prefix_caching=engine.prefix_caching,
+        kv_rows=engine.kv_rows,
     )
 
 
@@ -212,6 +216,7 @@ def fingerprint(config: Config, source: Source) -> str:
         source.dtype,
         config.batch_invariant,
         config.experts.num_groups,
+        config.engine.kv_rows,
     )
     return " ".join(map(str, facts))
 

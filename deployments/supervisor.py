@@ -27,6 +27,7 @@ from cluster.config import Config
 from cluster.errors import BrioletteError, Unavailable
 from deployments.lifecycle import Running, holding
 from deployments.preflight import check
+from deployments.priority import give_way
 from deployments.ray_cluster import (
     check_app,
     num_gpus,
@@ -68,6 +69,7 @@ def main() -> int:
     catch_signals()
     assert os.getsid(0) == os.getpid(), "the supervisor leads a session of its own"
     log_to(config.state_dir, "supervisor")
+    give_way()
     try:
         with holding(config.state_dir):
             supervise(config, news)
