@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from urllib.parse import quote
 
+USE, LOOK = b"use", b"look"  # what LOOK_UP is for
 OVERHEAD_BYTES = 512  # of Redis for one value: its key in four places, tables, rounding
 
 
@@ -102,23 +103,24 @@ return {used('bytes'), redis.call('EXISTS', base..'kv:'..key)}
 """
 )
 
-# ARGV: keys. Returns the length of each value, 0 where there is none, and counts it as used. As one
-# text: redis-py takes longer to parse thousands of numbers than Redis to find them.
-# On a server that is full the uses can't be noted, which is no reason not to read.
+# ARGV: USE or LOOK, then keys. Returns the length of each value, 0 where there is none. As one
+# text: to parse thousands of numbers takes redis-py longer than Redis to find them. USE counts as a
+# use; on a server that is full it can't be noted, which is no reason not to read.
 LOOK_UP = (
     _COMMON
     + """
 local lengths = {}
-for i = 2, #ARGV do
+local is_use = ARGV[2] == 'use'
+for i = 3, #ARGV do
   local key = ARGV[i]
   local name = base..'kv:'..key
-  lengths[i - 1] = redis.call('STRLEN', name)
-  if lengths[i - 1] > 0 and redis.call('ZSCORE', lru, key) then
+  lengths[i - 2] = redis.call('STRLEN', name)
+  if is_use and lengths[i - 2] > 0 and redis.call('ZSCORE', lru, key) then
     redis.pcall('ZADD', lru, now, key)
     redis.call('PEXPIRE', name, ttl)
   end
 end
-keep_books()
+if is_use then keep_books() end
 return table.concat(lengths, ' ')
 """
 )

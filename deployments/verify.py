@@ -239,8 +239,8 @@ class Verifier:
         """Each prompt in an engine that has seen nothing but what the tier gives back."""
         for answer in cold:
             # The memory still has what the last engine left there, perhaps in the right places.
-            for kept in self.runner.kv_tensors.values():
-                for tensor in kept.stored:
+            for tensors in self.runner.kv_tensors.values():
+                for tensor in tensors.stored:
                     tensor.fill_(GARBAGE)
             with self._warm_engine() as engine:
                 yield Comparison.of(answer, self._ask(engine, answer.prompt_ids))
