@@ -197,6 +197,7 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         """Start it behind what is cached or fetched of it, if it fits."""
         fetched = self.store.fetched(request) or NOTHING_FETCHED
+        in_memory = self.kv.find_prefix(request)
         if not (self._start(request, fetched) or (fetched and self._start(request))):
             return False
         self.store.release(request)
@@ -204,7 +205,7 @@ class Scheduler:
         self.running.append(request)
         request.state = RequestState.RUNNING
         if request.num_preemptions == 0:
-            self._count_prefix(request)
+            self._count_prefix(request, in_memory.num_blocks * self.kv.block_size)
         return True
 
     def _start(self, request: Request, fetched: Fetched = NOTHING_FETCHED) -> bool:
@@ -226,8 +227,9 @@ class Scheduler:
         request.num_computed_tokens = prefix.num_blocks * self.kv.block_size
         return True
 
-    def _count_prefix(self, request: Request) -> None:
+    def _count_prefix(self, request: Request, num_in_memory: int) -> None:
         request.num_cached_tokens = request.num_computed_tokens
+        request.num_fetched_tokens = max(0, request.num_cached_tokens - num_in_memory)
         use = self.prefix_use[request.tenant]
         use.num_queries += 1
         use.num_hits += request.num_cached_tokens > 0

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/briolette/v1/admin.proto\x12\x0c\x62riolette.v1\"\x12\n\x10GetStatusRequest\"\xdb\x02\n\rClusterStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12#\n\x07gateway\x18\x06 \x01(\x0b\x32\x12.briolette.v1.Part\x12#\n\x07\x64\x65\x63oder\x18\x07 \x01(\x0b\x32\x12.briolette.v1.Part\x12.\n\x0c\x65xpert_hosts\x18\x08 \x03(\x0b\x32\x18.briolette.v1.ExpertHost\x12&\n\x04load\x18\t \x01(\x0b\x32\x18.briolette.v1.EngineLoad\x12/\n\x0c\x65xpert_calls\x18\n \x01(\x0b\x32\x19.briolette.v1.ExpertCalls\x12\x0c\n\x04kind\x18\x0b \x01(\t\x12\x0f\n\x07\x65xperts\x18\x0c \x01(\t\"9\n\x04Part\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x14\n\x0cmetrics_port\x18\x03 \x01(\r\"y\n\nExpertHost\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12 \n\x04part\x18\x02 \x01(\x0b\x32\x12.briolette.v1.Part\x12\x11\n\tgroup_ids\x18\x03 \x03(\r\x12\x17\n\x0fvisible_devices\x18\x04 \x01(\t\x12\x0c\n\x04link\x18\x05 \x01(\t\"\x86\x02\n\nEngineLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\x04\x12\x15\n\rdecode_tokens\x18\x04 \x01(\x04\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x05 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12)\n\tkv_blocks\x18\x07 \x03(\x0b\x32\x16.briolette.v1.KvBlocks\x12\x16\n\x0eprefix_queries\x18\x08 \x01(\x04\x12\x13\n\x0bprefix_hits\x18\t \x01(\x04\x12\x15\n\rcached_tokens\x18\n \x01(\x04\"W\n\x08KvBlocks\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04used\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\r\x12\x0f\n\x07\x65victed\x18\x05 \x01(\x04\"i\n\x0b\x45xpertCalls\x12\x11\n\tnum_calls\x18\x01 \x01(\x04\x12\x13\n\x0bnum_retries\x18\x02 \x01(\x04\x12\r\n\x05p50_s\x18\x03 \x01(\x01\x12\r\n\x05p99_s\x18\x04 \x01(\x01\x12\x14\n\x0chidden_share\x18\x05 \x01(\x01\x32Q\n\x05\x41\x64min\x12H\n\tGetStatus\x12\x1e.briolette.v1.GetStatusRequest\x1a\x1b.briolette.v1.ClusterStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/briolette/v1/admin.proto\x12\x0c\x62riolette.v1\"\x12\n\x10GetStatusRequest\"\xf3\x02\n\rClusterStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12#\n\x07gateway\x18\x06 \x01(\x0b\x32\x12.briolette.v1.Part\x12#\n\x07\x64\x65\x63oder\x18\x07 \x01(\x0b\x32\x12.briolette.v1.Part\x12.\n\x0c\x65xpert_hosts\x18\x08 \x03(\x0b\x32\x18.briolette.v1.ExpertHost\x12&\n\x04load\x18\t \x01(\x0b\x32\x18.briolette.v1.EngineLoad\x12/\n\x0c\x65xpert_calls\x18\n \x01(\x0b\x32\x19.briolette.v1.ExpertCalls\x12\x0c\n\x04kind\x18\x0b \x01(\t\x12\x0f\n\x07\x65xperts\x18\x0c \x01(\t\x12\x16\n\x0ekv_fingerprint\x18\r \x01(\t\"9\n\x04Part\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x14\n\x0cmetrics_port\x18\x03 \x01(\r\"y\n\nExpertHost\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12 \n\x04part\x18\x02 \x01(\x0b\x32\x12.briolette.v1.Part\x12\x11\n\tgroup_ids\x18\x03 \x03(\r\x12\x17\n\x0fvisible_devices\x18\x04 \x01(\t\x12\x0c\n\x04link\x18\x05 \x01(\t\"\x86\x02\n\nEngineLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\x04\x12\x15\n\rdecode_tokens\x18\x04 \x01(\x04\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x05 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12)\n\tkv_blocks\x18\x07 \x03(\x0b\x32\x16.briolette.v1.KvBlocks\x12\x16\n\x0eprefix_queries\x18\x08 \x01(\x04\x12\x13\n\x0bprefix_hits\x18\t \x01(\x04\x12\x15\n\rcached_tokens\x18\n \x01(\x04\"W\n\x08KvBlocks\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04used\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\r\x12\x0f\n\x07\x65victed\x18\x05 \x01(\x04\"i\n\x0b\x45xpertCalls\x12\x11\n\tnum_calls\x18\x01 \x01(\x04\x12\x13\n\x0bnum_retries\x18\x02 \x01(\x04\x12\r\n\x05p50_s\x18\x03 \x01(\x01\x12\r\n\x05p99_s\x18\x04 \x01(\x01\x12\x14\n\x0chidden_share\x18\x05 \x01(\x01\x32Q\n\x05\x41\x64min\x12H\n\tGetStatus\x12\x1e.briolette.v1.GetStatusRequest\x1a\x1b.briolette.v1.ClusterStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=49
   _globals['_GETSTATUSREQUEST']._serialized_end=67
   _globals['_CLUSTERSTATUS']._serialized_start=70
-  _globals['_CLUSTERSTATUS']._serialized_end=417
-  _globals['_PART']._serialized_start=419
-  _globals['_PART']._serialized_end=476
-  _globals['_EXPERTHOST']._serialized_start=478
-  _globals['_EXPERTHOST']._serialized_end=599
-  _globals['_ENGINELOAD']._serialized_start=602
-  _globals['_ENGINELOAD']._serialized_end=864
-  _globals['_KVBLOCKS']._serialized_start=866
-  _globals['_KVBLOCKS']._serialized_end=953
-  _globals['_EXPERTCALLS']._serialized_start=955
-  _globals['_EXPERTCALLS']._serialized_end=1060
-  _globals['_ADMIN']._serialized_start=1062
-  _globals['_ADMIN']._serialized_end=1143
+  _globals['_CLUSTERSTATUS']._serialized_end=441
+  _globals['_PART']._serialized_start=443
+  _globals['_PART']._serialized_end=500
+  _globals['_EXPERTHOST']._serialized_start=502
+  _globals['_EXPERTHOST']._serialized_end=623
+  _globals['_ENGINELOAD']._serialized_start=626
+  _globals['_ENGINELOAD']._serialized_end=888
+  _globals['_KVBLOCKS']._serialized_start=890
+  _globals['_KVBLOCKS']._serialized_end=977
+  _globals['_EXPERTCALLS']._serialized_start=979
+  _globals['_EXPERTCALLS']._serialized_end=1084
+  _globals['_ADMIN']._serialized_start=1086
+  _globals['_ADMIN']._serialized_end=1167
 # @@protoc_insertion_point(module_scope)
