@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest
 
-
 Owner = tuple[str, str] | None  # tenant and session; None: no session
 
 

@@ -1,4 +1,4 @@
-"""What memory holds for a session: found, freed by itself, and nothing of anybody else's with it."""
+"""What memory holds for a session: found, freed by itself, and nothing of others with it."""
 
 from __future__ import annotations
 
