@@ -247,8 +247,8 @@ return listed
 """
 )
 
-# ARGV: name. Removes it, its traces, and every value that no other session needs. Returns whether
-# it was there.
+# ARGV: name, then more traces. Removes it, its traces, and every value that no other session needs.
+# Returns whether it was there.
 DELETE_SESSION = (
     _SESSIONS
     + """
@@ -262,6 +262,7 @@ for _, key in ipairs(all_keys(name)) do
   discard(key)
 end
 for _, key in ipairs(redis.call('SMEMBERS', traces_of(name))) do discard(key) end
+for i = 3, #ARGV do discard(ARGV[i]) end
 redis.call('DEL', record_of(name), keys_of(name), traces_of(name))
 keep_books()
 return 1

@@ -134,12 +134,12 @@ class Sessions:
         """All sessions, the last used one first."""
         return sorted(self._list(tenant), key=lambda session: session.last_used, reverse=True)
 
-    def delete(self, tenant: str, name: str) -> None:
-        """Remove a session and its values. Raises UnknownSession.
+    def delete(self, tenant: str, name: str, traces: Iterable[bytes] = ()) -> None:
+        """Remove a session, its values and its traces, more of them too. Raises UnknownSession.
 
         What a decoder still has in its write queue would come again: flush it before.
         """
-        if not self._run(DELETE_SESSION, tenant, check_name(name)):
+        if not self._run(DELETE_SESSION, tenant, check_name(name), *traces):
             raise self._unknown(tenant, name)
 
     def close(self) -> None:

@@ -97,6 +97,7 @@ class FromDecoder(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     SESSION_ANSWERS_FIELD_NUMBER: _builtins.int
+    SESSION_TRACES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]: ...
     @_builtins.property
@@ -105,16 +106,21 @@ class FromDecoder(_message.Message):
 
     @_builtins.property
     def session_answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionAnswer]: ...
+    @_builtins.property
+    def session_traces(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionTrace]:
+        """before the output that ends the turn"""
+
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[Global___Output] | None = ...,
         status: _admin_pb2.ClusterStatus | None = ...,
         session_answers: _abc.Iterable[Global___SessionAnswer] | None = ...,
+        session_traces: _abc.Iterable[Global___SessionTrace] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "session_answers", b"session_answers", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "session_answers", b"session_answers", "session_traces", b"session_traces", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -207,6 +213,34 @@ class SessionCall(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionCall: _TypeAlias = SessionCall  # noqa: Y015
+
+@_typing.final
+class SessionTrace(_message.Message):
+    """Where values of a turn may lie in the store, whether or not the session comes to need them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    session: _builtins.str
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        session: _builtins.str = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "session", b"session", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionTrace: _TypeAlias = SessionTrace  # noqa: Y015
 
 @_typing.final
 class SessionAnswer(_message.Message):
