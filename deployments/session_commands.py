@@ -97,6 +97,8 @@ def age(seconds: float) -> str:
 
 
 def _where(session: Session) -> str:
+    if not session.HasField("tokens_in_memory"):
+        return "store" + _lack(session)
     return ("memory" if session.tokens_in_memory else "parked") + _lack(session)
 
 

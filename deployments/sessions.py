@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 import grpc
 
@@ -33,7 +33,7 @@ from protos.briolette.v1.stream_pb2 import Add, SessionAnswer, SessionCall
 
 NAME: str = sessions_pb2.DESCRIPTOR.services_by_name["Sessions"].full_name
 
-ASK_S = 5.0  # a step may take that long
+ASK_S = 2.0  # a longer step is not waited for
 PARK_S = 60.0  # what waits to be written is written first
 
 
@@ -118,25 +118,28 @@ class SessionService:
         info = await asyncio.to_thread(self._conversations.sessions.info, tenant, name)
         return to_session(info, await self._in_memory(tenant))
 
-    async def _in_memory(self, tenant: str) -> Mapping[str, int]:
-        """Tokens by session; none where the decoder can't be asked, which then holds none."""
-        with suppress(Unavailable):
+    async def _in_memory(self, tenant: str) -> Mapping[str, int] | None:
+        """Tokens by session; None where the decoder doesn't answer."""
+        try:
             answer = await self._decoder.call(SessionCall(tenant=tenant), ASK_S)
-            return answer.tokens_in_memory
-        return {}
+        except Unavailable:
+            return None
+        return answer.tokens_in_memory
 
     async def _free(self, tenant: str, name: str) -> SessionAnswer:
         return await self._decoder.call(SessionCall(tenant=tenant, park=name), PARK_S)
 
 
-def to_session(info: SessionInfo, in_memory: Mapping[str, int]) -> Session:
+def to_session(info: SessionInfo, in_memory: Mapping[str, int] | None) -> Session:
     """What a list shows, as a message."""
-    return Session(
+    session = Session(
         name=info.name,
         num_tokens=info.num_tokens,
         num_bytes=info.num_bytes,
         created=info.created,
         last_used=info.last_used,
-        tokens_in_memory=min(in_memory.get(info.name, 0), info.num_tokens),
         missing_values=info.num_missing,
     )
+    if in_memory is not None:  # an answer that was cancelled may have left more than the session
+        session.tokens_in_memory = min(in_memory.get(info.name, 0), info.num_tokens)
+    return session

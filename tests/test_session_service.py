@@ -295,6 +295,37 @@ def test_another_model_reads_the_messages_anew(
     assert cluster.said()[:3] == [HELLO, text, "And then?"]
 
 
+def test_while_values_can_not_be_written_nothing_is_given_up(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.ask(HELLO)
+    monkeypatch.setattr(cluster.blocks, "flush", lambda timeout_s: False)
+    for call in (
+        lambda: cluster.sessions.ParkSession(ParkSessionRequest(name="trip")),
+        lambda: cluster.sessions.DeleteSession(DeleteSessionRequest(name="trip")),
+    ):
+        status, sentence = refusal(call)
+        assert status == "UNAVAILABLE" and "waits to be written" in sentence
+    assert [session.tokens_in_memory for session in cluster.list()] == [64]
+
+
+def test_without_a_decoder_sessions_are_still_listed_and_shown(cluster: Cluster) -> None:
+    cluster.ask(HELLO)
+    cluster.decoder.close()
+    wait_until(lambda: not serving(cluster.gateway))
+    (session,) = cluster.list()
+    assert session.num_tokens == 65 and not session.HasField("tokens_in_memory")
+    assert cluster.said()[0] == HELLO
+    for call in (
+        lambda: cluster.sessions.ParkSession(ParkSessionRequest(name="trip")),
+        lambda: cluster.sessions.DeleteSession(DeleteSessionRequest(name="trip")),
+        lambda: cluster.sessions.ResumeSession(ResumeSessionRequest(name="trip")),
+        lambda: cluster.ask("And then?"),
+    ):
+        assert refusal(call) == ("UNAVAILABLE", "The decoder is not reachable right now.")
+    assert len(cluster.said()) == 2
+
+
 def test_without_redis_sessions_say_so_and_other_chats_go_on(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.briolette.v1 import inference_pb2 as protos_dot_briolette_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/briolette/v1/sessions.proto\x12\x0c\x62riolette.v1\x1a#protos/briolette/v1/inference.proto\"\x94\x01\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x63reated\x18\x04 \x01(\x01\x12\x11\n\tlast_used\x18\x05 \x01(\x01\x12\x18\n\x10tokens_in_memory\x18\x06 \x01(\r\x12\x16\n\x0emissing_values\x18\x07 \x01(\r\"\x15\n\x13ListSessionsRequest\"?\n\x14ListSessionsResponse\x12\'\n\x08sessions\x18\x01 \x03(\x0b\x32\x15.briolette.v1.Session\"!\n\x11GetSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"e\n\x12GetSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.briolette.v1.Session\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.briolette.v1.Message\"\"\n\x12ParkSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"R\n\x13ParkSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.briolette.v1.Session\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\"$\n\x14ResumeSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"n\n\x15ResumeSessionResponse\x12\x15\n\rmemory_tokens\x18\x01 \x01(\r\x12\x14\n\x0cstore_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\"$\n\x14\x44\x65leteSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\",\n\x15\x44\x65leteSessionResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\x32\xba\x03\n\x08Sessions\x12U\n\x0cListSessions\x12!.briolette.v1.ListSessionsRequest\x1a\".briolette.v1.ListSessionsResponse\x12O\n\nGetSession\x12\x1f.briolette.v1.GetSessionRequest\x1a .briolette.v1.GetSessionResponse\x12R\n\x0bParkSession\x12 .briolette.v1.ParkSessionRequest\x1a!.briolette.v1.ParkSessionResponse\x12X\n\rResumeSession\x12\".briolette.v1.ResumeSessionRequest\x1a#.briolette.v1.ResumeSessionResponse\x12X\n\rDeleteSession\x12\".briolette.v1.DeleteSessionRequest\x1a#.briolette.v1.DeleteSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/briolette/v1/sessions.proto\x12\x0c\x62riolette.v1\x1a#protos/briolette/v1/inference.proto\"\xae\x01\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x63reated\x18\x04 \x01(\x01\x12\x11\n\tlast_used\x18\x05 \x01(\x01\x12\x1d\n\x10tokens_in_memory\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0emissing_values\x18\x07 \x01(\rB\x13\n\x11_tokens_in_memory\"\x15\n\x13ListSessionsRequest\"?\n\x14ListSessionsResponse\x12\'\n\x08sessions\x18\x01 \x03(\x0b\x32\x15.briolette.v1.Session\"!\n\x11GetSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"e\n\x12GetSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.briolette.v1.Session\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.briolette.v1.Message\"\"\n\x12ParkSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"R\n\x13ParkSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.briolette.v1.Session\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\"$\n\x14ResumeSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"n\n\x15ResumeSessionResponse\x12\x15\n\rmemory_tokens\x18\x01 \x01(\r\x12\x14\n\x0cstore_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\"$\n\x14\x44\x65leteSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\",\n\x15\x44\x65leteSessionResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\x32\xba\x03\n\x08Sessions\x12U\n\x0cListSessions\x12!.briolette.v1.ListSessionsRequest\x1a\".briolette.v1.ListSessionsResponse\x12O\n\nGetSession\x12\x1f.briolette.v1.GetSessionRequest\x1a .briolette.v1.GetSessionResponse\x12R\n\x0bParkSession\x12 .briolette.v1.ParkSessionRequest\x1a!.briolette.v1.ParkSessionResponse\x12X\n\rResumeSession\x12\".briolette.v1.ResumeSessionRequest\x1a#.briolette.v1.ResumeSessionResponse\x12X\n\rDeleteSession\x12\".briolette.v1.DeleteSessionRequest\x1a#.briolette.v1.DeleteSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,27 +33,27 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.briolette.v1.session
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SESSION']._serialized_start=90
-  _globals['_SESSION']._serialized_end=238
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=240
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=261
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=263
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=326
-  _globals['_GETSESSIONREQUEST']._serialized_start=328
-  _globals['_GETSESSIONREQUEST']._serialized_end=361
-  _globals['_GETSESSIONRESPONSE']._serialized_start=363
-  _globals['_GETSESSIONRESPONSE']._serialized_end=464
-  _globals['_PARKSESSIONREQUEST']._serialized_start=466
-  _globals['_PARKSESSIONREQUEST']._serialized_end=500
-  _globals['_PARKSESSIONRESPONSE']._serialized_start=502
-  _globals['_PARKSESSIONRESPONSE']._serialized_end=584
-  _globals['_RESUMESESSIONREQUEST']._serialized_start=586
-  _globals['_RESUMESESSIONREQUEST']._serialized_end=622
-  _globals['_RESUMESESSIONRESPONSE']._serialized_start=624
-  _globals['_RESUMESESSIONRESPONSE']._serialized_end=734
-  _globals['_DELETESESSIONREQUEST']._serialized_start=736
-  _globals['_DELETESESSIONREQUEST']._serialized_end=772
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=774
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=818
-  _globals['_SESSIONS']._serialized_start=821
-  _globals['_SESSIONS']._serialized_end=1263
+  _globals['_SESSION']._serialized_end=264
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=266
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=287
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=289
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=352
+  _globals['_GETSESSIONREQUEST']._serialized_start=354
+  _globals['_GETSESSIONREQUEST']._serialized_end=387
+  _globals['_GETSESSIONRESPONSE']._serialized_start=389
+  _globals['_GETSESSIONRESPONSE']._serialized_end=490
+  _globals['_PARKSESSIONREQUEST']._serialized_start=492
+  _globals['_PARKSESSIONREQUEST']._serialized_end=526
+  _globals['_PARKSESSIONRESPONSE']._serialized_start=528
+  _globals['_PARKSESSIONRESPONSE']._serialized_end=610
+  _globals['_RESUMESESSIONREQUEST']._serialized_start=612
+  _globals['_RESUMESESSIONREQUEST']._serialized_end=648
+  _globals['_RESUMESESSIONRESPONSE']._serialized_start=650
+  _globals['_RESUMESESSIONRESPONSE']._serialized_end=760
+  _globals['_DELETESESSIONREQUEST']._serialized_start=762
+  _globals['_DELETESESSIONREQUEST']._serialized_end=798
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=800
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=844
+  _globals['_SESSIONS']._serialized_start=847
+  _globals['_SESSIONS']._serialized_end=1289
 # @@protoc_insertion_point(module_scope)

@@ -39,7 +39,7 @@ class Session(_message.Message):
     last_used: _builtins.float
     """the same"""
     tokens_in_memory: _builtins.int
-    """those that the next turn need not bring in; 0: parked"""
+    """Those that the next turn need not bring in; 0: parked. Not set: the decoder doesn't answer."""
     missing_values: _builtins.int
     """that the store lacks, so that they may have to be computed again"""
     def __init__(
@@ -50,14 +50,16 @@ class Session(_message.Message):
         num_bytes: _builtins.int = ...,
         created: _builtins.float = ...,
         last_used: _builtins.float = ...,
-        tokens_in_memory: _builtins.int = ...,
+        tokens_in_memory: _builtins.int | None = ...,
         missing_values: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tokens_in_memory", b"_tokens_in_memory", "tokens_in_memory", b"tokens_in_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "last_used", b"last_used", "missing_values", b"missing_values", "name", b"name", "num_bytes", b"num_bytes", "num_tokens", b"num_tokens", "tokens_in_memory", b"tokens_in_memory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tokens_in_memory", b"_tokens_in_memory", "created", b"created", "last_used", b"last_used", "missing_values", b"missing_values", "name", b"name", "num_bytes", b"num_bytes", "num_tokens", b"num_tokens", "tokens_in_memory", b"tokens_in_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__tokens_in_memory: _TypeAlias = _typing.Literal["tokens_in_memory"]  # noqa: Y015
+    _WhichOneofArgType__tokens_in_memory: _TypeAlias = _typing.Literal["_tokens_in_memory", b"_tokens_in_memory"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_in_memory) -> _WhichOneofReturnType__tokens_in_memory | None: ...
 
 Global___Session: _TypeAlias = Session  # noqa: Y015
 
