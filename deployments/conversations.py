@@ -60,8 +60,7 @@ class Conversations:
         """Where they are kept; its calls block. Raises ConfigError."""
         if self._sessions is None:
             raise ConfigError(
-                "This cluster keeps no sessions; start it with store.enabled and "
-                "engine.prefix_caching set to true."
+                "This cluster keeps no sessions; start it with store.enabled set to true."
             )
         return self._sessions
 
@@ -80,7 +79,8 @@ class Conversations:
     async def load(self, tenant: str, name: str) -> Conversation:
         """Raises UnknownSession."""
         kept = await asyncio.to_thread(self.sessions.load, tenant, name)
-        is_same_model = kept.fingerprint == self._decoder.status.kv_fingerprint
+        fingerprint = self._decoder.status.kv_fingerprint
+        is_same_model = fingerprint != "" and kept.fingerprint == fingerprint
         token_ids = kept.content["token_ids"] if is_same_model else []
         return Conversation(tenant, name, kept.content["messages"], token_ids, kept.version)
 

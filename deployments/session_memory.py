@@ -42,32 +42,48 @@ class SessionMemory:
     """Answers session calls between two steps; what has to wait does so in a thread of its own."""
 
     def __init__(
-        self, engine: SessionEngine, store: KeptValues, between_steps: Callable[[Task], None]
+        self,
+        engine: SessionEngine,
+        store: KeptValues | None,
+        between_steps: Callable[[Task], None],
     ) -> None:
+        """Without a store sessions are messages only, and each turn may have to be computed."""
         self._engine = engine
         self._store = store
         self._between_steps = between_steps
+        self.fingerprint = "" if store is None else store.fingerprint.hex()
 
-    def trace(self, request: Request) -> SessionTrace:
-        """Of a turn that has ended, in whatever way."""
+    def trace(self, request: Request) -> SessionTrace | None:
+        """What a turn that has ended, in whatever way, has left in the store."""
+        if request.session is None or self._store is None:
+            return None
         keys = self._store.traces_of(request)
-        return SessionTrace(tenant=request.tenant, session=request.session or "", keys=keys)
+        return SessionTrace(tenant=request.tenant, session=request.session, keys=keys)
 
     def keys_of(self, request: Request) -> tuple[bytes, ...]:
-        """Of the values that the session needs after this turn."""
+        """Of the values that the request's session needs after this turn."""
+        if request.session is None or self._store is None:
+            return ()
         return self._store.keys_of(request)
 
     def answer(self, call: SessionCall, reply: Callable[[SessionAnswer], None]) -> None:
         """Between two steps; so is `reply` called, at once or later."""
-        if call.park:
-            threading.Thread(
-                target=self._flush, args=(call, reply), name="session flush", daemon=True
-            ).start()
-        else:
+        if not call.park:
             reply(self._in_memory(call))
+        elif self._store is None:
+            reply(self._parked(call))
+        else:
+            threading.Thread(
+                target=self._park_written,
+                args=(self._store, call, reply),
+                name="session flush",
+                daemon=True,
+            ).start()
 
-    def _flush(self, call: SessionCall, reply: Callable[[SessionAnswer], None]) -> None:
-        is_written = self._store.flush(FLUSH_S)
+    def _park_written(
+        self, store: KeptValues, call: SessionCall, reply: Callable[[SessionAnswer], None]
+    ) -> None:
+        is_written = store.flush(FLUSH_S)
         self._between_steps(lambda: reply(self._parked(call) if is_written else _not_written(call)))
 
     def _parked(self, call: SessionCall) -> SessionAnswer:

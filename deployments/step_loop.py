@@ -29,7 +29,6 @@ from protos.briolette.v1.stream_pb2 import (
     FromDecoder,
     Output,
     SessionAnswer,
-    SessionCall,
     ToDecoder,
 )
 
@@ -86,13 +85,12 @@ class StepLoop:
         fill_status: Callable[[ClusterStatus], None],
         store: KeptValues | None = None,
     ) -> None:
-        """`store` is the one that the engine saves its blocks in, if sessions are kept."""
+        """`store` is the one that the engine saves its blocks in, if any."""
         self._engine = engine
-        self._fingerprint = "" if store is None else store.fingerprint.hex()
         self._fill_status = fill_status
         self._gateways: GatewayLinks | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._memory = None if store is None else SessionMemory(engine, store, self._inbox.put)
+        self._sessions = SessionMemory(engine, store, self._inbox.put)
         self._meter = meter
         self._served: dict[str, _Served] = {}
         self._queued: list[_Served] = []  # those whose first step is still to come
@@ -191,9 +189,8 @@ class StepLoop:
             item = to_output(output, served.queue_s or 0.0)
             if output.finish_reason is not None:
                 del self._served[output.request_id]
-                if self._memory is not None and served.request.session is not None:
-                    item.block_keys.extend(self._memory.keys_of(served.request))
-                    self._leave_trace(served)
+                item.block_keys.extend(self._sessions.keys_of(served.request))
+                self._leave_trace(served)
             news[served.gateway_id].append(item)
         for gateway_id, items in news.items():
             self._send(gateway_id, FromDecoder(outputs=items))
@@ -217,7 +214,7 @@ class StepLoop:
                 self._engine.abort(request_id)
                 self._leave_trace(served)
         for call in message.session_calls:
-            self._answer(gateway_id, call)
+            self._sessions.answer(call, partial(self._reply, gateway_id))
 
     def _add(self, gateway_id: int, add: Add) -> None:
         now = time.monotonic()
@@ -240,17 +237,8 @@ class StepLoop:
 
     def _leave_trace(self, served: _Served) -> None:
         """Tell the gateway what a turn of a session has left in the store."""
-        if self._memory is not None and served.request.session is not None:
-            trace = self._memory.trace(served.request)
+        if (trace := self._sessions.trace(served.request)) is not None:
             self._send(served.gateway_id, FromDecoder(session_traces=[trace]))
-
-    def _answer(self, gateway_id: int, call: SessionCall) -> None:
-        if self._memory is None:
-            sentence = "This decoder keeps no sessions."
-            failure = Failure(status="FAILED_PRECONDITION", sentence=sentence)
-            self._reply(gateway_id, SessionAnswer(call_id=call.call_id, failure=failure))
-        else:
-            self._memory.answer(call, partial(self._reply, gateway_id))
 
     def _reply(self, gateway_id: int, answer: SessionAnswer) -> None:
         self._send(gateway_id, FromDecoder(session_answers=[answer]))
@@ -289,7 +277,7 @@ class StepLoop:
         status = ClusterStatus(load=self._load())
         self._meter.load(status.load)
         self._fill_status(status)
-        status.kv_fingerprint = self._fingerprint
+        status.kv_fingerprint = self._sessions.fingerprint
         self._status = status
         self._status_at = time.monotonic()
 
