@@ -60,7 +60,8 @@ class Conversations:
         """Where they are kept; its calls block. Raises ConfigError."""
         if self._sessions is None:
             raise ConfigError(
-                "This cluster keeps no sessions; start it with store.enabled set to true."
+                "This cluster keeps no sessions; start it with store.enabled and "
+                "engine.prefix_caching set to true."
             )
         return self._sessions
 
