@@ -226,6 +226,9 @@ return fields
 """
 )
 
+# Returns the names of all sessions.
+SESSION_NAMES = "return redis.call('SMEMBERS', KEYS[1]..'sessions')"
+
 # ARGV: one name, or none for all. Returns {name, meta, created, used, bytes of its content and of
 # its values that are there, number of those that are not}s.
 LIST_SESSIONS = (

@@ -24,6 +24,7 @@ from cluster.kv_keys import (
     LIST_SESSIONS,
     LOAD_SESSION,
     SAVE_SESSION,
+    SESSION_NAMES,
     tenant_prefix,
 )
 from cluster.redis import REDIS_ERRORS, RedisAddress
@@ -162,7 +163,8 @@ class Sessions:
         ]
 
     def _unknown(self, tenant: str, name: str) -> UnknownSession:
-        near = difflib.get_close_matches(name, [info.name for info in self._list(tenant)], 1)
+        names = [known.decode() for known in self._run(SESSION_NAMES, tenant)]
+        near = difflib.get_close_matches(name, names, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         return UnknownSession(f"There is no session {name!r}{hint}")
 

@@ -118,6 +118,7 @@ class Conversations:
         """Add a turn. Raises SessionInUse where somebody else has added one, StoreFull."""
         said = {"role": "assistant", "content": answer.text}
         token_ids = prompt_ids + self._answer_ids(answer)
+        traces = self._decoder.traces(before.tenant, before.name)
         await asyncio.to_thread(
             self.sessions.save,
             before.tenant,
@@ -127,15 +128,15 @@ class Conversations:
             fingerprint=self._decoder.status.kv_fingerprint,
             num_tokens=len(token_ids),
             version=before.version,
-            traces=self._decoder.traces(before.tenant, before.name),
+            traces=traces,
         )
-        self._decoder.forget_traces(before.tenant, before.name)
+        self._decoder.forget_traces(before.tenant, before.name, traces)
 
     async def delete(self, tenant: str, name: str) -> None:
         """Remove it and what cancelled turns have left from the store. Raises UnknownSession."""
         traces = self._decoder.traces(tenant, name)
         await asyncio.to_thread(self.sessions.delete, tenant, name, traces)
-        self._decoder.forget_traces(tenant, name)
+        self._decoder.forget_traces(tenant, name, traces)
 
     def _answer_ids(self, answer: Generation) -> list[int]:
         """The answer's tokens without the one that ended it, which the chat template writes."""

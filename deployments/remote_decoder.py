@@ -99,12 +99,15 @@ class RemoteDecoder:
         finally:
             del self._calls[call.call_id]
 
-    def traces(self, tenant: str, session: str) -> set[bytes]:
+    def traces(self, tenant: str, session: str) -> frozenset[bytes]:
         """Keys of what turns of a session may have left in the store, until they are forgotten."""
-        return self._traces.get((tenant, session), set())
+        return frozenset(self._traces.get((tenant, session), ()))
 
-    def forget_traces(self, tenant: str, session: str) -> None:
-        self._traces.pop((tenant, session), None)
+    def forget_traces(self, tenant: str, session: str, keys: frozenset[bytes]) -> None:
+        """These are written down; others may have come meanwhile."""
+        left = self._traces.pop((tenant, session), set()) - keys
+        if left:
+            self._traces[tenant, session] = left
 
     def _abort(self, request_id: str) -> None:
         self._link.send(ToDecoder(aborts=[request_id]))
