@@ -384,6 +384,26 @@ def test_bad_input_gets_a_status_and_a_sentence(cluster: Cluster) -> None:
     assert len(cluster.said()) == 2
 
 
+def test_a_decoder_without_a_store_keeps_what_was_said(
+    tokenizer: Tokenizer, address: RedisAddress
+) -> None:
+    decoder = Decoder(tokenizer)
+    kept = Sessions(address, 60.0, lambda tenant: 1 << 20)
+    with running_gateway(tokenizer, decoder.find, kept) as gateway:
+        wait_until(lambda: serving(gateway))
+        with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
+            stubs = InferenceStub(channel), SessionsStub(channel)
+            cluster = Cluster(decoder, gateway, RedisBlocks(address), *stubs)
+            cluster.ask(HELLO)
+            assert cluster.ask("And then?").usage.prompt_tokens > len(HELLO)
+            parked = cluster.sessions.ParkSession(ParkSessionRequest(name="trip"))
+            assert parked.freed_bytes == 0
+            cluster.sessions.DeleteSession(DeleteSessionRequest(name="trip"))
+            cluster.blocks.store.close()
+    decoder.close()
+    assert address.client().keys("*") == []
+
+
 def test_without_a_store_there_are_no_sessions(tokenizer: Tokenizer) -> None:
     decoder = Decoder(tokenizer)
     with running_gateway(tokenizer, decoder.find) as gateway:
