@@ -241,6 +241,8 @@ class StepLoop:
             self._send(served.gateway_id, FromDecoder(session_traces=[trace]))
 
     def _reply(self, gateway_id: int, answer: SessionAnswer) -> None:
+        if answer.freed_bytes:
+            self._send_status()  # first, so that whoever has the answer sees the memory free
         self._send(gateway_id, FromDecoder(session_answers=[answer]))
 
     def _refuse(self, gateway_id: int, request_id: str, status: str, sentence: str) -> None:

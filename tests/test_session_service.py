@@ -21,6 +21,8 @@ from deployments.gateway import Gateway
 from engine.block_store import StoredBlock
 from engine.request import Request
 from engine.tokenizer import Tokenizer
+from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest
+from protos.briolette.v1.admin_pb2_grpc import AdminStub
 from protos.briolette.v1.inference_pb2 import ChatRequest, Generation, Message, Sampling
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 from protos.briolette.v1.sessions_pb2 import (
@@ -83,8 +85,14 @@ class Cluster:
     decoder: Decoder
     gateway: Gateway
     blocks: RedisBlocks
-    inference: InferenceStub
-    sessions: SessionsStub
+    channel: grpc.Channel
+
+    def __post_init__(self) -> None:
+        self.inference, self.sessions = InferenceStub(self.channel), SessionsStub(self.channel)
+
+    def status(self) -> ClusterStatus:
+        answer: ClusterStatus = AdminStub(self.channel).GetStatus(GetStatusRequest())
+        return answer
 
     def ask(self, text: str, session: str = "trip", **sampling: Any) -> Generation:
         request = ChatRequest(
@@ -116,7 +124,7 @@ def running(
     with running_gateway(tokenizer, decoder.find, kept) as gateway:
         wait_until(lambda: serving(gateway))
         with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
-            yield Cluster(decoder, gateway, blocks, InferenceStub(channel), SessionsStub(channel))
+            yield Cluster(decoder, gateway, blocks, channel)
     decoder.close()
     blocks.store.close()
 
@@ -232,7 +240,7 @@ def test_parking_frees_memory_and_resuming_brings_it_back(cluster: Cluster) -> N
     parked = cluster.sessions.ParkSession(ParkSessionRequest(name="trip"))
     assert parked.freed_bytes > 0 and parked.session.tokens_in_memory == 0
     assert parked.session.missing_values == 0
-    assert sum(cluster.decoder.engine.stats().num_cached_blocks.values()) == 0
+    assert [group.cached for group in cluster.status().load.kv_blocks] == [0, 0]
     num_tokens = parked.session.num_tokens
 
     back = cluster.sessions.ResumeSession(ResumeSessionRequest(name="trip"))
@@ -392,8 +400,7 @@ def test_a_decoder_without_a_store_keeps_what_was_said(
     with running_gateway(tokenizer, decoder.find, kept) as gateway:
         wait_until(lambda: serving(gateway))
         with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
-            stubs = InferenceStub(channel), SessionsStub(channel)
-            cluster = Cluster(decoder, gateway, RedisBlocks(address), *stubs)
+            cluster = Cluster(decoder, gateway, RedisBlocks(address), channel)
             cluster.ask(HELLO)
             assert cluster.ask("And then?").usage.prompt_tokens > len(HELLO)
             parked = cluster.sessions.ParkSession(ParkSessionRequest(name="trip"))
