@@ -1,4 +1,4 @@
-"""The command `briolette`: up, status, chat, sessions, down, demo."""
+"""The command `briolette`: up, status, chat, sessions, down, demo, verify."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,19 @@ def demo(config: Config, args: argparse.Namespace) -> int:
     return 0
 
 
+def verify(config: Config, args: argparse.Namespace) -> int:
+    """Hold warm answers, from memory and from Redis, to cold ones; needs no running cluster."""
+    from deployments import verify as verification
+    from deployments.cards import StartDisplay
+    from deployments.verify_card import print_report
+
+    config = replace(config, batch_invariant=args.batch_invariant)
+    with StartDisplay(console) as display:
+        report = verification.verify(config, args.prompts, display.show)
+    print_report(console, report)
+    return 0 if report.is_warm and (report.is_equal or not args.batch_invariant) else 1
+
+
 def _settled(client: Any) -> Any:
     """The status after the last answer: it is sent once a second."""
     import time
@@ -198,6 +212,16 @@ def _parser() -> argparse.ArgumentParser:
     _address_option(kept)
     _command(commands, down)
     _command(commands, demo)
+    check = _command(commands, verify)
+    check.add_argument(
+        "--prompts", type=Path, help='a file of lines like {"turns": ["…"]} or {"prompt": "…"}'
+    )
+    check.add_argument(
+        "--batch-invariant",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="without it differences are shown and are no failure",
+    )
     return parser
 
 

@@ -126,3 +126,28 @@ def recall_test(
     filler.insert(rng.choice(far), target.plant(rng))
     asked = target.turn(rng)
     return Turn(" ".join([*filler, asked.user]), asked.model, "recall")
+
+
+def recall_document(
+    rng: random.Random, length: int, digits: int, window: int, count: Counter
+) -> tuple[str, list[Pair]]:
+    """Sentences that fill a prompt of `length` tokens, a question included, and the four pairs
+    planted among them, each farther back than `window` tokens.
+    """
+    pairs = [make_pair(rng, name, digits, True) for name in rng.sample(NAMES, 4)]
+    planted = [pair.plant(rng) for pair in pairs]
+    near = fill(rng, window + 16, count)
+    left = length - window - 72 - sum(count(f" {sentence}") for sentence in planted)
+    far = fill(rng, left, count)
+    for sentence in planted:
+        far.insert(rng.randint(0, len(far)), sentence)
+    return " ".join([*far, *near]), pairs
+
+
+def fill(rng: random.Random, length: int, count: Counter) -> list[str]:
+    """Sentences of about `length` tokens."""
+    sentences: list[str] = []
+    while length > 0:
+        sentences.append(rng.choice(FILLER))
+        length -= count(f" {sentences[-1]}")
+    return sentences
