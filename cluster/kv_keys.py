@@ -252,15 +252,20 @@ return listed
 )
 
 # ARGV: name, then more traces. Removes it, its traces, and every value that no other session needs.
-# Returns whether it was there.
+# Returns the keys removed, or nothing where there is no such session.
 DELETE_SESSION = (
     _SESSIONS
     + """
 local name = ARGV[2]
-if redis.call('SREM', sessions, name) == 0 then return 0 end
+if redis.call('SREM', sessions, name) == 0 then return false end
 remove_expired()
 charge_content(0 - redis.call('HSTRLEN', record_of(name), 'content'))
-local function discard(key) if not is_pinned(key) then remove(key) end end
+local removed = {}
+local function discard(key)
+  if is_pinned(key) then return end
+  remove(key)
+  removed[#removed + 1] = key
+end
 for _, key in ipairs(all_keys(name)) do
   unpin(key)
   discard(key)
@@ -269,6 +274,6 @@ for _, key in ipairs(redis.call('SMEMBERS', traces_of(name))) do discard(key) en
 for i = 3, #ARGV do discard(ARGV[i]) end
 redis.call('DEL', record_of(name), keys_of(name), traces_of(name))
 keep_books()
-return 1
+return removed
 """
 )

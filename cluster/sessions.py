@@ -135,13 +135,18 @@ class Sessions:
         """All sessions, the last used one first."""
         return sorted(self._list(tenant), key=lambda session: session.last_used, reverse=True)
 
-    def delete(self, tenant: str, name: str, traces: Iterable[bytes] = ()) -> None:
-        """Remove a session, its values and its traces, more of them too. Raises UnknownSession.
+    def delete(self, tenant: str, name: str, traces: Iterable[bytes] = ()) -> Sequence[bytes]:
+        """Remove a session, its values and its traces, more of them too. Returns the keys of what
+        is no longer there. Raises UnknownSession.
 
         What a decoder still has in its write queue would come again: flush it before.
         """
-        if not self._run(DELETE_SESSION, tenant, check_name(name), *traces):
+        removed: Sequence[bytes] | None = self._run(
+            DELETE_SESSION, tenant, check_name(name), *traces
+        )
+        if removed is None:
             raise self._unknown(tenant, name)
+        return removed
 
     def close(self) -> None:
         """Hang up."""

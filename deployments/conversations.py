@@ -119,7 +119,7 @@ class Conversations:
         said = {"role": "assistant", "content": answer.text}
         token_ids = prompt_ids + self._answer_ids(answer)
         traces = self._decoder.traces(before.tenant, before.name)
-        await asyncio.to_thread(
+        missing = await asyncio.to_thread(
             self.sessions.save,
             before.tenant,
             before.name,
@@ -131,12 +131,15 @@ class Conversations:
             traces=traces,
         )
         self._decoder.forget_traces(before.tenant, before.name, traces)
+        # Many of them only wait to be written, which does no harm: nothing is written twice.
+        self._decoder.tell_missing(before.tenant, missing)
 
     async def delete(self, tenant: str, name: str) -> None:
         """Remove it and what cancelled turns have left from the store. Raises UnknownSession."""
         traces = self._decoder.traces(tenant, name)
-        await asyncio.to_thread(self.sessions.delete, tenant, name, traces)
+        removed = await asyncio.to_thread(self.sessions.delete, tenant, name, traces)
         self._decoder.forget_traces(tenant, name, traces)
+        self._decoder.tell_missing(tenant, removed)
 
     def _answer_ids(self, answer: Generation) -> list[int]:
         """The answer's tokens without the one that ended it, which the chat template writes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from cluster.errors import Unavailable
 from cluster.links import Endpoint
@@ -16,6 +16,7 @@ from protos.briolette.v1.inference_pb2 import FINISH_REASON_UNSPECIFIED
 from protos.briolette.v1.stream_pb2 import (
     Add,
     FromDecoder,
+    Missing,
     Output,
     SessionAnswer,
     SessionCall,
@@ -98,6 +99,11 @@ class RemoteDecoder:
             raise Unavailable("The decoder does not answer right now.") from None
         finally:
             del self._calls[call.call_id]
+
+    def tell_missing(self, tenant: str, keys: Sequence[bytes]) -> None:
+        """The store lacks these values: what the decoder has of them, it saves again."""
+        if keys:
+            self._link.send(ToDecoder(missing=[Missing(tenant=tenant, keys=keys)]))
 
     def traces(self, tenant: str, session: str) -> frozenset[bytes]:
         """Keys of what turns of a session may have left in the store, until they are forgotten."""

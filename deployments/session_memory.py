@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from engine.request import Request
-from protos.briolette.v1.stream_pb2 import Failure, SessionAnswer, SessionCall, SessionTrace
+from protos.briolette.v1.stream_pb2 import (
+    Failure,
+    Missing,
+    SessionAnswer,
+    SessionCall,
+    SessionTrace,
+)
 
 FLUSH_S = 30.0  # for all that waits to be written to the store
 
@@ -33,6 +39,9 @@ class KeptValues(Protocol):
 
     def traces_of(self, request: Request) -> tuple[bytes, ...]:
         """Of all values that this request may have left in the store."""
+
+    def forget(self, tenant: str, keys: Iterable[bytes]) -> None:
+        """These values aren't there: save them again when they come by."""
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was saved is written or given up; whether that came in time."""
@@ -65,6 +74,11 @@ class SessionMemory:
         if request.session is None or self._store is None:
             return ()
         return self._store.keys_of(request)
+
+    def forget(self, missing: Missing) -> None:
+        """What a gateway has found missing in the store, or has removed."""
+        if self._store is not None:
+            self._store.forget(missing.tenant, missing.keys)
 
     def answer(self, call: SessionCall, reply: Callable[[SessionAnswer], None]) -> None:
         """Between two steps; so is `reply` called, at once or later."""

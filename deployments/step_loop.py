@@ -213,6 +213,8 @@ class StepLoop:
             if (served := self._served.pop(request_id, None)) is not None:
                 self._engine.abort(request_id)
                 self._leave_trace(served)
+        for missing in message.missing:
+            self._sessions.forget(missing)
         for call in message.session_calls:
             self._sessions.answer(call, partial(self._reply, gateway_id))
 

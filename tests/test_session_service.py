@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cluster.kv_keys import value_name
 from cluster.kv_store import KVStore
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
@@ -49,6 +50,7 @@ class RedisBlocks(MemoryStore):
         self.store = KVStore(address, b"counter", "counter", Metrics(CollectorRegistry()))
         self.fingerprint = b"counter"
         self.blocks = self
+        self.forgotten: set[bytes] = set()
 
     def read(self, kind: AttentionKind, block_id: int) -> bytes:
         return bytes(1000)
@@ -70,6 +72,9 @@ class RedisBlocks(MemoryStore):
         new = slice(request.num_cached_tokens // 16, request.num_computed_tokens // 16)
         hashes = request.block_hashes[new]
         return tuple(self._key(kind, h) for kind in AttentionKind for h in hashes)
+
+    def forget(self, tenant: str, keys: Iterable[bytes]) -> None:
+        self.forgotten.update(keys)
 
     def flush(self, timeout_s: float) -> bool:
         return self.store.flush(timeout_s)
@@ -286,6 +291,21 @@ def test_deleting_leaves_no_key(cluster: Cluster, address: RedisAddress) -> None
     assert address.client().keys("*") == []
     assert cluster.decoder.engine.session_tokens("default") == {}
     assert refusal(cluster.said)[0] == "NOT_FOUND"
+
+
+def test_the_decoder_hears_what_the_store_lacks(cluster: Cluster, address: RedisAddress) -> None:
+    kept = Sessions(address, 60.0, lambda tenant: 1 << 20)
+    cluster.ask(HELLO)
+    cluster.blocks.flush(5)
+    needed = kept.load("default", "trip").block_keys
+    address.client().delete(*(value_name("default", key) for key in needed[:2]))
+    cluster.ask("And then?")
+    wait_until(lambda: cluster.blocks.forgotten.issuperset(needed[:2]))
+    cluster.blocks.flush(5)
+    needed = kept.load("default", "trip").block_keys
+    cluster.blocks.forgotten.clear()
+    cluster.sessions.DeleteSession(DeleteSessionRequest(name="trip"))
+    wait_until(lambda: cluster.blocks.forgotten.issuperset(needed))
 
 
 def test_another_model_reads_the_messages_anew(

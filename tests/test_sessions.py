@@ -150,7 +150,8 @@ def test_what_a_session_left_on_its_way_goes_with_it(
     save(sessions, "s", b"a", b"window 1", traces=(b"trace", b"never put"))
     save(sessions, "s", b"a", b"window 2", version=sessions.load("t", "s").version)
     save(sessions, "other", b"window 1")
-    sessions.delete("t", "s")
+    removed = sessions.delete("t", "s")
+    assert {b"a", b"window 2", b"trace"} <= set(removed) and b"window 1" not in removed
     expected = [False, True, False, False, True]
     assert there(store, b"a", b"window 1", b"window 2", b"trace", b"not its own") == expected
     assert not [key for key in address.client().keys("*") if key.endswith(b":s")]

@@ -27,6 +27,7 @@ class ToDecoder(_message.Message):
     ADDS_FIELD_NUMBER: _builtins.int
     ABORTS_FIELD_NUMBER: _builtins.int
     SESSION_CALLS_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Add]: ...
     @_builtins.property
@@ -35,16 +36,19 @@ class ToDecoder(_message.Message):
 
     @_builtins.property
     def session_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionCall]: ...
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedCompositeFieldContainer[Global___Missing]: ...
     def __init__(
         self,
         *,
         adds: _abc.Iterable[Global___Add] | None = ...,
         aborts: _abc.Iterable[_builtins.str] | None = ...,
         session_calls: _abc.Iterable[Global___SessionCall] | None = ...,
+        missing: _abc.Iterable[Global___Missing] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "adds", b"adds", "session_calls", b"session_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "adds", b"adds", "missing", b"missing", "session_calls", b"session_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -185,6 +189,31 @@ class Failure(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
+
+@_typing.final
+class Missing(_message.Message):
+    """What the store lacks of a tenant's values, whatever the decoder has put there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Missing: _TypeAlias = Missing  # noqa: Y015
 
 @_typing.final
 class SessionCall(_message.Message):
