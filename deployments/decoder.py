@@ -123,7 +123,7 @@ class DecoderReplica:
         config = self._config
         self._metrics_port = start_metrics_server(config.gateway.host, 0, self._registry).port
         meter = EngineMeter(self._metrics, config.model_id)
-        self._loop = StepLoop(self._engine, meter, self._fill_status)
+        self._loop = StepLoop(self._engine, meter, self._fill_status, self._store)
         self._listener = Listener(secret, verify_gateway, transports=transports(config))
         self._loop.start(
             GatewayLinks(
