@@ -125,7 +125,7 @@ def bytes_per_step(spec: ModelSpec, num_streams: int, context: int, dtype: torch
         num_elements += hit * 3 * hidden * spec.moe_intermediate_size + hidden * spec.num_experts
         is_global = layer.kind is AttentionKind.GLOBAL
         keys = context if is_global else min(context, spec.sliding_window)
-        num_elements += num_streams * keys * 2 * kv_heads
+        num_elements += num_streams * keys * layer.kv_elements("v")
     return num_elements * dtype.itemsize
 
 
@@ -135,10 +135,10 @@ def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
     destination = torch.empty_like(source)
     best = 0.0
     for _ in range(8):
-        _synchronise(device)
+        synchronise(device)
         start = time.perf_counter()
         destination.copy_(source)
-        _synchronise(device)
+        synchronise(device)
         best = max(best, 2 * num_bytes / (time.perf_counter() - start))
     return best
 
@@ -226,7 +226,8 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait for the card, where there is one."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -112,7 +112,7 @@ def measure_memory(spec: ModelSpec, num_tokens: int) -> Memory:
     return Memory(
         num_tokens=num_tokens,
         calculated_bytes=min_kv_bytes(spec, length, dtype=FP32, max_num_batched_tokens=BUDGET),
-        kv_bytes=sum(t.nbytes for tensors in runner.kv_tensors.values() for t in tensors),
+        kv_bytes=sum(t.nbytes for tensors in runner.kv_tensors.values() for t in tensors.stored),
         unfreed_bytes=sum(per_block.values()) * -(-length // block_size),
         grown_bytes=most_bytes - before_bytes,
         window_blocks=sliding_blocks(spec.sliding_window, 1, block_size, length),

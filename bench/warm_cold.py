@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cluster.spec import AttentionKind
+from cluster.spec import AttentionKind, KVRows
 from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
 from engine.core import EngineCore, SpecLimits
@@ -74,10 +74,11 @@ class WarmCold:
 
     make_runner: MakeRunner
     connect: Connect | None = None
+    kv_rows: KVRows = "v"
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
-        ample = KVCacheConfig(8, dict.fromkeys(AttentionKind, 64))
+        ample = KVCacheConfig(8, dict.fromkeys(AttentionKind, 64), kv_rows=self.kv_rows)
         runner = self.make_runner(ample)
         self.spec = runner.model.spec
         self._alone = EngineCore(
@@ -119,6 +120,7 @@ class Case:
                 AttentionKind.GLOBAL: 1 + blocks * rng.choice([1, 2, 4]),
                 AttentionKind.SLIDING: 1 + window_blocks * rng.choice([1, 2, 8]),
             },
+            kv_rows=owner.kv_rows,
         )
         near = (-1, 0, 1)
         borders = {window, 2 * window, self.block_size, self.budget, window + self.block_size}
@@ -131,8 +133,8 @@ class Case:
         """An engine that has seen nothing, with the store that was there before."""
         runner = self.owner.make_runner(self.kv)
         for tensors in runner.kv_tensors.values():
-            tensors.key.fill_(GARBAGE)
-            tensors.value.fill_(GARBAGE)
+            for tensor in tensors.stored:
+                tensor.fill_(GARBAGE)
         self.recorder = Recorder()
         self.core = EngineCore(
             runner,

@@ -15,10 +15,13 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from cluster.errors import ConfigError
+from cluster.spec import KVRows
 
 DEMO_MODEL = "demo"
 DEMO_MODEL_DIR = Path(__file__).resolve().parent.parent / "demo" / "gemma4-moe-demo"
 STATE_DIR = Path.home() / ".local" / "state" / "briolette"
+
+TEXTS = tuple[str, ...]  # a list in YAML
 
 T = TypeVar("T")
 
@@ -53,9 +56,15 @@ class EngineConfig:
     max_model_len: int | None = _setting(None, "context length; null is the model's", "tokens", 1)
     kv_bytes: int = _setting(512 << 20, "KV cache on the device", "bytes", 1 << 16)
     num_blocks: int | None = _setting(None, "KV blocks a group, in place of kv_bytes", "blocks", 2)
+    kv_rows: KVRows = _setting(  # noqa: RUF009
+        "v", "kept of a token where K = V: v and raw are one row, raw and split give equal bits"
+    )
     prefix_caching: bool = _setting(True, "don't compute again what the KV cache still holds")
     checkpoint_blocks: int = _setting(
         256, "keep a sliding window every so many blocks of a prompt; 0: at its ends", "blocks", 0
+    )
+    shared_tenants: tuple[str, ...] = _setting(
+        (), "tenants that may find each other's prefixes cached; all others find their own only"
     )
     threads: int | None = _setting(None, "CPU threads; null shares the cores out", "threads", 1)
 
@@ -84,7 +93,7 @@ class ExpertsConfig:
 class StoreConfig:
     """Redis or Valkey, where long contexts and sessions are kept."""
 
-    enabled: bool = _setting(True, "keep contexts in Redis; not used by the decoder yet")
+    enabled: bool = _setting(True, "keep contexts and sessions in Redis, beyond a restart")
     url: str | None = _setting(
         None, "redis://, rediss:// (TLS) or unix://; null starts the server that comes with us"
     )
@@ -304,6 +313,9 @@ def _converted(value: Any, hint: Any, unit: str) -> Any:
         return Path(value).expanduser()
     if hint in (bool, str) and isinstance(value, hint) and value != "":
         return value
+    is_list = isinstance(value, list | tuple)
+    if hint == TEXTS and is_list and all(isinstance(item, str) and item for item in value):
+        return tuple(value)
     shown = "null" if value is None else repr(value)
     raise ValueError(f"must be {_TYPE_NAMES[hint]}, not {shown}")
 
@@ -321,6 +333,7 @@ _TYPE_NAMES = {
     bool: "true or false",
     str: "a text",
     Path: "a path",
+    TEXTS: "a list of texts",
 }
 
 
@@ -369,4 +382,6 @@ def _to_dict(section: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return _to_dict(value)
+    if isinstance(value, tuple):
+        return list(value)
     return str(value) if isinstance(value, Path) else value

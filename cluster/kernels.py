@@ -75,15 +75,16 @@ class Kernels(Protocol):
         norm_weight: Tensor,
         eps: float,
         rotation: tuple[Tensor, Tensor],
-        kv: tuple[Tensor, Tensor, Tensor] | None,
+        kv: tuple[Tensor, Tensor | None, Tensor] | None,
     ) -> Tensor:
         """Norm the heads of qkv [num_rows, num_heads, head_dim], rotate queries and keys, and write
         keys and values to the KV cache. Returns the queries [num_rows, num_queries, head_dim].
 
         norm_weight [num_queries + num_keys, head_dim]. `rotation` is cos and sin [num_rows, 1,
         head_dim], the first half of the sines negated. `kv` is slots [num_rows], and keys and
-        values [num_slots, num_keys, head_dim]; None where the layer owns none. Without heads of
-        their own, the values are the normed keys.
+        values [num_slots, num_kv_heads, head_dim]; None where nothing is to be written. The values
+        are the last heads, which are the keys where values have none of their own; with values
+        alone to be written, num_keys is 0.
         """
         ...
 
@@ -133,15 +134,15 @@ class TorchKernels:
         norm_weight: Tensor,
         eps: float,
         rotation: tuple[Tensor, Tensor],
-        kv: tuple[Tensor, Tensor, Tensor] | None,
+        kv: tuple[Tensor, Tensor | None, Tensor] | None,
     ) -> Tensor:
         heads = self.rms_norm(qkv, None, eps)
         rotated = rotate(heads[:, : len(norm_weight)] * norm_weight, *rotation)
         if kv is not None:
             slots, keys, values = kv
-            num_keys = len(norm_weight) - num_queries
-            keys.index_copy_(0, slots, rotated[:, num_queries:])
-            values.index_copy_(0, slots, heads[:, -num_keys:])  # the normed keys where K = V
+            if keys is not None:
+                keys.index_copy_(0, slots, rotated[:, num_queries:])
+            values.index_copy_(0, slots, heads[:, -values.shape[1] :])
         return rotated[:, :num_queries]
 
     def top_k_experts(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 WEIGHT = 0.2  # of a new measurement in the moving average
+RATE_LIFE_S = 600.0  # then the next read measures anew: a rate that forbids reads would last
 LEAST_BYTES = 256 << 10  # a shorter read measures the latency, not the rate
 
 
@@ -38,13 +41,17 @@ class Rates:
 class RateMeter:
     """Moving averages of the rate and the latency of reads. Any thread may call."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._rates = Rates(None, 0.0)
+        self._last_read_at = 0.0
 
     @property
     def rates(self) -> Rates:
-        return self._rates
+        rates = self._rates
+        is_old = self._clock() - self._last_read_at > RATE_LIFE_S
+        return Rates(None, rates.latency_s) if is_old else rates
 
     def saw_lookup(self, seconds: float) -> None:
         """A look-up of keys took this long: about one round trip."""
@@ -60,5 +67,6 @@ class RateMeter:
         with self._lock:
             # Averaged as time per byte: of two unlike reads the slow one takes the time.
             now, old = seconds / num_bytes, self._rates.read_bytes_per_s
+            self._last_read_at = self._clock()
             mean = now if old is None else 1 / old + WEIGHT * (now - 1 / old)
             self._rates = Rates(1 / mean, self._rates.latency_s)

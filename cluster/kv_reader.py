@@ -70,6 +70,7 @@ class Read:
         self.wanted = wanted
         self.started_s = time.perf_counter()
         self.outcomes = ["unreachable"] * len(wanted)
+        self.is_cancelled = False
         self._on_done = on_done
         self._lock = threading.Lock()
         self._next = 0
@@ -97,6 +98,7 @@ class Read:
 
     def cancel(self) -> None:
         """Ask for nothing more. What is under way still comes: wait for `done`."""
+        self.is_cancelled = True
         self.stop()
 
     def take(self) -> int | None:
@@ -213,7 +215,8 @@ class Reader:
         lengths: list[int] = []
         for at in range(0, len(job.keys), KEYS_AT_ONCE):
             keys = job.keys[at : at + KEYS_AT_ONCE]
-            lengths += connection.command(*self._script(LOOK_UP, job.tenant), *keys)
+            found: bytes = connection.command(*self._script(LOOK_UP, job.tenant), *keys)
+            lengths += map(int, found.split())
         self._on_lookup_s(time.perf_counter() - start_s)
         return [length - HEADER_BYTES if length > HEADER_BYTES else None for length in lengths]
 

@@ -8,16 +8,30 @@ answer, and never an exception from here. The calls that a decoder's step makes 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from cluster.breaker import Breaker
 from cluster.config import StoreConfig
 from cluster.kv_rates import RateMeter, Rates, worth_fetching
 from cluster.kv_reader import Lookup, Read, Reader
 from cluster.kv_value import Buffer, short_fingerprint
-from cluster.kv_writer import FULL_RETRY_S, Value, Writer
+from cluster.kv_writer import FULL_RETRY_S, Memory, Value, Writer
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatus:
+    """What an operator wants to know at a glance."""
+
+    address: str
+    is_up: bool
+    is_writable: bool
+    used_bytes: int  # of the server's memory
+    max_bytes: int  # its limit; 0: none, or not known yet
+    queue_bytes: int  # that wait to be written
+    num_decided: Mapping[str, int]  # prefixes by choice, as in the metric
 
 
 class KVStore:
@@ -41,20 +55,22 @@ class KVStore:
         config = config or StoreConfig()
         self._model, self._metrics = model, metrics
         self._meter = RateMeter()
-        self._decisions = {
-            choice: metrics.kv_store_decisions_total(model, choice)
-            for choice in ("fetch", "recompute")
-        }
+        self._num_decided = dict.fromkeys(("fetch", "recompute", "given_up"), 0)
+        for choice in self._num_decided:
+            metrics.kv_store_decisions_total(model, choice)  # shown from the start
         ttl_ms, fingerprint = round(config.ttl_s * 1000), short_fingerprint(fingerprint)
         metrics.kv_store_up(model).set(1)
         metrics.kv_store_writable(model).set(1)
+        metrics.kv_store_queue_bytes(model).set_function(lambda: self._writer.queue_bytes)
         reach = Breaker(f"The KV store at {address}", metrics.kv_store_up(model).set)
         writing = Breaker(
             f"Writing to the KV store at {address}",
             metrics.kv_store_writable(model).set,
             first_retry_s=FULL_RETRY_S,
         )
-        self._reach = reach
+        self._address = address
+        self._reach, self._writing = reach, writing
+        self._memory = Memory(0, 0)
         self._writer = Writer(
             address,
             fingerprint,
@@ -65,6 +81,7 @@ class KVStore:
             budget_of=budget_of or (lambda tenant: config.tenant_bytes),
             on_outcome=self._count_write,
             on_used=lambda tenant, used: metrics.kv_store_used_bytes(model, tenant).set(used),
+            on_memory=self._note_memory,
         )
         self._reader = Reader(
             address,
@@ -79,6 +96,19 @@ class KVStore:
     def is_up(self) -> bool:
         """Whether Redis answered when it was last asked."""
         return self._reach.is_closed
+
+    @property
+    def status(self) -> StoreStatus:
+        """How it is doing, as last seen."""
+        return StoreStatus(
+            str(self._address),
+            self.is_up,
+            self._writing.is_closed,
+            self._memory.used_bytes,
+            self._memory.max_bytes,
+            self._writer.queue_bytes,
+            dict(self._num_decided),
+        )
 
     @property
     def rates(self) -> Rates:
@@ -141,8 +171,12 @@ class KVStore:
         fetch = worth_fetching(
             num_bytes, num_tokens, rates.read_bytes_per_s, prefill_tokens_per_s, rates.latency_s
         )
-        self._decisions["fetch" if fetch else "recompute"].inc()
+        self._count_decision("fetch" if fetch else "recompute")
         return fetch
+
+    def gave_up(self) -> None:
+        """Count a prefix that took longer to come than computing it would have taken."""
+        self._count_decision("given_up")
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was put is written or given up; whether that came in time."""
@@ -159,9 +193,16 @@ class KVStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _count_decision(self, choice: str) -> None:
+        self._num_decided[choice] += 1
+        self._metrics.kv_store_decisions_total(self._model, choice).inc()
+
+    def _note_memory(self, memory: Memory) -> None:
+        self._memory = memory
+        self._metrics.kv_store_memory_bytes(self._model).set(memory.used_bytes)
+
     def _count_write(self, outcome: str, value: Value) -> None:
         self._metrics.kv_store_writes_total(self._model, outcome).inc()
-        self._metrics.kv_store_queue_bytes(self._model).set(self._writer.queue_bytes)
         if outcome == "written":
             self._metrics.kv_store_bytes_total(self._model, "written").inc(value.num_bytes)
 
@@ -169,7 +210,7 @@ class KVStore:
         for outcome in read.outcomes:
             self._metrics.kv_store_reads_total(self._model, outcome).inc()
         self._metrics.kv_store_bytes_total(self._model, "read").inc(read.num_bytes)
-        if all(outcome == "ok" for outcome in read.outcomes):
+        if read.is_cancelled or all(outcome == "ok" for outcome in read.outcomes):
             self._meter.saw_read(read.num_bytes, time.perf_counter() - read.started_s)
         rate = self._meter.rates.read_bytes_per_s
         if rate is not None:

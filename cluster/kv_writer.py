@@ -31,12 +31,20 @@ class Value:
     num_bytes: int  # of the payload
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of the server, as it says itself."""
+
+    used_bytes: int
+    max_bytes: int  # 0: no limit
+
+
 class Writer:
     """The queue and its thread.
 
     `on_outcome(outcome, value)` is called once for each value that was put, `on_used(tenant,
-    bytes)` with what a tenant uses after a write. A value that is being sent when the connection
-    breaks is lost; those that wait behind it are sent later.
+    bytes)` with what a tenant uses after a write, `on_memory` after each batch. A value
+    that is being sent when the connection breaks is lost; those that wait behind it are sent later.
     """
 
     def __init__(
@@ -51,6 +59,7 @@ class Writer:
         budget_of: Callable[[str], int],
         on_outcome: Callable[[str, Value], None],
         on_used: Callable[[str, int], None],
+        on_memory: Callable[[Memory], None],
     ) -> None:
         self._address = address
         self._fingerprint = fingerprint
@@ -61,6 +70,7 @@ class Writer:
         self._budget_of = budget_of
         self._on_outcome = on_outcome
         self._on_used = on_used
+        self._on_memory = on_memory
         self._changed = threading.Condition()
         self._queue: deque[Value] = deque()
         self._queue_bytes = 0  # of what waits and of what is being sent
@@ -139,15 +149,27 @@ class Writer:
         self._hang_up()
         try:
             self._connected().command("PING")
+            self._look_at_memory()
         except REDIS_ERRORS as error:
+            self._hang_up()
             self._reach.failed(str(error))
         else:
             self._reach.succeeded()
+
+    def _look_at_memory(self) -> None:
+        """Ask the server how full it is, if it lets us."""
+        answer = _answer_or_error(self._connected(), "INFO", "memory")
+        if isinstance(answer, bytes):
+            lines = [line.partition(b":") for line in answer.split(b"\r\n")]
+            info = {name: value for name, _, value in lines}
+            used, limit = info.get(b"used_memory", b"0"), info.get(b"maxmemory", b"0")
+            self._on_memory(Memory(int(used), int(limit)))
 
     def _write(self, batch: Sequence[Value]) -> None:
         outcomes = ["unreachable"] * len(batch)
         try:
             self._send(self._connected(), batch, outcomes)
+            self._look_at_memory()
         except REDIS_ERRORS as error:
             self._hang_up()
             self._reach.failed(str(error))
@@ -213,13 +235,13 @@ class Writer:
             by_tenant.setdefault(value.tenant, []).append(i)
         present = []
         for tenant, indices in by_tenant.items():
-            lengths = connection.command(
+            found: bytes = connection.command(
                 *self._script(LOOK_UP, tenant), *(batch[i].key for i in indices)
             )
             present += [
                 i
-                for i, length in zip(indices, lengths, strict=True)
-                if length == batch[i].num_bytes + HEADER_BYTES
+                for i, length in zip(indices, found.split(), strict=True)
+                if int(length) == batch[i].num_bytes + HEADER_BYTES
             ]
         return present
 
@@ -274,6 +296,13 @@ class Writer:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
+
+
+def _answer_or_error(connection: BulkConnection, *words: str) -> Any:
+    try:
+        return connection.command(*words)
+    except redis.ResponseError as error:
+        return error
 
 
 def _reply_or_error(connection: BulkConnection) -> Any:

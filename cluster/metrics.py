@@ -167,9 +167,12 @@ class Metrics:
     )
     kv_store_queue_bytes = _gauge("Bytes that wait to be written", "model")
     kv_store_used_bytes = _gauge("Bytes in Redis, as last seen", "model", "tenant")
+    kv_store_memory_bytes = _gauge("Of the whole Redis server, as last seen", "model")
     kv_store_read_bytes_per_second = _gauge("What reads reached lately", "model")
     kv_store_decisions_total = _counter(
-        "Prefixes found in the store; choice: fetch or recompute", "model", "choice"
+        "Prefixes in the store; choice: fetch, recompute or given_up (while on its way)",
+        "model",
+        "choice",
     )
 
     def __init__(self, registry: CollectorRegistry) -> None:

@@ -21,20 +21,44 @@ namespace {
 constexpr int LANES = 16;
 constexpr int PANEL = 2 * LANES;
 constexpr int KEY_TILE = 64;     // keys reduced together, aligned to positions
-constexpr int QUERY_TILE = 32;   // queries x heads of a key head that go through the keys together
+constexpr int QUERY_TILE = 128;  // queries x heads of a key head that go through the keys together
 constexpr int ROW_CHUNK = 64;    // rows of a product that one task computes
 constexpr int64_t SERIAL = 1 << 14;  // below this many multiply-adds a second thread doesn't pay
 #ifdef __AVX512F__
 constexpr int MAX_ROWS = 8;  // rows x 2 accumulators fit the vector registers
+constexpr int ACCUMULATORS = 16, ROWS = 4;  // of attention: in registers, and queries they are for
 #else
 constexpr int MAX_ROWS = 3;
+constexpr int ACCUMULATORS = 4, ROWS = 2;
 #endif
+constexpr float LOWEST = -1e30f;  // below every score, and finite
 
-typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 typedef float Vec8 __attribute__((vector_size(32), aligned(4)));
 typedef float Vec4 __attribute__((vector_size(16), aligned(4)));
-typedef int32_t IntVec4 __attribute__((vector_size(16)));
+#ifdef __AVX512F__
+typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+#else
+// In halves: GCC keeps a vector that is wider than a register in memory, whatever is done with it.
+struct Vec {
+  Vec8 low, high;
+};
+typedef int32_t IntVec8 __attribute__((vector_size(32)));
+
+#define BOTH_HALVES(op)                                                               \
+  inline Vec operator op(Vec a, Vec b) { return {a.low op b.low, a.high op b.high}; } \
+  inline Vec operator op(Vec a, float b) { return {a.low op b, a.high op b}; }        \
+  inline Vec operator op(float a, Vec b) { return {a op b.low, a op b.high}; }
+BOTH_HALVES(+)
+BOTH_HALVES(-)
+BOTH_HALVES(*)
+BOTH_HALVES(/)
+#undef BOTH_HALVES
+inline Vec operator-(Vec a) { return {-a.low, -a.high}; }
+inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
+template <class V>
+inline Vec& operator*=(Vec& a, V b) { return a = a * b; }
+#endif
 
 inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
@@ -68,21 +92,22 @@ inline float sum(Vec v) {
 }
 
 inline float largest(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < LANES; i++) best = std::max(best, v[i]);
-  return best;
+  float lanes[LANES];
+  store(lanes, v);
+  return *std::max_element(lanes, lanes + LANES);
 }
 
 // e^x, within 2 units of the last place; 0 below -87. Cephes' split of x into n ln 2 + r, and a
 // Taylor polynomial in r, |r| <= ln 2 / 2.
-inline Vec exp_of(Vec x) {
-  IntVec tiny = x < -87.0f;
-  x = x > 88.0f ? splat(88.0f) : x;
-  x = tiny ? splat(-87.0f) : x;
+template <class V, class Int>
+inline V exp_lanes(V x) {
+  Int tiny = x < -87.0f;
+  x = x > 88.0f ? V{} + 88.0f : x;
+  x = tiny ? V{} - 87.0f : x;
   const float rounder = 12582912.0f;  // 1.5 * 2^23
-  Vec n = (x * 1.44269504f + rounder) - rounder;
-  Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = splat(1.0f / 5040);
+  V n = (x * 1.44269504f + rounder) - rounder;
+  V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = V{} + 1.0f / 5040;
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
   p = p * r + 1.0f / 24;
@@ -90,11 +115,29 @@ inline Vec exp_of(Vec x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  IntVec scale = (__builtin_convertvector(n, IntVec) + 127) << 23;
-  Vec power;
+  Int scale = (__builtin_convertvector(n, Int) + 127) << 23;
+  V power;
   std::memcpy(&power, &scale, sizeof power);
-  Vec result = p * power;
-  return tiny ? Vec{} : result;
+  V result = p * power;
+  return tiny ? V{} : result;
+}
+
+#ifdef __AVX512F__
+inline Vec exp_of(Vec x) { return exp_lanes<Vec, IntVec>(x); }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+#else
+inline Vec exp_of(Vec x) {
+  return {exp_lanes<Vec8, IntVec8>(x.low), exp_lanes<Vec8, IntVec8>(x.high)};
+}
+inline Vec larger(Vec a, Vec b) {
+  return {a.low > b.low ? a.low : b.low, a.high > b.high ? a.high : b.high};
+}
+#endif
+
+inline float exp_of(float x) {
+  float lanes[LANES];
+  store(lanes, exp_of(splat(x)));
+  return lanes[0];
 }
 
 // gelu_tanh(gate) * up; (1 + tanh u) / 2 is 1 / (1 + e^-2u).
@@ -199,125 +242,270 @@ inline float inverse_rms(const float* x, int64_t size, float eps) {
   return 1.0f / std::sqrt(sum(squares) / size + eps);
 }
 
-// Four dot products of `size` numbers with the same query.
-inline Vec4 dot4(const float* query, const float* const* keys, int64_t size) {
-  Vec a{}, b{}, c{}, d{};
-  for (int64_t i = 0; i < size; i += LANES) {
-    Vec q = load_some(query + i, size - i);
-    a += q * load_some(keys[0] + i, size - i);
-    b += q * load_some(keys[1] + i, size - i);
-    c += q * load_some(keys[2] + i, size - i);
-    d += q * load_some(keys[3] + i, size - i);
+// Each lane sums its own share of a dot product; this adds up 16 such vectors. The lanes of each are
+// added in the same order: in halves, and the halves in halves.
+#ifdef __AVX512F__
+inline Vec sum_each(const Vec* v) {
+  Vec eights[8], fours[4], twos[2];
+  const IntVec low8{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+  for (int i = 0; i < 8; i++)
+    eights[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low8) +
+                __builtin_shuffle(v[2 * i], v[2 * i + 1], low8 + 8);
+  const IntVec low4{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+  for (int i = 0; i < 4; i++)
+    fours[i] = __builtin_shuffle(eights[2 * i], eights[2 * i + 1], low4) +
+               __builtin_shuffle(eights[2 * i], eights[2 * i + 1], low4 + 4);
+  const IntVec low2{0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
+  for (int i = 0; i < 2; i++)
+    twos[i] = __builtin_shuffle(fours[2 * i], fours[2 * i + 1], low2) +
+              __builtin_shuffle(fours[2 * i], fours[2 * i + 1], low2 + 2);
+  const IntVec even{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return __builtin_shuffle(twos[0], twos[1], even) + __builtin_shuffle(twos[0], twos[1], even + 1);
+}
+#else
+inline Vec sum_each(const Vec* v) {
+  float sums[LANES];
+  for (int i = 0; i < LANES; i++) sums[i] = sum(v[i]);
+  return load(sums);
+}
+#endif
+
+// products[q * stride + n] = queries[q] * keys[n], lane by lane over all of `size`.
+template <int Q, int N>
+inline void multiply_lanes(const float* const* queries, const float* const* keys, int64_t size,
+                           Vec* products, int stride) {
+  Vec sums[Q * N]{};
+  int64_t i = 0;
+  auto add = [&](auto fetch) {
+    Vec k[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) k[n] = fetch(keys[n]);
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++) {
+      Vec x = fetch(queries[q]);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) sums[q * N + n] += x * k[n];
+    }
+  };
+  for (; i + LANES <= size; i += LANES) add([&](const float* from) { return load(from + i); });
+  if (i < size) add([&](const float* from) { return load_some(from + i, size - i); });
+  for (int q = 0; q < Q; q++)
+    for (int n = 0; n < N; n++) products[q * stride + n] = sums[q * N + n];
+}
+
+// The norm's weight on a head, and its rotation: the pairs (i, i + half) for i < num_rotating. In a
+// function of its own, so that a key has the same bits wherever it is formed.
+__attribute__((noinline)) void norm_and_rotate_head(const float* from, float inverse,
+                                                    const float* weight, const float* cos,
+                                                    const float* sin, int64_t half,
+                                                    int64_t num_rotating, float* __restrict to) {
+  for (int64_t i = 0; i < 2 * half; i++) to[i] = from[i] * inverse * weight[i];
+  for (int64_t i = 0; i < num_rotating; i++) {
+    float x = to[i], y = to[half + i];
+    to[i] = __builtin_fmaf(x, cos[i], -(y * sin[i]));
+    to[half + i] = __builtin_fmaf(y, cos[i], x * sin[i]);
   }
-  Vec4 fa = fold(a), fb = fold(b), fc = fold(c), fd = fold(d);
-  Vec4 ab_low = __builtin_shuffle(fa, fb, IntVec4{0, 1, 4, 5});
-  Vec4 ab_high = __builtin_shuffle(fa, fb, IntVec4{2, 3, 6, 7});
-  Vec4 cd_low = __builtin_shuffle(fc, fd, IntVec4{0, 1, 4, 5});
-  Vec4 cd_high = __builtin_shuffle(fc, fd, IntVec4{2, 3, 6, 7});
-  Vec4 ab = ab_low + ab_high, cd = cd_low + cd_high;
-  return __builtin_shuffle(ab, cd, IntVec4{0, 2, 4, 6}) +
-         __builtin_shuffle(ab, cd, IntVec4{1, 3, 5, 7});
 }
 
 struct KVBlocks {
-  const float* key;    // [num_blocks, block_size, num_heads, head_dim]
+  const float* key;    // [num_blocks, block_size, num_heads, head_dim]; null where one row is kept
   const float* value;  // the same
   int64_t block_size, num_heads, head_dim;
+  // How keys come from the one row that `value` holds of a token. Raw rows are normed first.
+  const float* weight;     // [head_dim]
+  const float *cos, *sin;  // [num_positions, num_rotating]
+  int64_t num_rotating;
+  const float* raw_eps;  // null where rows are values
+};
+
+// Where a thread forms a tile's keys, and values from raw rows.
+struct Formed {
+  std::vector<float> keys, values;
+  explicit Formed(const KVBlocks& kv)
+      : keys(kv.key ? 0 : KEY_TILE * kv.head_dim), values(kv.raw_eps ? KEY_TILE * kv.head_dim : 0) {}
 };
 
 // Attention of some queries of one request with one key head, through all keys that they see.
 class QueryTile {
  public:
-  QueryTile(const KVBlocks& kv, const int64_t* table, int64_t window, int64_t kv_head)
-      : kv_(kv), table_(table), window_(window), kv_head_(kv_head) {}
+  QueryTile(const KVBlocks& kv, const int64_t* table, int64_t window, int64_t kv_head, Formed& formed)
+      : kv_(kv), formed_(formed), table_(table), window_(window), kv_head_(kv_head) {}
 
-  // queries[i] and outs[i] are rows of head_dim floats; positions ascend.
-  void attend(const float* const* queries, const int64_t* positions, float* const* outs,
-              int num_queries) {
-    std::fill(best_, best_ + num_queries, -INFINITY);
-    std::fill(total_, total_ + num_queries, 0.0f);
-    for (int i = 0; i < num_queries; i++) std::fill(outs[i], outs[i] + kv_.head_dim, 0.0f);
-    int64_t end = positions[num_queries - 1] + 1;
-    for (int64_t tile = first(positions[0]) / KEY_TILE * KEY_TILE; tile < end; tile += KEY_TILE) {
-      locate(std::max(tile, first(positions[0])), std::min(tile + KEY_TILE, end), tile);
-      for (int i = 0; i < num_queries; i++) {
-        int64_t from = std::max(first(positions[i]), tile) - tile;
-        int64_t to = std::min(positions[i] + 1, tile + KEY_TILE) - tile;
-        if (from < to) reduce(i, queries[i], from, to, outs[i]);
+  void add(const float* query, int64_t position, float* out) {
+    queries_[count_] = query;
+    positions_[count_] = position;
+    outs_[count_++] = out;
+  }
+
+  bool is_full() const { return count_ == QUERY_TILE; }
+
+  // Fill the outs; positions ascend. Every key tile is read, or formed, once for all queries.
+  void attend() {
+    std::fill(best_, best_ + count_, LOWEST);
+    std::fill(total_, total_ + count_, 0.0f);
+    for (int i = 0; i < count_; i++) std::fill(outs_[i], outs_[i] + kv_.head_dim, 0.0f);
+    int64_t begin = first(positions_[0]), end = positions_[count_ - 1] + 1;
+    for (tile_ = begin / KEY_TILE * KEY_TILE; tile_ < end; tile_ += KEY_TILE) {
+      locate(std::max(tile_, begin), std::min(tile_ + KEY_TILE, end));
+      for (int i = 0; i < count_; i += 4) {
+        switch (count_ - i) {
+          case 1: reduce<1>(i, 1); break;
+          case 2: reduce<2>(i, 2); break;
+          default: reduce<4>(i, std::min(4, count_ - i));
+        }
       }
     }
-    for (int i = 0; i < num_queries; i++)
+    for (int i = 0; i < count_; i++)
       for (int64_t d = 0; d < kv_.head_dim; d += LANES)
-        divide(outs[i] + d, total_[i], kv_.head_dim - d);
+        store_some(outs_[i] + d, load_some(outs_[i] + d, kv_.head_dim - d) / total_[i],
+                   kv_.head_dim - d);
+    count_ = 0;
   }
 
  private:
-  static void divide(float* at, float divisor, int64_t count) {
-    store_some(at, load_some(at, count) / divisor, count);
-  }
-
   int64_t first(int64_t position) const {
     return window_ ? std::max<int64_t>(0, position - window_ + 1) : 0;
   }
 
-  void locate(int64_t begin, int64_t end, int64_t tile) {
+  void locate(int64_t begin, int64_t end) {
     for (int64_t position = begin; position < end; position++) {
       int64_t slot = table_[position / kv_.block_size] * kv_.block_size + position % kv_.block_size;
-      int64_t offset = (slot * kv_.num_heads + kv_head_) * kv_.head_dim;
-      keys_[position - tile] = kv_.key + offset;
-      values_[position - tile] = kv_.value + offset;
+      int64_t offset = (slot * kv_.num_heads + kv_head_) * kv_.head_dim, at = position - tile_;
+      values_[at] = kv_.value + offset;
+      keys_[at] = kv_.key ? kv_.key + offset : formed_.keys.data() + at * kv_.head_dim;
+      for (int64_t i = 0; i < kv_.head_dim; i += LANES) {
+        __builtin_prefetch(values_[at] + i, 0, 2);
+        if (kv_.key) __builtin_prefetch(keys_[at] + i, 0, 2);
+      }
+    }
+    if (kv_.key) return;
+    for (int64_t position = begin; position < end; position++) form(position - tile_, position);
+  }
+
+  void form(int64_t at, int64_t position) {
+    const float* row = values_[at];
+    float inverse = 1.0f;
+    if (kv_.raw_eps) {
+      inverse = inverse_rms(row, kv_.head_dim, *kv_.raw_eps);
+      float* value = formed_.values.data() + at * kv_.head_dim;
+      for (int64_t i = 0; i < kv_.head_dim; i++) value[i] = row[i] * inverse;
+      values_[at] = value;
+    }
+    int64_t angle = position * kv_.num_rotating;
+    norm_and_rotate_head(row, inverse, kv_.weight, kv_.cos + angle, kv_.sin + angle,
+                         kv_.head_dim / 2, kv_.num_rotating,
+                         formed_.keys.data() + at * kv_.head_dim);
+  }
+
+  // Add the tile's keys to the running softmax of queries [i, i + count). Q >= count: the last
+  // query stands in for those that aren't there. A query that sees none of these keys keeps its
+  // bits: their weights are 0 and its decay is 1.
+  template <int Q>
+  void reduce(int i, int count) {
+    int64_t from = std::max(first(positions_[i]), tile_) - tile_;
+    int64_t to = std::min(positions_[i + count - 1] + 1, tile_ + KEY_TILE) - tile_;
+    if (from >= to) return;
+    alignas(64) float weights[Q][KEY_TILE];
+    score<Q>(i, count, from, to, weights);
+    float decays[Q];
+    for (int q = 0; q < count; q++) {
+      float* scores = weights[q];
+      int64_t begin = std::max(first(positions_[i + q]) - tile_, from);
+      int64_t end = std::min(positions_[i + q] + 1 - tile_, to);
+      std::fill(scores, scores + std::min<int64_t>(begin, KEY_TILE), -INFINITY);
+      std::fill(scores + std::max<int64_t>(end, 0), scores + KEY_TILE, -INFINITY);
+      decays[q] = soften(i + q, scores);
+    }
+    float* outs[Q];
+    for (int q = 0; q < Q; q++) {
+      outs[q] = outs_[i + std::min(q, count - 1)];
+      if (q >= count) std::copy(weights[count - 1], weights[count - 1] + KEY_TILE, weights[q]);
+    }
+    constexpr int N = std::max(1, ACCUMULATORS / Q);
+    int64_t d = 0;
+    for (; d + N * LANES <= kv_.head_dim; d += N * LANES) {
+      add_values<Q, N>(weights, count, from, to, decays, outs, d, N * LANES);
+    }
+    for (; d < kv_.head_dim; d += LANES) {
+      add_values<Q, 1>(weights, count, from, to, decays, outs, d, kv_.head_dim - d);
     }
   }
 
-  // Add the keys [from, to) of the tile to query i's running softmax.
-  void reduce(int i, const float* query, int64_t from, int64_t to, float* out) {
-    alignas(64) float scores[KEY_TILE];
-    std::fill(scores, scores + KEY_TILE, -INFINITY);
-    for (int64_t j = from; j < to; j += 4) {
-      const float* keys[4];
-      for (int64_t n = 0; n < 4; n++) keys[n] = keys_[std::min(j + n, to - 1)];
-      Vec4 dots = dot4(query, keys, kv_.head_dim);
-      std::memcpy(scores + j, &dots, std::min<int64_t>(4, to - j) * sizeof(float));
+  template <int Q>
+  void score(int i, int count, int64_t from, int64_t to, float (*scores)[KEY_TILE]) const {
+    constexpr int N = LANES / Q;                          // keys whose sums make up a vector
+    constexpr int SOME = std::min(N, ACCUMULATORS / std::min(Q, ROWS));  // of them, at a time
+    const float* queries[Q];
+    for (int q = 0; q < Q; q++) queries[q] = queries_[i + std::min(q, count - 1)];
+    for (int64_t j = from; j < to; j += N) {
+      const float* keys[N];
+      for (int n = 0; n < N; n++) keys[n] = keys_[std::min<int64_t>(j + n, to - 1)];
+      Vec products[LANES];
+      for (int q = 0; q < Q; q += std::min(Q, ROWS))
+        for (int n = 0; n < N; n += SOME)
+          multiply_lanes<std::min(Q, ROWS), SOME>(queries + q, keys + n, kv_.head_dim,
+                                                  products + q * N + n, N);
+      alignas(64) float sums[LANES];
+      store(sums, sum_each(products));
+      for (int q = 0; q < Q; q++)
+        std::copy(sums + q * N, sums + q * N + std::min<int64_t>(N, to - j), scores[q] + j);
     }
-    float best = best_[i];
-    for (int64_t j = 0; j < KEY_TILE; j += LANES) best = std::max(best, largest(load(scores + j)));
+  }
+
+  // A query's scores become weights; returns by how much those of earlier tiles shrink.
+  float soften(int i, float* scores) {
+    Vec most = load(scores);
+    for (int64_t j = LANES; j < KEY_TILE; j += LANES) {
+      most = larger(load(scores + j), most);
+    }
+    float best = std::max(best_[i], largest(most));
     Vec totals{};
     for (int64_t j = 0; j < KEY_TILE; j += LANES) {
       Vec weights = exp_of(load(scores + j) - best);
       store(scores + j, weights);
       totals += weights;
     }
-    float decay = exp_of(splat(best_[i] - best))[0];
+    float decay = exp_of(best_[i] - best);
     best_[i] = best;
     total_[i] = total_[i] * decay + sum(totals);
-    int64_t d = 0;
-    for (; d + 8 * LANES <= kv_.head_dim; d += 8 * LANES) {
-      add_values<8>(scores, from, to, decay, out, d);
-    }
-    for (; d < kv_.head_dim; d += LANES) add_values<1>(scores, from, to, decay, out, d);
+    return decay;
   }
 
-  template <int N>
-  void add_values(const float* weights, int64_t from, int64_t to, float decay, float* out,
-                  int64_t d) const {
-    int64_t left = kv_.head_dim - d;
-    Vec sums[N];
-    for (int n = 0; n < N; n++) sums[n] = load_some(out + d + n * LANES, left - n * LANES) * decay;
+  // N vectors of the outs, from d on: out * decay + weights * values.
+  template <int Q, int N>
+  void add_values(const float (*weights)[KEY_TILE], int count, int64_t from, int64_t to,
+                  const float* decays, float* const* outs, int64_t d, int64_t left) const {
+    Vec sums[Q * N];
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; q++)
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++)
+        sums[q * N + n] =
+            load_some(outs[q] + d + n * LANES, left - n * LANES) * decays[std::min(q, count - 1)];
     for (int64_t j = from; j < to; j++) {
       const float* value = values_[j] + d;
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) {
-        sums[n] += weights[j] * load_some(value + n * LANES, left - n * LANES);
-      }
+      Vec v[N];
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) v[n] = load_some(value + n * LANES, left - n * LANES);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; q++)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; n++) sums[q * N + n] += weights[q][j] * v[n];
     }
-    for (int n = 0; n < N; n++) store_some(out + d + n * LANES, sums[n], left - n * LANES);
+    for (int q = 0; q < count; q++)
+      for (int n = 0; n < N; n++)
+        store_some(outs[q] + d + n * LANES, sums[q * N + n], left - n * LANES);
   }
 
-  KVBlocks kv_;
+  const KVBlocks& kv_;
+  Formed& formed_;
   const int64_t* table_;
-  int64_t window_, kv_head_;
-  const float* keys_[KEY_TILE];
-  const float* values_[KEY_TILE];
+  int64_t window_, kv_head_, tile_ = 0;
+  int count_ = 0;
+  const float *keys_[KEY_TILE], *values_[KEY_TILE];  // of the tile
+  const float* queries_[QUERY_TILE];
+  int64_t positions_[QUERY_TILE];
+  float* outs_[QUERY_TILE];
   float best_[QUERY_TILE], total_[QUERY_TILE];
 };
 
@@ -367,47 +555,46 @@ void rms_norm(const float* x, int64_t num_rows, int64_t size, const float* weigh
   }
 }
 
-// Norm the heads of qkv [num_rows, num_queries + num_keys + num_values, head_dim], rotate queries
-// and keys, and put keys and values at their slots. Without values of their own, they are the keys
-// before weight and rotation. norm_weight: [num_queries + num_keys, head_dim]; cos and sin:
-// [num_rows, head_dim], the sines of the first half negated.
-void norm_and_rotate(const float* qkv, int64_t num_rows, int64_t num_queries, int64_t num_keys,
-                     int64_t num_values, int64_t head_dim, const float* norm_weight, float eps,
+// Norm the heads of qkv [num_rows, num_heads, head_dim], rotate queries and keys, and put keys and
+// values at their slots. Keys follow the queries, values are the last heads (the keys, where they
+// have none of their own) before weight and rotation. key may be null; num_kv_heads is 0 where
+// nothing is to be written. norm_weight: of queries and keys; cos and sin: [num_rows, head_dim],
+// the sines of the first half negated.
+void norm_and_rotate(const float* qkv, int64_t num_rows, int64_t num_heads, int64_t num_queries,
+                     int64_t num_kv_heads, int64_t head_dim, const float* norm_weight, float eps,
                      const float* cos, const float* sin, const int64_t* slots, float* query,
                      float* key, float* value, int num_threads) {
-  int64_t num_heads = num_queries + num_keys + num_values, half = head_dim / 2;
+  int64_t half = head_dim / 2, first_value = num_heads - num_kv_heads;
+  int64_t num_rotated = num_queries + (key ? num_kv_heads : 0);
 #pragma omp parallel for num_threads(num_threads) if (num_rows * num_heads * head_dim > SERIAL)
   for (int64_t row = 0; row < num_rows; row++) {
     for (int64_t head = 0; head < num_heads; head++) {
+      if (head >= num_rotated && head < first_value) continue;
       const float* from = qkv + (row * num_heads + head) * head_dim;
       float inverse = inverse_rms(from, head_dim, eps);
-      if (head >= num_queries && (num_values == 0 || head >= num_queries + num_keys)) {
-        int64_t nth = head - num_queries - num_values;
-        float* to = value + (slots[row] * num_keys + nth) * head_dim;
+      if (head >= first_value) {
+        float* to = value + (slots[row] * num_kv_heads + head - first_value) * head_dim;
         for (int64_t i = 0; i < head_dim; i++) to[i] = from[i] * inverse;
       }
-      if (head >= num_queries + num_keys) continue;
+      if (head >= num_rotated) continue;
       float* to = head < num_queries
                       ? query + (row * num_queries + head) * head_dim
-                      : key + (slots[row] * num_keys + head - num_queries) * head_dim;
-      const float *weight = norm_weight + head * head_dim, *c = cos + row * head_dim,
-                  *s = sin + row * head_dim;
-      for (int64_t i = 0; i < half; i++) {
-        float x = from[i] * inverse * weight[i];
-        float y = from[half + i] * inverse * weight[half + i];
-        to[i] = x * c[i] + y * s[i];
-        to[half + i] = y * c[half + i] + x * s[half + i];
-      }
+                      : key + (slots[row] * num_kv_heads + head - num_queries) * head_dim;
+      norm_and_rotate_head(from, inverse, norm_weight + head * head_dim, cos + row * head_dim,
+                           sin + row * head_dim + half, half, half, to);
     }
   }
 }
 
 // Paged attention without a scale. query and out: [num_rows, num_heads, head_dim]; the rows of one
-// request are neighbours. `requests` and `positions` tell each row's; window 0 is none.
+// request are neighbours. `requests` and `positions` tell each row's; window 0 is none. See KVBlocks
+// for the others.
 void attend(const float* query, int64_t num_rows, int64_t num_heads, const float* key,
             const float* value, int64_t block_size, int64_t num_kv_heads, int64_t head_dim,
-            const int64_t* tables, int64_t table_width, const int64_t* requests,
-            const int64_t* positions, int64_t window, float* out, int num_threads) {
+            const float* weight, const float* cos, const float* sin, int64_t num_rotating,
+            const float* raw_eps, const int64_t* tables, int64_t table_width,
+            const int64_t* requests, const int64_t* positions, int64_t window, float* out,
+            int num_threads) {
   int64_t group = num_heads / num_kv_heads;
   int64_t tile_rows = std::max<int64_t>(1, QUERY_TILE / group);
   std::vector<int64_t> begins;
@@ -417,26 +604,24 @@ void attend(const float* query, int64_t num_rows, int64_t num_heads, const float
   }
   int64_t num_tiles = begins.size();
   begins.push_back(num_rows);
-  KVBlocks kv{key, value, block_size, num_kv_heads, head_dim};
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) collapse(2)
-  for (int64_t tile = 0; tile < num_tiles; tile++) {
-    for (int64_t kv_head = 0; kv_head < num_kv_heads; kv_head++) {
-      const float* queries[QUERY_TILE];
-      int64_t at[QUERY_TILE];
-      float* outs[QUERY_TILE];
-      QueryTile some(kv, tables + requests[begins[tile]] * table_width, window, kv_head);
-      int count = 0;
-      auto flush = [&] { if (count) some.attend(queries, at, outs, count); count = 0; };
-      for (int64_t row = begins[tile]; row < begins[tile + 1]; row++) {
-        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-          int64_t offset = (row * num_heads + head) * head_dim;
-          queries[count] = query + offset;
-          outs[count] = out + offset;
-          at[count++] = positions[row];
-          if (count == QUERY_TILE) flush();
+  KVBlocks kv{key,    value, block_size, num_kv_heads, head_dim,
+              weight, cos,   sin,        num_rotating, raw_eps};
+#pragma omp parallel num_threads(num_threads)
+  {
+    Formed formed(kv);
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int64_t tile = 0; tile < num_tiles; tile++) {
+      for (int64_t kv_head = 0; kv_head < num_kv_heads; kv_head++) {
+        QueryTile some(kv, tables + requests[begins[tile]] * table_width, window, kv_head, formed);
+        for (int64_t row = begins[tile]; row < begins[tile + 1]; row++) {
+          for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+            int64_t offset = (row * num_heads + head) * head_dim;
+            if (some.is_full()) some.attend();
+            some.add(query + offset, positions[row], out + offset);
+          }
         }
+        some.attend();
       }
-      flush();
     }
   }
 }
@@ -525,6 +710,35 @@ void expert_partials(const float* hidden, int64_t num_tokens, int64_t size,
       }
     }
   }
+}
+
+// The same for the slots of a frame, `slots` holding num_slots tokens, then experts by their logical
+// ids, then weights; rows [num_groups * num_tokens, size] gets the sums of the tokens that have a
+// slot in a group, in order. Returns their number; -1 if an expert has no row, and is not owned.
+int64_t expert_rows(const float* hidden, int64_t num_tokens, int64_t size, const int32_t* slots,
+                    int64_t num_slots, const int64_t* expert_to_row, const float* gate_up,
+                    const float* down, int64_t num_experts, int64_t inner_size,
+                    const int64_t* expert_to_group, int64_t num_groups, float* rows,
+                    int num_threads) {
+  std::vector<int64_t> tokens(slots, slots + num_slots), experts(num_slots);
+  std::vector<float> weights(num_slots);
+  std::memcpy(weights.data(), slots + 2 * num_slots, num_slots * sizeof(float));
+  std::vector<bool> has_slot(num_groups * num_tokens);
+  for (int64_t n = 0; n < num_slots; n++) {
+    experts[n] = expert_to_row[slots[num_slots + n]];
+    if (experts[n] < 0) return -1;
+    has_slot[expert_to_group[experts[n]] * num_tokens + tokens[n]] = true;
+  }
+  expert_partials(hidden, num_tokens, size, tokens.data(), experts.data(), weights.data(),
+                  num_slots, gate_up, down, num_experts, inner_size, expert_to_group, num_groups,
+                  rows, num_threads);
+  int64_t num_rows = 0;
+  for (int64_t cell = 0; cell < num_groups * num_tokens; cell++) {
+    if (!has_slot[cell]) continue;
+    if (num_rows < cell) std::memcpy(rows + num_rows * size, rows + cell * size, size * sizeof(float));
+    num_rows++;
+  }
+  return num_rows;
 }
 
 }  // extern "C"

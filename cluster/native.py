@@ -1,4 +1,4 @@
-"""NativeKernels: cluster/native.cpp, built for this machine when it is first needed.
+"""NativeKernels: cluster/native.cpp, built for this machine when it is first needed; and how.
 
 It takes a C++ compiler (`CXX`, or g++) two seconds; the result is kept in the user's cache
 directory. Where there is none, PyTorch's kernels do the same work, more slowly.
@@ -15,7 +15,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,22 +42,27 @@ def kernels_for(
     return InvariantKernels() if batch_invariant else TorchKernels()
 
 
-@functools.cache
 def native_kernels() -> NativeKernels | None:
-    """This machine's; None, with a line in the log, where they can't be built."""
+    """This machine's; None where they can't be built."""
+    library = native_library(SOURCE)
+    return NativeKernels(library) if library else None
+
+
+@functools.cache
+def native_library(source: Path) -> ctypes.CDLL | None:
+    """A C++ source, built for this machine; None, with a line in the log, where that fails."""
     try:
-        return NativeKernels(_built())
+        return ctypes.CDLL(str(_built(source)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
-        logger.warning("No native CPU kernels, so PyTorch's slower ones are used: %s", detail)
+        logger.warning("%s can't be built, so slower code does its work: %s", source.name, detail)
         return None
 
 
 class NativeKernels:
     """Implements Kernels on a CPU in fp32; a row's bits never depend on the batch."""
 
-    def __init__(self, library: Path) -> None:
-        functions = ctypes.CDLL(str(library))
+    def __init__(self, functions: ctypes.CDLL) -> None:
         pointer, size, real, count = (
             ctypes.c_void_p,
             ctypes.c_int64,
@@ -71,6 +78,7 @@ class NativeKernels:
             "norm_and_rotate": [pointer, *[size] * 5, pointer, real, *[pointer] * 6, count],
             "attend": [
                 *[pointer, size, size, pointer, pointer, size, size, size],
+                *[pointer, pointer, pointer, size, pointer],
                 *[pointer, size, pointer, pointer, size, pointer, count],
             ],
             "top_k_experts": [pointer, size, size, size, pointer, pointer, pointer],
@@ -78,10 +86,13 @@ class NativeKernels:
                 *[pointer, size, size, pointer, pointer, pointer, size, pointer, pointer],
                 *[size, size, pointer, size, pointer, count],
             ],
+            "expert_rows": [
+                *[pointer, size, size, pointer, size, pointer, pointer, pointer],
+                *[size, size, pointer, size, pointer, count],
+            ],
         }
-        for name, types in signatures.items():
-            function = getattr(functions, name)
-            function.argtypes, function.restype = types, None
+        declare(functions, signatures)
+        functions.expert_rows.restype = size
 
     def pack(self, weight: Tensor) -> PackedWeight:
         return PackedWeight(_panels(weight, PANEL), weight.shape[-2])
@@ -163,7 +174,7 @@ class NativeKernels:
         norm_weight: Tensor,
         eps: float,
         rotation: tuple[Tensor, Tensor],
-        kv: tuple[Tensor, Tensor, Tensor] | None,
+        kv: tuple[Tensor, Tensor | None, Tensor] | None,
     ) -> Tensor:
         num_rows, num_heads, head_dim = qkv.shape
         query = qkv.new_empty(num_rows, num_queries, head_dim)
@@ -172,9 +183,9 @@ class NativeKernels:
         self._functions.norm_and_rotate(
             qkv.data_ptr(),
             num_rows,
+            num_heads,
             num_queries,
-            len(norm_weight) - num_queries,
-            num_heads - len(norm_weight),
+            0 if values is None else values.shape[1],
             head_dim,
             norm_weight.data_ptr(),
             eps,
@@ -191,28 +202,38 @@ class NativeKernels:
     def attend(
         self,
         query: Tensor,
-        key: Tensor,
+        key: Tensor | None,
         value: Tensor,
         block_tables: Tensor,
         requests: Tensor,
         positions: Tensor,
         window: int | None,
+        one_row: tuple[Tensor, Tensor, Tensor, float | None] | None = None,
     ) -> Tensor:
         """Paged attention without a scale.
 
         query [num_rows, num_heads, head_dim], key and value [num_blocks, block_size, num_kv_heads,
         head_dim], block_tables [num_requests, width], requests and positions [num_rows], the rows
         of a request being neighbours in order -> [num_rows, num_heads * head_dim].
+
+        Without a key, `one_row` says how keys come from what `value` holds: the norm's weight
+        [head_dim], cos and sin [num_positions, num_rotating], and, for raw rows, the norm's eps.
         """
         num_rows, num_heads, head_dim = query.shape
         out = query.new_empty(num_rows, num_heads * head_dim)
+        weight, cos, sin, eps = one_row or (None, None, None, None)
         self._functions.attend(
             query.data_ptr(),
             num_rows,
             num_heads,
-            key.data_ptr(),
+            _pointer(key),
             value.data_ptr(),
-            *key.shape[1:],
+            *value.shape[1:],
+            _pointer(weight),
+            _pointer(cos),
+            _pointer(sin),
+            0 if cos is None else cos.shape[1],
+            None if eps is None else ctypes.byref(ctypes.c_float(eps)),
             block_tables.data_ptr(),
             block_tables.shape[1],
             requests.data_ptr(),
@@ -276,6 +297,50 @@ class NativeKernels:
         )
         return partials
 
+    def expert_rows(
+        self,
+        hidden_states: Tensor,
+        slot_table: Tensor,
+        expert_to_row: Tensor,
+        gate_up: PackedWeight,
+        down: PackedWeight,
+        expert_to_group: Tensor,
+        num_groups: int,
+    ) -> Tensor | None:
+        """`expert_partials` for slots as a frame has them, and only the rows of (group, token)
+        pairs that have a slot, in order; None where an expert isn't owned.
+
+        hidden_states [num_tokens, size]; slot_table [3, num_slots] int32; expert_to_row int64, by
+        logical id, negative where the expert isn't owned.
+        """
+        hidden_states = hidden_states.contiguous()
+        num_tokens, size = hidden_states.shape
+        rows = hidden_states.new_empty(num_groups * num_tokens, size)
+        num_rows = self._functions.expert_rows(
+            hidden_states.data_ptr(),
+            num_tokens,
+            size,
+            slot_table.data_ptr(),
+            slot_table.shape[1],
+            expert_to_row.data_ptr(),
+            gate_up.panels.data_ptr(),
+            down.panels.data_ptr(),
+            len(expert_to_group),
+            gate_up.num_outputs,
+            expert_to_group.data_ptr(),
+            num_groups,
+            rows.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return None if num_rows < 0 else rows[:num_rows]
+
+
+def declare(functions: ctypes.CDLL, signatures: Mapping[str, list[Any]]) -> None:
+    """Tell ctypes the argument types of functions that return nothing."""
+    for name, types in signatures.items():
+        function = getattr(functions, name)
+        function.argtypes, function.restype = types, None
+
 
 def _panels(weight: Tensor, width: int) -> Tensor:
     """[..., outputs, inputs] cut into panels of `width` outputs: [..., num_panels, inputs, width].
@@ -291,8 +356,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _built() -> Path:
-    """The shared library for this source, compiler and processor; built unless it is there.
+def _built(source: Path) -> Path:
+    """The shared library for a source, this compiler and processor; built unless it is there.
 
     Raises OSError or SubprocessError where that fails.
     """
@@ -300,23 +365,23 @@ def _built() -> Path:
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler (Debian: apt-get install g++).")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    identity = SOURCE.read_text(), FLAGS, version.stdout, _processor()
+    identity = source.read_text(), FLAGS, version.stdout, _processor()
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "briolette"
-    library = cache / f"native-{digest}.so"
+    library = cache / f"{source.stem}-{digest}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, library)
+        _compile(compiler, source, library)
     return library
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: str, source: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         compiled, linked = Path(scratch) / "native.o", Path(scratch) / "native.so"
         # Linked without OpenMP, so that it runs on the threads of PyTorch's own runtime: two
         # runtimes in one process take the cores from each other.
         for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, *FLAGS, "-c", str(source), "-o", str(compiled)],
             [compiler, "-shared", str(compiled), "-o", str(linked)],
         ):
             subprocess.run(command, capture_output=True, text=True, check=True)

@@ -78,7 +78,11 @@ class RedisServer:
         # The thread lives as long as this object: a server ends with the thread that started it.
         self._thread = threading.Thread(target=self._supervise, name="redis", daemon=True)
         self._thread.start()
-        self._wait_until_it_answers(start_s)
+        try:
+            self._wait_until_it_answers(start_s)
+        except BaseException:  # no thread goes on starting a server that nobody owns
+            self.close()
+            raise
 
     @property
     def pid(self) -> int | None:
@@ -157,7 +161,6 @@ class RedisServer:
         give_up_at = time.monotonic() + start_s
         while not self._answers():
             if self._ended_with is not None or time.monotonic() > give_up_at:
-                self.close()
                 raise Unavailable(f"The Redis server didn't start: {self._last_line()}")
             time.sleep(POLL_S)
 

@@ -7,12 +7,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from cluster.errors import CheckpointError
 
 TEXT_MODEL_TYPES = ("gemma4_text", "gemma4_unified_text")
 MULTIMODAL_MODEL_TYPES = ("gemma4", "gemma4_unified")
+
+# What the KV cache holds of a token where K = V: one row, which is V or the raw projection that K
+# and V come from, or both K and V.
+KVRows: TypeAlias = Literal["v", "raw", "split"]
 
 
 class AttentionKind(enum.Enum):
@@ -50,6 +54,14 @@ class LayerSpec:
     @property
     def owns_kv(self) -> bool:
         return self.kv_layer_idx == self.layer_idx
+
+    def keeps_one_row(self, kv_rows: KVRows) -> bool:
+        return self.k_eq_v and kv_rows != "split"
+
+    def kv_elements(self, kv_rows: KVRows) -> int:
+        """What an owner of keys and values holds for one token."""
+        num_rows = 1 if self.keeps_one_row(kv_rows) else 2
+        return num_rows * self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)

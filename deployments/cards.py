@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from protos.briolette.v1.admin_pb2 import ClusterStatus, ExpertHost
+from protos.briolette.v1.admin_pb2 import ClusterStatus, ExpertHost, KvStore
 from protos.briolette.v1.inference_pb2 import Generation
 
 
@@ -40,6 +40,8 @@ class StartDisplay:
                 self._console.print(f"{news['phase']} ...", markup=False)
             self._end_phase()
             self._phase = self._progress.add_task(news["phase"], total=None)
+        if "warning" in news:
+            self._console.print(news["warning"], style="yellow", markup=False)
         for part, progress in news.get("parts", {}).items():
             if part not in self._bars:
                 self._bars[part] = self._progress.add_task(f"Loading {part}", total=1.0)
@@ -95,6 +97,8 @@ def status_card(status: ClusterStatus, address: str, started: float) -> Panel:
             f"{load.prefix_hits} of {load.prefix_queries} requests found one cached, "
             f"{load.cached_tokens:,} tokens",
         )
+    if status.HasField("kv_store"):
+        rows.add_row("store", _store(status.kv_store))
     _add_calls(rows, status)
     state = "[green]serving[/]" if status.ready else "[red]not serving[/]"
     if status.reason:
@@ -139,6 +143,17 @@ def _add_calls(rows: Table, status: ClusterStatus) -> None:
             f"{calls.num_retries} retried",
         )
         rows.add_row("hidden", f"{calls.hidden_share:.0%} of the experts' time, by the dense MLP")
+
+
+def _store(store: KvStore) -> str:
+    if not store.up:
+        return f"Redis at {escape(store.address)}: [red]doesn't answer[/]"
+    size = f"{store.used_bytes / 1e6:.0f} MB"
+    if store.max_bytes:
+        size += f" of {store.max_bytes / 1e6:.0f} MB"
+    state = size if store.writable else f"{size}, [red]refuses to store more[/]"
+    prefixes = f"{store.fetched} prefixes fetched, {store.recomputed} computed instead"
+    return f"Redis at {escape(store.address)}: {state}, {prefixes}"
 
 
 def _host(host: ExpertHost) -> str:

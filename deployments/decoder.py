@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +17,29 @@ from cluster.links import Listener
 from cluster.metrics import Metrics, start_metrics_server
 from deployments.decoder_link import GatewayLinks, verify_gateway
 from deployments.host_directory import Handle, HostDirectory
+from deployments.kv_block_store import KVBlockStore, kv_tensors
 from deployments.layout import decoder_threads, expert_groups, place_experts, transports
-from deployments.loading import Source, load_engine, load_local_experts, warm_up
+from deployments.loading import (
+    Source,
+    fingerprint,
+    load_engine,
+    load_local_experts,
+    warm_up,
+)
+from deployments.messages import to_kv_store
 from deployments.meters import EngineMeter, ExpertMeter
+from deployments.priority import go_first
 from deployments.remote_experts import RemoteExperts
 from deployments.start_report import Reporter, reporting
 from deployments.step_loop import StepLoop
+from deployments.store import open_kv_store, store_address
+from engine.core import EngineCore
+from engine.model import Experts
+from engine.prefill_meter import PrefillMeter
+from engine.runner import ModelRunner
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
+
+FLUSH_S = 3.0  # at the end, for what waits to be written to the store
 
 
 class DecoderReplica:
@@ -35,11 +52,13 @@ class DecoderReplica:
 
     def _start(self, config: Config, secret: bytes, hosts: tuple[Handle, ...]) -> None:
         """Off the replica's loop, on which Serve answers handles and health checks."""
+        go_first()
         with reporting(config.state_dir, "decoder") as reporter:
             self._config = config
             self._source = Source.open(config)
             self._registry = CollectorRegistry()
             self._metrics = Metrics(self._registry)
+            self._store: KVBlockStore | None = None
             torch.set_num_threads(decoder_threads(config, len(hosts)))
             placement = place_experts(config, self._source.spec)
             if placement is None:
@@ -52,9 +71,11 @@ class DecoderReplica:
                     config, self._source, placement, directory, secret, meter
                 )
                 router = self._experts.router
-                self._engine = load_engine(config, self._source, router, reporter.progress)
+                self._engine = self._load(router, reporter)
                 self._experts.wait_ready(config.ray.start_timeout_s)
             warm_up(self._engine)
+            gc.collect()
+            gc.freeze()  # else each full collection holds up a step for as long as 0.1 s
             self._start_serving(secret)
 
     def endpoint(self) -> dict[str, Any]:
@@ -69,12 +90,33 @@ class DecoderReplica:
     def __del__(self) -> None:
         if hasattr(self, "_loop"):
             self._loop.close()
+            if self._store is not None:
+                self._store.flush(FLUSH_S)
+                self._store.close()
             if self._experts is not None:
                 self._experts.close()
 
     def _load_local(self, reporter: Reporter) -> None:
         experts = load_local_experts(self._config, self._source, reporter.progress)
-        self._engine = load_engine(self._config, self._source, experts, reporter.progress)
+        self._engine = self._load(experts, reporter)
+
+    def _load(self, experts: Experts | None, reporter: Reporter) -> EngineCore:
+        return load_engine(
+            self._config, self._source, experts, reporter.progress, self._connect_store
+        )
+
+    def _connect_store(self, runner: ModelRunner, meter: PrefillMeter) -> KVBlockStore | None:
+        config, address = self._config, store_address(self._config)
+        if address is not None:
+            self._store = KVBlockStore(
+                kv_tensors(runner),
+                config.engine.block_size,
+                self._source.spec.sliding_window,
+                fingerprint(config, self._source),
+                lambda whole: open_kv_store(config, address, whole, self._metrics),
+                lambda: meter.tokens_per_s,
+            )
+        return self._store
 
     def _start_serving(self, secret: bytes) -> None:
         config = self._config
@@ -106,3 +148,5 @@ class DecoderReplica:
             )
         if self._experts is not None:
             self._experts.fill_status(status)
+        if self._store is not None:
+            status.kv_store.CopyFrom(to_kv_store(self._store.status))

@@ -12,6 +12,7 @@ from cluster.metrics import start_metrics_server
 from deployments.layout import host_threads, place_experts, transports
 from deployments.loading import Source
 from deployments.meters import HostMeter
+from deployments.priority import go_first
 from deployments.start_report import reporting
 from experts.host import ExpertHost
 
@@ -24,6 +25,7 @@ class ExpertHostReplica:
 
     def __init__(self, settings: Mapping[str, Any], host_id: str, secret: bytes) -> None:
         config = Config.from_dict(settings)
+        go_first()
         with reporting(config.state_dir, host_id) as reporter:
             source = Source.open(config)
             placement = place_experts(config, source.spec)

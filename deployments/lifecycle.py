@@ -88,18 +88,17 @@ def find_running(state_dir: Path) -> Running | None:
 def start(config: Config, on_news: Callable[[dict[str, Any]], None]) -> Running:
     """Start a cluster that outlives this process, and wait until it serves.
 
-    `on_news` gets {"phase": sentence} and {"parts": {name: progress}}. Raises Unavailable with the
-    reason when it can't; interrupted, it leaves nothing behind.
+    `on_news` gets {"phase": sentence}, {"warning": sentence} and {"parts": {name: progress}}.
+    Raises Unavailable with the reason when it can't; interrupted, it leaves nothing behind.
     """
     (config.state_dir / "logs").mkdir(parents=True, exist_ok=True)
-    settings = json.dumps(config.to_dict())
     read_fd, write_fd = os.pipe()
     with open(config.state_dir / "logs" / "output.log", "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "deployments.supervisor", settings, str(write_fd)],
+            [sys.executable, "-m", "deployments.supervisor", str(write_fd)],
             cwd="/",
             env={**os.environ, "PYTHONPATH": _python_path()},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=[write_fd],
@@ -107,6 +106,7 @@ def start(config: Config, on_news: Callable[[dict[str, Any]], None]) -> Running:
         )
     os.close(write_fd)
     try:
+        _send_settings(process, config)
         with os.fdopen(read_fd) as pipe:
             for line in pipe:
                 news = json.loads(line)
@@ -123,6 +123,12 @@ def start(config: Config, on_news: Callable[[dict[str, Any]], None]) -> Running:
         process.wait(STOP_S)
         raise Unavailable(f"The cluster ended while it started; see {config.state_dir}/logs.")
     return running
+
+
+def _send_settings(process: subprocess.Popen[bytes], config: Config) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError), process.stdin as pipe:  # of a supervisor that is gone already
+        pipe.write(json.dumps(config.to_dict()).encode())
 
 
 def stop(state_dir: Path) -> bool:

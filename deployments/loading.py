@@ -15,10 +15,12 @@ from cluster.errors import ConfigError, NotEnoughMemory, Unavailable
 from cluster.spec import ModelSpec
 from deployments.layout import expert_groups
 from engine.block_hash import BlockHasher
+from engine.block_store import BlockStore
 from engine.core import EngineCore, SpecLimits
 from engine.kv_cache import KVCacheConfig
 from engine.kv_sizing import kv_bytes_per_block, longest_context, size_kv_cache
 from engine.model import Experts, GemmaDecoder
+from engine.prefill_meter import PrefillMeter
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
 from engine.tokenizer import Tokenizer
@@ -27,6 +29,7 @@ from experts.local import LocalExperts
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+Connect = Callable[[ModelRunner, PrefillMeter], BlockStore | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +57,14 @@ class Source:
 
 
 def load_engine(
-    config: Config, source: Source, experts: Experts | None, on_progress: Progress | None = None
+    config: Config,
+    source: Source,
+    experts: Experts | None,
+    on_progress: Progress | None = None,
+    connect: Connect | None = None,
 ) -> EngineCore:
-    """Load the attention side, size the KV cache, and put the engine together.
+    """Load the attention side, size the KV cache, and put the engine together. `connect` gives the
+    store of its blocks.
 
     Raises CheckpointError or NotEnoughMemory.
     """
@@ -75,8 +83,10 @@ def load_engine(
     limits = SpecLimits.from_spec(source.spec, pick_context(config, source))
     limits = with_turn_end(limits, tokenizer)
     kv = size_cache(config, source, limits.max_model_len)
+    runner = ModelRunner(model, kv, experts, num_micro_batches=config.experts.micro_batches)
+    meter = PrefillMeter()
     return EngineCore(
-        ModelRunner(model, kv, experts, num_micro_batches=config.experts.micro_batches),
+        runner,
         kv,
         spec_limits=limits,
         hasher=make_hasher(config, source),
@@ -85,6 +95,8 @@ def load_engine(
         max_num_seqs=config.engine.max_num_seqs,
         max_queue=config.engine.max_queue,
         tokenizer=tokenizer,
+        store=None if connect is None else connect(runner, meter),
+        prefill_meter=meter,
     )
 
 
@@ -152,6 +164,7 @@ def pick_context(config: Config, source: Source) -> int:
         dtype=source.dtype,
         block_size=engine.block_size,
         max_num_batched_tokens=engine.max_num_batched_tokens,
+        kv_rows=engine.kv_rows,
     )
     if longest < whole:
         logger.warning(
@@ -168,10 +181,12 @@ def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheCon
     engine = config.engine
     if engine.num_blocks is not None:
         kinds = {layer.kind for layer in source.spec.layers if layer.owns_kv}
+        block = engine.block_size, source.dtype, engine.kv_rows
         return KVCacheConfig(
             engine.block_size,
             dict.fromkeys(kinds, engine.num_blocks),
-            {k: kv_bytes_per_block(source.spec, k, engine.block_size, source.dtype) for k in kinds},
+            {kind: kv_bytes_per_block(source.spec, kind, *block) for kind in kinds},
+            engine.kv_rows,
         )
     return size_kv_cache(
         source.spec,
@@ -182,23 +197,28 @@ def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheCon
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
         prefix_caching=engine.prefix_caching,
+        kv_rows=engine.kv_rows,
     )
 
 
 def make_hasher(config: Config, source: Source) -> BlockHasher | None:
-    """What names KV blocks; None without prefix caching.
-
-    Beside the weights it names what else changes the bits of keys and values.
-    """
+    """What names KV blocks; None without prefix caching."""
     if not config.engine.prefix_caching:
         return None
+    engine = config.engine
+    return BlockHasher(engine.block_size, fingerprint(config, source), engine.shared_tenants)
+
+
+def fingerprint(config: Config, source: Source) -> str:
+    """Names all that the bits of keys and values depend on beside the tokens."""
     facts = (
         source.checkpoint.fingerprint,
         source.dtype,
         config.batch_invariant,
         config.experts.num_groups,
+        config.engine.kv_rows,
     )
-    return BlockHasher(config.engine.block_size, " ".join(map(str, facts)))
+    return " ".join(map(str, facts))
 
 
 def with_turn_end(limits: SpecLimits, tokenizer: Tokenizer) -> SpecLimits:

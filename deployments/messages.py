@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.kv_store import StoreStatus
 from engine.core import EngineStats, RequestOutput
 from engine.request import FinishReason, SamplingParams
 from engine.sampler import TokenLogprobs
 from protos.briolette.v1 import inference_pb2
-from protos.briolette.v1.admin_pb2 import EngineLoad, KvBlocks
+from protos.briolette.v1.admin_pb2 import EngineLoad, KvBlocks, KvStore
 from protos.briolette.v1.inference_pb2 import Alternative, Generation, Sampling, Timings, Usage
 from protos.briolette.v1.stream_pb2 import Failure, Output
 
@@ -89,6 +90,19 @@ def to_load(stats: EngineStats) -> EngineLoad:
         prefix_queries=sum(use.num_queries for use in stats.prefix_use.values()),
         prefix_hits=sum(use.num_hits for use in stats.prefix_use.values()),
         cached_tokens=sum(use.num_cached_tokens for use in stats.prefix_use.values()),
+    )
+
+
+def to_kv_store(status: StoreStatus) -> KvStore:
+    return KvStore(
+        address=status.address,
+        up=status.is_up,
+        writable=status.is_writable,
+        used_bytes=status.used_bytes,
+        max_bytes=status.max_bytes,
+        queue_bytes=status.queue_bytes,
+        fetched=status.num_decided["fetch"],
+        recomputed=status.num_decided["recompute"],
     )
 
 

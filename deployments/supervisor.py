@@ -1,7 +1,8 @@
 """The process behind `briolette up`: owns Ray, says how the start goes, stays, cleans up.
 
-Run as `python -m deployments.supervisor CONFIG PIPE`: the configuration as JSON, and where one JSON
-object for each piece of news goes.
+Run as `python -m deployments.supervisor PIPE`: where one JSON object for each piece of news goes.
+The configuration comes as JSON on the standard input: anybody can read a command line, and it may
+hold a password.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from cluster.config import Config
 from cluster.errors import BrioletteError, Unavailable
 from deployments.lifecycle import Running, holding
 from deployments.preflight import check
+from deployments.priority import give_way
 from deployments.ray_cluster import (
     check_app,
     num_gpus,
@@ -33,6 +36,7 @@ from deployments.ray_cluster import (
     run_app,
 )
 from deployments.start_report import StartReport, clear_reports, log_to, read_reports
+from deployments.store import store_server
 
 POLL_S = 0.1
 
@@ -61,10 +65,11 @@ class News:
 
 
 def main() -> int:
-    config, news = Config.from_dict(json.loads(sys.argv[1])), News(int(sys.argv[2]))
+    config, news = Config.from_dict(json.load(sys.stdin)), News(int(sys.argv[1]))
     catch_signals()
     assert os.getsid(0) == os.getpid(), "the supervisor leads a session of its own"
     log_to(config.state_dir, "supervisor")
+    give_way()
     try:
         with holding(config.state_dir):
             supervise(config, news)
@@ -98,7 +103,7 @@ def supervise(config: Config, news: News) -> None:
         prepare_environment(config)
         clear_reports(config.state_dir)
         news.tell(phase="Starting Ray")
-        with ray_cluster(config, Path(running.ray_dir)):
+        with store_server(config, partial(warn, news)), ray_cluster(config, Path(running.ray_dir)):
             catch_signals()  # Ray has put its own handlers in place of ours
             from deployments.app import build
 
@@ -112,6 +117,12 @@ def supervise(config: Config, news: News) -> None:
                 signal.pause()  # until Stopped
     finally:
         running.clean_up(config.state_dir)
+
+
+def warn(news: News, sentence: str) -> None:
+    """Something that the cluster starts without."""
+    log.warning("%s", sentence)
+    news.tell(warning=sentence)
 
 
 def wait_until_serving(config: Config, news: News) -> str:

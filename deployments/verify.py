@@ -240,7 +240,7 @@ class Verifier:
         for answer in cold:
             # The memory still has what the last engine left there, perhaps in the right places.
             for tensors in self.runner.kv_tensors.values():
-                for tensor in tensors:
+                for tensor in tensors.stored:
                     tensor.fill_(GARBAGE)
             with self._warm_engine() as engine:
                 yield Comparison.of(answer, self._ask(engine, answer.prompt_ids))

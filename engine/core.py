@@ -17,6 +17,7 @@ from engine.batch import Batch, build_batch
 from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
 from engine.kv_cache import KVCache, KVCacheConfig
+from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler, SamplerOutput, TokenLogprobs
 from engine.scheduler import Policy, PrefixUse, Scheduler, SchedulerOutput
@@ -107,6 +108,7 @@ class EngineCore:
         max_num_seqs: int = 64,
         max_queue: int = 1024,
         tokenizer: Tokenizer | None = None,
+        prefill_meter: PrefillMeter | None = None,
     ) -> None:
         """With a hasher prefixes are cached; windows are kept at the ends of prompts and turns,
         where prompts part, and every `checkpoint_blocks` blocks (0: not there).
@@ -116,6 +118,7 @@ class EngineCore:
         self.runner = runner
         self.sampler = sampler or Sampler()
         self.tokenizer = tokenizer
+        self.prefill_meter = prefill_meter or PrefillMeter()
         self.limits = spec_limits
         self.kv = KVCache(
             kv,
@@ -147,11 +150,12 @@ class EngineCore:
         self._expire()
         output = self.scheduler.schedule()
         if output.scheduled:
+            started_s = time.perf_counter()
             try:
                 batch = build_batch(output, self.kv)
                 logits = self.runner.execute(batch)
                 sampled = self.sampler.sample(logits, output.sampling)
-                self._update(output, sampled)
+                self._update(output, sampled, time.perf_counter() - started_s)
             except Exception as error:  # the border of the engine loop
                 self._fail(output, error)
         outputs, self._outputs = self._outputs, []
@@ -257,13 +261,14 @@ class EngineCore:
 
     # After a step
 
-    def _update(self, output: SchedulerOutput, sampled: SamplerOutput) -> None:
+    def _update(self, output: SchedulerOutput, sampled: SamplerOutput, seconds: float) -> None:
         failed = {output.sampling[row] for row in sampled.errors}
         self.scheduler.update(output, failed)
         num_decode = sum(item.is_decode for item in output.scheduled)
         self._num_steps += 1
         self._num_decode_tokens += num_decode
         self._num_prefill_tokens += output.num_tokens - num_decode
+        self.prefill_meter.saw_step(output.num_tokens - num_decode, num_decode, seconds)
         rows = zip(output.sampling, sampled.token_ids, sampled.logprobs, strict=True)
         for row, (request, token_id, logprobs) in enumerate(rows):
             if row in sampled.errors:

@@ -32,7 +32,7 @@ from engine.batch import Batch
 KEY_BLOCK = 64  # keys reduced together
 CHUNK_ROWS = 128  # rows (queries x heads of a key head) of a prefill tile, where any number will do
 MAX_SCORES = 1 << 24  # elements of one tile's scores, 64 MiB
-VALUE_BLOCKS = 16  # key blocks whose weighted values are held at a time
+HELD_BLOCKS = 16  # key blocks whose keys, or weighted values, are held at a time
 
 
 class InvariantAttention:
@@ -48,7 +48,7 @@ class InvariantAttention:
         self._plans: dict[int, list[_Tiles]] = {}
 
     def __call__(self, query: Tensor, kv: KVTensors) -> Tensor:
-        group_size = query.shape[1] // kv.key.shape[2]
+        group_size = query.shape[1] // kv.value.shape[2]
         tiles = self._plans.get(group_size)
         if tiles is None:
             any_rows = query.dtype is torch.float32 and query.device.type == "cpu"
@@ -98,8 +98,9 @@ class InvariantAttention:
             max=self._table.shape[1] - 1
         )
         requests = torch.tensor([span.request for span in spans], device=device)
-        blocks = self._table[requests].gather(1, entries).flatten()
-        return _Tiles(rows, blocks, hidden[:, :, None, :, None, :])
+        blocks = self._table[requests].gather(1, entries).view(len(spans), num_blocks, -1)
+        keys = keys.view(len(spans), num_blocks, key_block)
+        return _Tiles(rows, blocks, keys, hidden[:, :, None, :, None, :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,30 +108,50 @@ class _Tiles:
     """Tiles of queries of equal shape, each with its own key blocks."""
 
     rows: Tensor  # [num_tiles, num_queries], of the batch
-    blocks: Tensor  # [num_tiles * num_key_blocks * KV blocks in a key block]
+    blocks: Tensor  # [num_tiles, num_key_blocks, KV blocks in a key block]
+    positions: Tensor  # [num_tiles, num_key_blocks, key_block]
     hidden: Tensor  # [num_tiles, num_key_blocks, 1, num_queries, 1, key_block] bool
 
     def attend(self, query: Tensor, kv: KVTensors) -> Tensor:
         """query [num_tokens, num_heads, head_dim] -> [num_tiles * num_queries, same]."""
-        num_tiles, num_key_blocks, _, num_queries, _, key_block = self.hidden.shape
-        _, _, num_kv_heads, head_dim = kv.key.shape
+        num_tiles, _, _, num_queries, _, key_block = self.hidden.shape
+        _, _, num_kv_heads, head_dim = kv.value.shape
         group_size = query.shape[1] // num_kv_heads
-        shape = (num_tiles, num_key_blocks, key_block, num_kv_heads, head_dim)
-        key = kv.key.index_select(0, self.blocks).view(shape).float()
-        value = kv.value.index_select(0, self.blocks).view(shape).float()
         # rows of a product: [num_tiles, 1, num_kv_heads, num_queries * group_size, head_dim]
         tile = query.index_select(0, self.rows.flatten()).float()
         tile = tile.view(num_tiles, 1, num_queries, num_kv_heads, group_size, head_dim)
         tile = tile.transpose(2, 3).flatten(3, 4)
 
-        scores = torch.matmul(tile, key.permute(0, 1, 3, 4, 2))
+        scores = self._scores(tile, kv)
         grouped = scores.view(*scores.shape[:3], num_queries, group_size, key_block)
         grouped.masked_fill_(self.hidden, -math.inf)
         weights = scores.sub_(scores.amax((1, 4), keepdim=True)).exp_()
         total = _sum_in_order(weights.sum(-1, keepdim=True))
-        out = _weighted_values(weights, value.transpose(2, 3)) / total
+        out = self._weighted_values(weights, kv) / total
         out = out.view(num_tiles, num_kv_heads, num_queries, group_size, head_dim)
         return out.transpose(1, 2).reshape(-1, *query.shape[1:]).to(query.dtype)
+
+    def _scores(self, tile: Tensor, kv: KVTensors) -> Tensor:
+        """[num_tiles, num_key_blocks, num_kv_heads, rows, key_block], a few blocks at a time."""
+        products = []
+        parts = (torch.split(t, HELD_BLOCKS, 1) for t in (self.blocks, self.positions))
+        for blocks, positions in zip(*parts, strict=True):
+            keys = kv.keys(blocks.flatten(), positions.flatten()).float()
+            by_head = keys.view(*positions.shape, *keys.shape[1:]).permute(0, 1, 3, 4, 2)
+            products.append(torch.matmul(tile, by_head))
+        return torch.cat(products, 1)
+
+    def _weighted_values(self, weights: Tensor, kv: KVTensors) -> Tensor:
+        """Sum over key blocks (dim 1) of weights @ values, a few blocks at a time."""
+        total: Tensor | None = None
+        parts = (torch.split(t, HELD_BLOCKS, 1) for t in (weights, self.blocks))
+        for some_weights, blocks in zip(*parts, strict=True):
+            values = kv.values(blocks.flatten()).float()
+            shape = *blocks.shape[:2], weights.shape[-1], *values.shape[1:]
+            by_head = values.view(shape).transpose(2, 3)
+            total = _sum_in_order(torch.matmul(some_weights, by_head), total)
+        assert total is not None
+        return total
 
 
 def check_attention(
@@ -172,16 +193,6 @@ def check_attention(
             f"batch_invariant can't be kept on this machine: attention with {num_heads} heads of "
             f"{head_dim} in {dtype} on {device} changes with the batch. Turn batch_invariant off."
         )
-
-
-def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
-    """Sum over key blocks (dim 1) of weights @ value, a few blocks at a time."""
-    parts = torch.split(weights, VALUE_BLOCKS, 1), torch.split(value, VALUE_BLOCKS, 1)
-    total: Tensor | None = None
-    for some_weights, some_values in zip(*parts, strict=True):
-        total = _sum_in_order(torch.matmul(some_weights, some_values), total)
-    assert total is not None
-    return total
 
 
 def _sum_in_order(terms: Tensor, start: Tensor | None = None) -> Tensor:

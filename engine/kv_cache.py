@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.errors import NotEnoughMemory
-from cluster.spec import AttentionKind
+from cluster.spec import AttentionKind, KVRows
 from engine.block_hash import BlockHasher
 from engine.block_store import StoredBlock
 from engine.kv_cache_group import KVCacheGroup
@@ -26,6 +26,7 @@ class KVCacheConfig:
     block_size: int  # tokens per block
     num_blocks: Mapping[AttentionKind, int]
     block_bytes: Mapping[AttentionKind, int] = field(default_factory=dict)  # 1 where left out
+    kv_rows: KVRows = "v"
 
 
 @dataclass(slots=True)

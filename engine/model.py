@@ -8,7 +8,8 @@ one [num_tokens, hidden_size] tensor; attention alone knows which belong togethe
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping
+import logging
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -20,12 +21,18 @@ from cluster.checkpoint import Checkpoint
 from cluster.invariant import check_invariance
 from cluster.kernels import Kernels
 from cluster.native import NativeKernels, kernels_for
-from cluster.spec import AttentionKind, LayerSpec, ModelSpec, RopeSpec
-from engine.attention import Attention, FastAttention, KVTensors
+from cluster.spec import AttentionKind, KVRows, LayerSpec, ModelSpec
+from engine.attention import Attention, KVTensors
 from engine.batch import Batch
 from engine.invariant_attention import InvariantAttention, check_attention
 from engine.native_attention import NativeAttention
+from engine.one_row import OneRow
+from engine.rotary import Rotary
+from engine.torch_attention import FastAttention
 from engine.weights import CheckpointWeights, Progress, Weights, decoder_bytes
+
+PlanAttention = Callable[[Batch, AttentionKind, int | None, int], Attention]
+logger = logging.getLogger(__name__)
 
 # Runs to its end unless the experts are remote: then it yields whenever it is about to wait.
 Forward = Generator[None, None, Tensor]
@@ -88,10 +95,10 @@ class GemmaDecoder:
         if not spec.tie_word_embeddings:
             embedding = weights.tensor("lm_head.weight", spec.vocab_size, spec.hidden_size)
         self.lm_head = Linear(self.kernels, embedding, None)
-        self.inv_freq = {
-            layer.kind: _inv_freq(spec.rope[layer.kind], layer.head_dim, embedding.device)
-            for layer in spec.layers
-        }
+        where = embedding.device, embedding.dtype
+        head_dims = {layer.kind: layer.head_dim for layer in spec.layers}
+        self.rotary = {kind: Rotary(spec.rope[kind], n, *where) for kind, n in head_dims.items()}
+        self.gpu_attention = self._find_gpu_attention()
         self._num_owning = sum(layer.owns_kv for layer in spec.layers)  # they come first
         if batch_invariant:
             check_invariance(self.kernels, [*build.gemm_weights.values(), embedding])
@@ -158,15 +165,54 @@ class GemmaDecoder:
         cap = self.spec.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def one_row(self, layer: LayerSpec, kv_rows: KVRows) -> OneRow | None:
+        """How keys and values come from what a layer keeps; None where it keeps both."""
+        if not layer.keeps_one_row(kv_rows):
+            return None
+        weight = self.layers[layer.layer_idx].self_attn.qk_norm[-1]
+        eps = self.spec.rms_norm_eps if kv_rows == "raw" else None
+        return OneRow(weight, self.rotary[layer.kind], eps)
+
     def plan_attention(
-        self, batch: Batch, kind: AttentionKind, window: int | None, block_size: int
+        self,
+        batch: Batch,
+        kind: AttentionKind,
+        window: int | None,
+        block_size: int,
+        *,
+        is_reference: bool = False,
     ) -> Attention:
-        """One step's attention of one kind, by the fastest code that keeps what is asked."""
+        """One step's attention of one kind, by the fastest code that keeps what is asked.
+
+        `is_reference`: by PyTorch's operations where there is a choice.
+        """
         if isinstance(self.kernels, NativeKernels):
             return NativeAttention(self.kernels, batch, kind, window)
         if self.batch_invariant:
             return InvariantAttention(batch, kind, window, block_size)
+        if self.gpu_attention is not None and kind is AttentionKind.GLOBAL and not is_reference:
+            return self.gpu_attention(batch, kind, window, block_size)
         return FastAttention(batch, kind, window, block_size, self.dtype)
+
+    def _find_gpu_attention(self) -> PlanAttention | None:
+        """The Triton kernel, for global layers, where it is known to work."""
+        if self.device.type != "cuda" or self.batch_invariant:
+            return None
+        try:
+            from engine import triton_attention  # Triton comes with torch's CUDA build alone
+        except ImportError:
+            logger.warning("Triton isn't installed, so PyTorch attends, more slowly.")
+            return None
+        layers = {
+            (la.num_kv_heads, la.head_dim): la
+            for la in self.spec.layers
+            if la.kind is AttentionKind.GLOBAL
+        }
+        for shape, layer in layers.items():
+            where = self.device, self.dtype, self.spec.num_attention_heads
+            if not triton_attention.works(*where, shape, self.one_row(layer, "v")):
+                return None
+        return triton_attention.TritonAttention
 
 
 class Step:
@@ -181,15 +227,17 @@ class Step:
     ) -> None:
         self.kv, self.experts = kv, experts
         self.slots = batch.slot_mapping
-        self.rotations = {
-            kind: _rotation(batch.positions, inv_freq, model.dtype)
-            for kind, inv_freq in model.inv_freq.items()
-        }
-        block_size = next(iter(kv.values())).key.shape[1]
+        self.rotations = {kind: rotary(batch.positions) for kind, rotary in model.rotary.items()}
+        block_size = next(iter(kv.values())).value.shape[1]
         windows = {AttentionKind.GLOBAL: None, AttentionKind.SLIDING: model.spec.sliding_window}
+        # Raw rows and split ones are the reference, bit-equal as long as the same code reads both.
+        layers = [(model.spec.layers[idx], tensors) for idx, tensors in kv.items()]
+        is_reference = any(layer.k_eq_v and not tensors.is_v for layer, tensors in layers)
         self.attention = {
-            kind: model.plan_attention(batch, kind, windows[kind], block_size)
-            for kind in model.inv_freq
+            kind: model.plan_attention(
+                batch, kind, windows[kind], block_size, is_reference=is_reference
+            )
+            for kind in model.rotary
         }
 
 
@@ -272,13 +320,19 @@ class SelfAttention:
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         layer = self.layer
         kv = step.kv[layer.kv_layer_idx]
+        heads = self.qkv_proj(x).view(x.shape[0], -1, layer.head_dim)
+        written = (step.slots[layer.kind], *kv.by_slot()) if layer.owns_kv else None
+        if written is not None and kv.is_raw:
+            slots, _, rows = written
+            rows.index_copy_(0, slots, heads[:, self.num_heads :])
+            written = None
         query = self.kernels.norm_and_rotate(
-            self.qkv_proj(x).view(x.shape[0], -1, layer.head_dim),
+            heads,
             self.num_heads,
-            self.qk_norm,
+            self.qk_norm if kv.key is not None else self.qk_norm[: self.num_heads],
             self.eps,
             step.rotations[layer.kind],
-            (step.slots[layer.kind], *kv.by_slot()) if layer.owns_kv else None,
+            written,
         )
         return self.o_proj(step.attention[layer.kind](query, kv))
 
@@ -450,19 +504,3 @@ def _narrow(batch: Batch) -> Batch:
         slot_mapping={},
         logits_indices=torch.arange(len(rows), device=requests.device),
     )
-
-
-def _inv_freq(rope: RopeSpec, head_dim: int, device: torch.device) -> Tensor:
-    """Angular frequencies [head_dim / 2] in fp32; those past the rotating share are 0."""
-    num_rotating = int(rope.partial_rotary_factor * head_dim // 2)
-    exponents = torch.arange(0, 2 * num_rotating, 2, dtype=torch.float32) / head_dim
-    frequencies = torch.zeros(head_dim // 2)
-    frequencies[:num_rotating] = 1.0 / rope.theta**exponents / rope.factor
-    return frequencies.to(device)
-
-
-def _rotation(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, and sin with the first half negated, both [num_tokens, 1, head_dim]."""
-    angles = positions[:, None, None].float() * inv_freq
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)

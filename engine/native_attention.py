@@ -23,8 +23,13 @@ class NativeAttention:
             torch.tensor(batch.query_lens)
         )
         self._positions = batch.positions
+        self._num_positions = max(batch.seq_lens)
 
     def __call__(self, query: Tensor, kv: KVTensors) -> Tensor:
+        one_row = None
+        if kv.one_row is not None:
+            cos, sin = kv.one_row.rotary.table(self._num_positions)
+            one_row = kv.one_row.weight, cos, sin, kv.one_row.eps
         return self._kernels.attend(
             query.contiguous(),
             kv.key,
@@ -33,4 +38,5 @@ class NativeAttention:
             self._requests,
             self._positions,
             self._window,
+            one_row,
         )

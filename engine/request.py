@@ -91,6 +91,7 @@ class Request:
     num_cached_tokens: int = 0  # of these, found cached at the first start
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as hashed
     num_preemptions: int = 0
+    asks_store: bool = False  # once more: it gave way, and may have lost what was cached
     finish_reason: FinishReason | None = None
 
     @property

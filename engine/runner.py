@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import NotEnoughMemory
-from cluster.spec import AttentionKind, ModelSpec
+from cluster.spec import AttentionKind
 from engine.attention import KVTensors
 from engine.batch import Batch
 from engine.kv_cache import KVCacheConfig
@@ -36,7 +36,7 @@ class ModelRunner:
         assert num_micro_batches in (1, 2)
         self.model, self.experts = model, experts
         self.num_micro_batches = num_micro_batches
-        self.kv_tensors = allocate_kv(model.spec, kv, model.dtype, model.device)
+        self.kv_tensors = allocate_kv(model, kv)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> Tensor:
@@ -54,23 +54,23 @@ class ModelRunner:
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
-def allocate_kv(
-    spec: ModelSpec, kv: KVCacheConfig, dtype: torch.dtype, device: torch.device
-) -> dict[int, KVTensors]:
+def allocate_kv(model: GemmaDecoder, kv: KVCacheConfig) -> dict[int, KVTensors]:
     """The tensors of each layer that owns keys and values, by layer index.
 
     Zeros, because attention reads masked slots too and nothing times NaN is NaN.
     """
     tensors = {}
     try:
-        for layer in spec.layers:
+        for layer in model.spec.layers:
             if layer.owns_kv:
                 num_blocks = kv.num_blocks[layer.kind]
                 shape = (num_blocks, kv.block_size, layer.num_kv_heads, layer.head_dim)
-                key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-                tensors[layer.layer_idx] = KVTensors(key, value)
+                value = torch.zeros(shape, dtype=model.dtype, device=model.device)
+                one_row = model.one_row(layer, kv.kv_rows)
+                key = torch.zeros_like(value) if one_row is None else None
+                tensors[layer.layer_idx] = KVTensors(key, value, one_row)
     except RuntimeError as error:  # torch's out-of-memory errors, on the CPU and on GPUs
-        raise NotEnoughMemory(f"The KV cache doesn't fit on {device}: {error}") from error
+        raise NotEnoughMemory(f"The KV cache doesn't fit on {model.device}: {error}") from error
     return tensors
 
 

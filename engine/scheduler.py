@@ -116,9 +116,7 @@ class Scheduler:
         num_idle = max(0, self.max_num_seqs - len(self.running))
         if len(self.waiting) >= self.max_queue + num_idle:
             raise Overloaded(f"{len(self.waiting)} requests are waiting; try again later.")
-        cached = self.kv.find_prefix(request)
-        if self.store.fetch(request, cached.num_blocks * self.kv.block_size):
-            request.state = RequestState.WAITING_FOR_BLOCKS
+        self._ask_store(request)
         self.waiting.append(request)
 
     def finish(self, request: Request, reason: FinishReason, *, is_sound: bool = True) -> None:
@@ -185,6 +183,13 @@ class Scheduler:
         output.scheduled.append(item)
         return num_new
 
+    def _ask_store(self, request: Request) -> bool:
+        """Let it wait if the store brings more than what is cached."""
+        cached = self.kv.find_prefix(request)
+        if self.store.fetch(request, cached.num_blocks * self.kv.block_size):
+            request.state = RequestState.WAITING_FOR_BLOCKS
+        return request.state is RequestState.WAITING_FOR_BLOCKS
+
     def _has_room(self) -> bool:
         return bool(self.waiting) and len(self.running) < self.max_num_seqs
 
@@ -196,6 +201,10 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Start it behind what is cached or fetched of it, if it fits."""
+        if request.asks_store and self.kv.can_hold(request, self.kv.find_prefix(request)):
+            request.asks_store = False
+            if self._ask_store(request):
+                return False
         fetched = self.store.fetched(request) or NOTHING_FETCHED
         if not (self._start(request, fetched) or (fetched and self._start(request))):
             return False
@@ -241,6 +250,7 @@ class Scheduler:
         request.state = RequestState.WAITING
         request.num_computed_tokens = 0
         request.num_preemptions += 1
+        request.asks_store = True
         self.num_preemptions += 1
         output.preempted.append(request)
 

@@ -21,7 +21,7 @@ from cluster.placement import ExpertPlacement
 from cluster.spec import ModelSpec
 from experts import wire
 from experts.beats import Beats
-from experts.kernels import group_partials
+from experts.kernels import group_rows
 from experts.load import ExpertLoad
 from experts.weights import OwnedExperts, load_experts
 
@@ -195,22 +195,15 @@ class ExpertHost:
     def _compute(self, call: wire.Call, serving: _Serving) -> list[memoryview]:
         start = time.perf_counter()
         owned = serving.owned
-        slots = owned.localise(call.slots.to(self._device))
-        if call.layer_idx >= len(owned.layers) or bool((slots.experts < 0).any()):
-            raise LinkError(f"{self.host_id} doesn't own what call {call.call_id} asks for.")
-        layer = owned.layers[call.layer_idx]
-        hidden_states = call.hidden_states.to(self._device)
+        if call.layer_idx >= len(owned.layers):
+            raise LinkError(f"{self.host_id} has no layer {call.layer_idx}.")
+        layer, hidden_states = owned.layers[call.layer_idx], call.hidden_states.to(self._device)
         with torch.inference_mode(), self._compute_lock:
-            partials = group_partials(hidden_states, slots, layer)
-            groups = layer.expert_to_group[slots.experts].cpu().numpy()
-            cells = wire.cells_with_slots(
-                call.slots.tokens.numpy(), groups, len(call.hidden_states)
-            )
-            rows = partials.flatten(0, 1)
-            if len(cells) < len(rows):
-                rows = rows[torch.from_numpy(cells).to(rows.device)]
+            rows = group_rows(hidden_states, call.slots, owned.expert_to_row, layer)
+            if rows is None:
+                raise LinkError(f"{self.host_id} doesn't own what call {call.call_id} asks for.")
             rows = rows.cpu()
-            self.load.count(call.layer_idx, call.slots.experts.numpy())
+            self.load.count(call.layer_idx, call.slots[1].numpy())
             self._num_calls += 1
             self._num_broken_calls = 0
             elapsed_s = time.perf_counter() - start

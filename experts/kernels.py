@@ -36,9 +36,13 @@ class Slots:
         tokens = torch.arange(num_tokens, device=topk_ids.device).repeat_interleave(top_k)
         return Slots(tokens, topk_ids.reshape(-1), topk_weights.reshape(-1).float())
 
-    def to(self, device: torch.device | str) -> Slots:
-        """The same slots on a device."""
-        return Slots(self.tokens.to(device), self.experts.to(device), self.weights.to(device))
+    @staticmethod
+    def from_table(table: Tensor) -> Slots:
+        """Of the three in one tensor, as a frame has them: [3, num_slots] int32, the last row being
+        the bits of the weights.
+        """
+        tokens, experts, weights = table
+        return Slots(tokens.long(), experts.long(), weights.view(torch.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,32 @@ def grouped_experts(
         if len(run)
     ]
     return torch.cat(runs) if runs else torch.empty_like(rows)
+
+
+def group_rows(
+    hidden_states: Tensor, slot_table: Tensor, expert_to_row: Tensor, experts: LayerExperts
+) -> Tensor | None:
+    """What an expert host answers: the rows of `group_partials` of the (group, token) pairs that
+    have a slot, in order; None if an expert isn't among `experts`.
+
+    Shapes: hidden_states [num_tokens, hidden]; slot_table [3, num_slots] int32, see
+    `Slots.from_table`, by logical ids, which expert_to_row turns into rows of `experts`, or -1.
+    """
+    gate_up, down, kernels = experts.gate_up, experts.down, experts.kernels
+    groups = experts.expert_to_group
+    if isinstance(kernels, NativeKernels):
+        assert isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight)
+        return kernels.expert_rows(
+            hidden_states, slot_table, expert_to_row, gate_up, down, groups, experts.num_groups
+        )
+    slots = Slots.from_table(slot_table.to(hidden_states.device))
+    slots = Slots(slots.tokens, expert_to_row[slots.experts], slots.weights)
+    if bool((slots.experts < 0).any()):
+        return None
+    partials = group_partials(hidden_states, slots, experts)
+    has_slot = torch.zeros(partials.shape[:2], dtype=torch.bool, device=partials.device)
+    has_slot[groups[slots.experts], slots.tokens] = True
+    return partials[has_slot]
 
 
 def sum_partials(partials: Tensor) -> Tensor:

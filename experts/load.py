@@ -15,6 +15,6 @@ class ExpertLoad:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.total = np.zeros((num_layers, num_experts), dtype=np.int64)
 
-    def count(self, layer_idx: int, expert_ids: npt.NDArray[np.int64]) -> None:
+    def count(self, layer_idx: int, expert_ids: npt.NDArray[np.integer]) -> None:
         """Add one call's slots. Shape: expert_ids [num_slots], logical ids."""
         self.total[layer_idx] += np.bincount(expert_ids, minlength=self.total.shape[1])

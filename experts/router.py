@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,12 +15,19 @@ from cluster.links import AUTO, Endpoint, Link
 from cluster.placement import ExpertPlacement
 from cluster.spec import ModelSpec
 from experts import wire
+from experts.choices import AskedSlots, Choices, GroupCut
 from experts.fallback import Fallback
-from experts.kernels import Slots, sum_partials
 from experts.peers import Peer, Peers
 from experts.stats import CallObserver, CallStats
 
-IntArray = npt.NDArray[np.int64]
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What one host is asked for."""
+
+    peer: Peer
+    group_ids: tuple[int, ...]
+    is_asked: Tensor  # [num_experts] bool: the experts of those groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,8 @@ class _Plan:
 
     generation: object
     epoch: int
-    group_to_peer: Mapping[int, Peer]  # lacks the groups that nobody can be asked for
+    asked: tuple[_Asked, ...]
+    missing: frozenset[int]  # the groups that nobody can be asked for
 
 
 @dataclass(slots=True)
@@ -42,7 +48,6 @@ class _Sent:
     link: Link
     call_id: int
     group_ids: tuple[int, ...]
-    cells: IntArray  # [num_rows]: where each row of the reply belongs, as group * tokens + token
     sent_s: float
 
 
@@ -53,13 +58,11 @@ class Handle:
     layer_idx: int
     hidden_states: Tensor  # [num_tokens, hidden], on the CPU
     device: torch.device  # of the result
-    tokens: IntArray  # [num_slots], in token order
-    experts: IntArray  # [num_slots]
-    weights: npt.NDArray[np.float32]  # [num_slots]
-    groups: IntArray  # [num_slots]
-    partials: Tensor  # [num_groups, num_tokens, hidden]
+    choices: Choices
     sent: list[_Sent] = field(default_factory=list)
     orphans: set[int] = field(default_factory=set)  # groups that no host has been asked for
+    # By group: the rows of the tokens that have a slot in it.
+    rows: dict[int, Tensor] = field(default_factory=dict)
     # By host and group: why it didn't compute this.
     refusals: dict[tuple[str, int], str] = field(default_factory=dict)
     dispatched_s: float = 0.0
@@ -99,12 +102,8 @@ class ExpertRouter:
         self._call_ids = itertools.count(1)
         self._stats = CallStats()
         self._observer = observer
-        self._plan = _Plan(None, 0, {})
-        self._num_groups = placement.groups.num_groups
-        self._expert_to_group = np.array(
-            [placement.groups.group_of(expert) for expert in range(spec.num_experts)],
-            dtype=np.int64,
-        )
+        self._plan = _Plan(None, 0, (), frozenset())
+        self._cut = GroupCut(placement.groups)
         self._peers.use(placement, endpoints)
 
     def use(self, placement: ExpertPlacement, endpoints: Mapping[str, Endpoint]) -> None:
@@ -133,20 +132,13 @@ class ExpertRouter:
         Shapes: hidden_states [num_tokens, hidden], topk_ids and topk_weights [num_tokens, k].
         Returns the handle for `combine`; never raises for what a host did.
         """
-        num_tokens, hidden_size = hidden_states.shape
-        rows = hidden_states.detach().cpu().contiguous()
-        experts = topk_ids.reshape(-1).cpu().numpy()
         handle = Handle(
             layer_idx,
-            rows,
+            hidden_states.detach().cpu().contiguous(),
             hidden_states.device,
-            np.repeat(np.arange(num_tokens), topk_ids.shape[1]),
-            experts,
-            topk_weights.reshape(-1).float().cpu().numpy(),
-            self._expert_to_group[experts],
-            rows.new_zeros(self._num_groups, num_tokens, hidden_size),
+            Choices(self._cut, topk_ids, topk_weights),
         )
-        self._send(handle, set(np.unique(handle.groups).tolist()))
+        self._send(handle, self._current_plan())
         handle.dispatched_s = time.perf_counter()
         return handle
 
@@ -155,17 +147,20 @@ class ExpertRouter:
         and on their device. Raises Unavailable when no copy of a group can answer.
         """
         start = time.perf_counter()
+        num_rows = handle.choices.count_rows()
         while handle.sent or handle.orphans:
             while handle.sent:
                 sent = handle.sent.pop()
-                if not self._collect(handle, sent):
+                if not self._collect(handle, sent, num_rows):
                     handle.orphans.update(sent.group_ids)
             if handle.orphans:
                 self._retry(handle)
         self._stats.count_combine(
             hidden_s=start - handle.dispatched_s, waited_s=time.perf_counter() - start
         )
-        return sum_partials(handle.partials).to(handle.device)
+        nothing = handle.hidden_states[:0]
+        rows = [handle.rows.get(group_id, nothing) for group_id in range(self._cut.num_groups)]
+        return handle.choices.add_up(rows).to(handle.device)
 
     def abandon(self, handle: Handle) -> None:
         """Give a call up instead of combining it: its answers are dropped when they come."""
@@ -197,67 +192,21 @@ class ExpertRouter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, handle: Handle, group_ids: set[int]) -> None:
-        """Ask for groups; those that nobody can be asked for become orphans."""
-        plan, by_peer = self._current_plan(), dict[str, list[int]]()
-        if handle.refusals:
-            plan = self._make_plan(handle.refusals)
-        for group_id in sorted(group_ids):
-            peer = plan.group_to_peer.get(group_id)
-            if peer is None:
-                handle.orphans.add(group_id)
-            else:
-                by_peer.setdefault(peer.host_id, []).append(group_id)
-        for asked in by_peer.values():
-            peer = plan.group_to_peer[asked[0]]
-            sent = self._send_frame(handle, peer, asked, plan.epoch)
-            if sent is None:
-                handle.orphans.update(asked)
-            else:
-                handle.sent.append(sent)
+    def _send(self, handle: Handle, plan: _Plan) -> None:
+        """Ask for what has a slot; groups that nobody can be asked for become orphans."""
+        for asked in plan.asked:
+            slots = handle.choices.slots_of(asked.is_asked)
+            if slots is not None and not self._send_frame(handle, asked, slots, plan.epoch):
+                handle.orphans.update(asked.group_ids)
+        handle.orphans.update(plan.missing)
 
-    def _current_plan(self) -> _Plan:
-        if self._plan.generation is not self._peers.generation:
-            self._plan = self._make_plan(())
-        return self._plan
-
-    def _make_plan(self, avoided: Container[tuple[str, int]]) -> _Plan:
-        generation, placement, alive = self._peers.snapshot()
-        table = [
-            [host for host in hosts if host in alive and (host, group) not in avoided]
-            for group, hosts in enumerate(placement.group_to_hosts)
-        ]
-        group_to_peer = {group: alive[host] for group, host in choose_copies(table).items()}
-        return _Plan(generation, placement.epoch, group_to_peer)
-
-    def _send_frame(
-        self, handle: Handle, peer: Peer, group_ids: list[int], epoch: int
-    ) -> _Sent | None:
-        link, num_tokens = peer.link, len(handle.hidden_states)
+    def _send_frame(self, handle: Handle, asked: _Asked, slots: AskedSlots, epoch: int) -> bool:
+        peer = asked.peer
+        link, call_id = peer.link, next(self._call_ids)
         if link is None:
-            return None
-        is_asked = np.zeros(self._num_groups, dtype=np.bool_)
-        is_asked[group_ids] = True
-        slots = is_asked[handle.groups]
-        tokens, groups = handle.tokens[slots], handle.groups[slots]
-        hidden_states = handle.hidden_states
-        has_slot = np.zeros(num_tokens, dtype=np.bool_)
-        has_slot[tokens] = True
-        frame_tokens = tokens
-        if not has_slot.all():  # send only the rows that this host needs
-            hidden_states = hidden_states[torch.from_numpy(has_slot)]
-            frame_tokens = (np.cumsum(has_slot) - 1)[tokens]
-        call_id = next(self._call_ids)
-        parts = wire.encode_call(
-            call_id,
-            epoch,
-            handle.layer_idx,
-            hidden_states,
-            frame_tokens,
-            handle.experts[slots],
-            handle.weights[slots],
-        )
-        cells = wire.cells_with_slots(tokens, groups, num_tokens)
+            return False
+        hidden_states = slots.rows_of(handle.hidden_states)
+        parts = wire.encode_call(call_id, epoch, handle.layer_idx, hidden_states, slots.table)
         peer.outstanding.add(call_id)
         sent_s = time.perf_counter()
         try:
@@ -265,11 +214,40 @@ class ExpertRouter:
         except LinkError as error:
             peer.forget(call_id)
             self._failed(peer, link, str(error))
-            return None
-        return _Sent(peer, link, call_id, tuple(group_ids), cells, sent_s)
+            return False
+        handle.sent.append(_Sent(peer, link, call_id, asked.group_ids, sent_s))
+        return True
 
-    def _collect(self, handle: Handle, sent: _Sent) -> bool:
-        """Take in one host's answer; False if it has to be asked again elsewhere."""
+    def _current_plan(self) -> _Plan:
+        if self._plan.generation is not self._peers.generation:
+            self._plan = self._make_plan(range(self._cut.num_groups), ())
+        return self._plan
+
+    def _make_plan(self, group_ids: Iterable[int], avoided: Container[tuple[str, int]]) -> _Plan:
+        """Whom to ask for these groups; a pair of host and group may be avoided."""
+        generation, placement, alive = self._peers.snapshot()
+        copies = {
+            group_id: [
+                host
+                for host in placement.group_to_hosts[group_id]
+                if host in alive and (host, group_id) not in avoided
+            ]
+            for group_id in group_ids
+        }
+        by_host: dict[str, list[int]] = {}
+        for group_id, host in choose_copies(copies).items():
+            by_host.setdefault(host, []).append(group_id)
+        asked = [
+            _Asked(alive[host], tuple(sorted(groups)), self._cut.mask(groups))
+            for host, groups in sorted(by_host.items())
+        ]
+        missing = frozenset(group_id for group_id, hosts in copies.items() if not hosts)
+        return _Plan(generation, placement.epoch, tuple(asked), missing)
+
+    def _collect(self, handle: Handle, sent: _Sent, num_rows: list[int]) -> bool:
+        """Take in one host's answer; False if it has to be asked again elsewhere. `num_rows`: of
+        each group.
+        """
         start = time.perf_counter()
         try:
             reply = sent.peer.receive(sent.link, sent.call_id, self._deadline_s)
@@ -278,15 +256,14 @@ class ExpertRouter:
                     handle.refusals[sent.peer.host_id, group_id] = reply.reason
                 self._failed(sent.peer, None, reply.reason)
                 return False
-            rows = handle.partials.flatten(0, 1)
-            if reply.rows.shape != (len(sent.cells), rows.shape[1]) or (
-                reply.rows.dtype is not rows.dtype
-            ):
+            counts = [num_rows[group_id] for group_id in sent.group_ids]
+            shape = (sum(counts), handle.hidden_states.shape[1])
+            if reply.rows.shape != shape or reply.rows.dtype is not handle.hidden_states.dtype:
                 raise LinkError(f"{sent.peer.host_id} answered with rows of a wrong shape.")
         except LinkError as error:
             self._failed(sent.peer, sent.link, str(error))
             return False
-        rows[torch.from_numpy(sent.cells)] = reply.rows
+        handle.rows.update(zip(sent.group_ids, torch.split(reply.rows, counts), strict=True))
         sent.peer.num_bans = 0  # only an answer proves that it is well again
         # When an answer came that was there before it was asked for isn't known: the dense MLP's
         # time mustn't count, so the host's own time stands for it.
@@ -308,42 +285,43 @@ class ExpertRouter:
     def _retry(self, handle: Handle) -> None:
         """Ask for the orphans again: another copy, else the fallback, else Unavailable."""
         group_ids, handle.orphans = handle.orphans, set()
-        self._send(handle, group_ids)
+        self._send(handle, self._make_plan(group_ids, handle.refusals))
         if handle.sent:
             self._stats.num_retries += 1
         elif handle.orphans:
             self._fall_back(handle)
 
     def _fall_back(self, handle: Handle) -> None:
-        if self._fallback is None or not self._fallback.can_hold(handle.orphans):
+        """Compute the orphans here. Raises Unavailable where that can't be done."""
+        needed = {
+            group_id: slots
+            for group_id in sorted(handle.orphans)
+            if (slots := handle.choices.slots_of(self._cut.mask([group_id]))) is not None
+        }
+        handle.orphans.clear()
+        if not needed:
+            return
+        if self._fallback is None or not self._fallback.can_hold(needed):
             refusals = {host_id: reason for (host_id, _), reason in handle.refusals.items()}
             raise Unavailable(
-                f"No expert host answers for groups {sorted(handle.orphans)}: "
+                f"No expert host answers for groups {list(needed)}: "
                 f"{self._peers.problems() | refusals}."
             )
-        for group_id in sorted(handle.orphans):
-            is_asked = handle.groups == group_id
-            slots = Slots(
-                torch.from_numpy(handle.tokens[is_asked]),
-                torch.from_numpy(handle.experts[is_asked]),
-                torch.from_numpy(handle.weights[is_asked]),
+        for group_id, slots in needed.items():
+            handle.rows[group_id] = self._fallback.partials(
+                group_id, handle.layer_idx, slots.rows_of(handle.hidden_states), slots.unpack()
             )
-            handle.partials[group_id] = self._fallback.partials(
-                group_id, handle.layer_idx, handle.hidden_states, slots
-            )
-        handle.orphans.clear()
         self._stats.num_fallbacks += 1
 
 
-def choose_copies(group_to_hosts: Sequence[Sequence[str]]) -> dict[int, str]:
+def choose_copies(group_to_hosts: Mapping[int, Sequence[str]]) -> dict[int, str]:
     """One host for each group that has any, so that no host gets many more groups than another.
 
     Groups with the fewest copies choose first; among equals the earlier copy wins. Pure.
     """
     num_groups_of: dict[str, int] = {}
     choice: dict[int, str] = {}
-    for group_id in sorted(range(len(group_to_hosts)), key=lambda g: len(group_to_hosts[g])):
-        hosts = group_to_hosts[group_id]
+    for group_id, hosts in sorted(group_to_hosts.items(), key=lambda item: (len(item[1]), item[0])):
         if hosts:
             host = min(hosts, key=lambda host: num_groups_of.get(host, 0))
             num_groups_of[host] = num_groups_of.get(host, 0) + 1

@@ -16,12 +16,10 @@ import struct
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cluster.errors import LinkError
-from experts.kernels import Slots
 
 VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,8 +30,6 @@ _CALL = struct.Struct("<4sHHQQIIII")
 _REPLY = struct.Struct("<4sHHQQIIf4x")
 _CALL_MAGIC, _REPLY_MAGIC = b"BXCL", b"BXRP"
 _SLOT_BYTES = 12
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Status(enum.IntEnum):
@@ -81,7 +77,7 @@ class Call:
     epoch: int
     layer_idx: int
     hidden_states: Tensor
-    slots: Slots  # logical expert ids
+    slots: Tensor  # [3, num_slots] int32: tokens, logical expert ids, the bits of fp32 weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,26 +97,21 @@ def encode_call(
     epoch: int,
     layer_idx: int,
     hidden_states: Tensor,
-    tokens: IntArray,
-    experts: IntArray,
-    weights: npt.NDArray[np.float32],
+    slots: Tensor,
 ) -> list[memoryview]:
-    """The parts of a call's frame; the hidden states' part is a view of the tensor.
+    """The parts of a call's frame; those of the slots and the hidden states are views.
 
-    Shapes: hidden_states [num_tokens, hidden], contiguous on the CPU; the rest [num_slots].
+    Shapes: hidden_states [num_tokens, hidden] and slots [3, num_slots] int32, the latter being
+    rows of hidden_states, experts and the bits of fp32 weights; both contiguous on the CPU.
     """
     num_tokens, hidden_size = hidden_states.shape
-    num_slots = len(tokens)
+    num_slots = slots.shape[1]
     kind = DTYPES.index(hidden_states.dtype)
-    offset = _hidden_offset(num_slots)
-    head = bytearray(offset)
-    _CALL.pack_into(
-        head, 0, _CALL_MAGIC, VERSION, kind, call_id, epoch, layer_idx, num_tokens, num_slots,
-        hidden_size,
-    )  # fmt: skip
-    slots = np.frombuffer(head, np.int32, 3 * num_slots, _CALL.size).reshape(3, num_slots)
-    slots[0], slots[1], slots[2] = tokens, experts, weights.view(np.int32)
-    return [memoryview(head), _to_bytes(hidden_states)]
+    head = _CALL.pack(
+        _CALL_MAGIC, VERSION, kind, call_id, epoch, layer_idx, num_tokens, num_slots, hidden_size
+    )
+    padding = bytes(_hidden_offset(num_slots) - _CALL.size - _SLOT_BYTES * num_slots)
+    return [memoryview(head), _to_bytes(slots), memoryview(padding), _to_bytes(hidden_states)]
 
 
 def decode_call(frame: memoryview, num_experts: int, hidden_size: int) -> Call:
@@ -137,14 +128,12 @@ def decode_call(frame: memoryview, num_experts: int, hidden_size: int) -> Call:
     dtype, offset = DTYPES[kind], _hidden_offset(num_slots)
     if len(frame) != offset + num_tokens * hidden_size * dtype.itemsize:
         raise LinkError("An expert call isn't as long as it says.")
-    ids = np.frombuffer(frame, np.int32, 2 * num_slots, _CALL.size).reshape(2, num_slots)
-    if num_slots and (ids.min() < 0 or ids[0].max() >= num_tokens or ids[1].max() >= num_experts):
+    slots = np.frombuffer(frame, np.int32, 3 * num_slots, _CALL.size).reshape(3, num_slots)
+    ids = slots[:2].view(np.uint32)  # so that a negative one is too large
+    if num_slots and (ids[0].max() >= num_tokens or ids[1].max() >= num_experts):
         raise LinkError("An expert call names a token or an expert that doesn't exist.")
-    weights = np.frombuffer(frame, np.float32, num_slots, _CALL.size + 8 * num_slots)
-    tokens, experts = torch.from_numpy(ids.astype(np.int64)).unbind()
     hidden_states = _to_rows(frame[offset:], dtype, num_tokens, hidden_size)
-    slots = Slots(tokens, experts, torch.from_numpy(weights))
-    return Call(call_id, epoch, layer_idx, hidden_states, slots)
+    return Call(call_id, epoch, layer_idx, hidden_states, torch.from_numpy(slots))
 
 
 def peek_call_id(frame: memoryview) -> int:
@@ -191,18 +180,6 @@ def decode_reply(frame: memoryview) -> Reply:
         raise LinkError("An expert reply isn't as long as it says.")
     rows = _to_rows(body, dtype, num_rows, hidden_size)
     return Reply(call_id, epoch, Status.OK, compute_s, rows, "")
-
-
-def cells_with_slots(tokens: IntArray, groups: IntArray, num_tokens: int) -> IntArray:
-    """The (group, token) pairs that have a slot, as group * num_tokens + token, ascending: the rows
-    of a reply, in order. Shapes: tokens and groups [num_slots].
-    """
-    if not len(tokens):
-        return np.empty(0, np.int64)
-    cells = groups * num_tokens + tokens
-    present = np.zeros(int(cells.max()) + 1, dtype=np.bool_)
-    present[cells] = True
-    return np.flatnonzero(present)
 
 
 def _hidden_offset(num_slots: int) -> int:

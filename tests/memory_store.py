@@ -27,13 +27,13 @@ class TensorBlocks:
 
     def read(self, kind: AttentionKind, block_id: int) -> Any:
         layers = [t for idx, t in self._tensors.items() if self._kinds[idx] is kind]
-        return [(t.key[block_id].clone(), t.value[block_id].clone()) for t in layers]
+        return [[tensor[block_id].clone() for tensor in t.stored] for t in layers]
 
     def write(self, kind: AttentionKind, block_id: int, value: Any) -> None:
         layers = [t for idx, t in self._tensors.items() if self._kinds[idx] is kind]
-        for tensors, (key, value_) in zip(layers, value, strict=True):
-            tensors.key[block_id] = key
-            tensors.value[block_id] = value_
+        for tensors, kept in zip(layers, value, strict=True):
+            for tensor, stored in zip(tensors.stored, kept, strict=True):
+                tensor[block_id] = stored
 
 
 class MemoryStore:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.spec import AttentionKind, ModelSpec
+from cluster.spec import AttentionKind, KVRows, ModelSpec
 from engine.batch import Batch
 from engine.kv_cache import KVCacheConfig
 from engine.model import Experts, GemmaDecoder
@@ -33,10 +33,17 @@ class PagedDriver:
     """Hands out blocks in random order and takes them back as the window leaves them."""
 
     def __init__(
-        self, model: GemmaDecoder, experts: Experts | None, *, num_blocks: int = 400, **options: Any
+        self,
+        model: GemmaDecoder,
+        experts: Experts | None,
+        *,
+        num_blocks: int = 400,
+        kv_rows: KVRows = "v",
+        **options: Any,
     ) -> None:
         self.spec: ModelSpec = model.spec
-        config = KVCacheConfig(BLOCK_SIZE, dict.fromkeys(AttentionKind, num_blocks))
+        blocks = dict.fromkeys(AttentionKind, num_blocks)
+        config = KVCacheConfig(BLOCK_SIZE, blocks, kv_rows=kv_rows)
         self.runner = ModelRunner(model, config, experts, **options)
         self._free = {
             kind: random.Random(7).sample(range(1, num_blocks), num_blocks - 1)
@@ -88,8 +95,8 @@ class PagedDriver:
         self._free[kind] += blocks
         for idx, tensors in self.runner.kv_tensors.items():
             if self.spec.layers[idx].kind is kind:
-                tensors.key[blocks] = POISON
-                tensors.value[blocks] = POISON
+                for tensor in tensors.stored:
+                    tensor[blocks] = POISON
 
 
 def _batch(work: list[tuple[Sequence, int]], all_logits: bool) -> Batch:

@@ -1,4 +1,4 @@
-"""Paged attention: every backend equals the plain reference."""
+"""Paged attention: every backend equals the plain reference, whatever the cache keeps."""
 
 from __future__ import annotations
 
@@ -6,38 +6,96 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.kernels import TorchKernels, rotate
 from cluster.native import native_kernels
-from cluster.spec import AttentionKind
-from engine.attention import FastAttention, KVTensors, ReferenceAttention
+from cluster.spec import AttentionKind, KVRows, RopeSpec
+from engine import torch_attention
+from engine.attention import Attention, KVTensors, ReferenceAttention
 from engine.batch import Batch
 from engine.invariant_attention import InvariantAttention
 from engine.native_attention import NativeAttention
+from engine.one_row import OneRow
+from engine.rotary import Rotary
+from engine.torch_attention import FastAttention
+
+KIND, BLOCK_SIZE, EPS = AttentionKind.GLOBAL, 4, 1e-6
+KV_ROWS: tuple[KVRows, ...] = ("v", "raw", "split")
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_batch(query_lens: list[int], seq_lens: list[int]) -> Batch:
+    """Requests whose blocks lie about, in a cache of 200."""
+    width = -(-max(seq_lens) // BLOCK_SIZE)
+    order = torch.randperm(199, generator=torch.Generator().manual_seed(1))
+    table = order[: len(seq_lens) * width].view(len(seq_lens), width) + 1
+    spans = zip(query_lens, seq_lens, strict=True)
+    positions = torch.cat([torch.arange(end - num, end) for num, end in spans])
+    unused = torch.empty(0, dtype=torch.int64)
+    return Batch(positions, positions, query_lens, seq_lens, {KIND: table}, {}, unused)
+
+
+def make_kv(batch: Batch, num_kv_heads: int, head_dim: int) -> dict[KVRows, KVTensors]:
+    """The same context three times. Split keys are formed as they are when a token is computed."""
+    raw = draw(200, BLOCK_SIZE, num_kv_heads, head_dim)
+    rotary = Rotary(RopeSpec(1e4, 0.25), head_dim, raw.device, raw.dtype)
+    weight = 1 + 0.1 * draw(head_dim)
+    value = TorchKernels().rms_norm(raw, None, EPS)
+    positions = torch.zeros(200, BLOCK_SIZE, dtype=torch.int64)
+    for blocks in batch.block_tables[KIND]:
+        positions[blocks] = torch.arange(len(blocks) * BLOCK_SIZE).view(-1, BLOCK_SIZE)
+    rotation = rotary(positions.flatten())
+    key = rotate((value * weight).flatten(0, 1), *rotation).view(raw.shape)
+    return {
+        "v": KVTensors(None, value, OneRow(weight, rotary)),
+        "raw": KVTensors(None, raw, OneRow(weight, rotary, EPS)),
+        "split": KVTensors(key, value),
+    }
+
+
+def make_backends(batch: Batch, window: int | None) -> list[Attention]:
+    kernels = native_kernels()
+    assert kernels is not None
+    return [
+        ReferenceAttention(batch, KIND, window, BLOCK_SIZE),
+        FastAttention(batch, KIND, window, BLOCK_SIZE, torch.float32),
+        InvariantAttention(batch, KIND, window, BLOCK_SIZE),
+        NativeAttention(kernels, batch, KIND, window),
+    ]
 
 
 @pytest.mark.parametrize("window", [None, 7, 100])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("head_dim", [8, 144])
-def test_attention_backends_agree(window: int | None, num_kv_heads: int, head_dim: int) -> None:
-    kind, block_size = AttentionKind.GLOBAL, 4
-    query_lens, seq_lens = [1, 9, 1, 1, 70], [30, 40, 1, 90, 70]
-    generator = torch.Generator().manual_seed(0)
+def test_backends_and_rows_agree(window: int | None, num_kv_heads: int, head_dim: int) -> None:
+    batch = make_batch([1, 9, 1, 1, 70], [30, 40, 1, 90, 70])
+    query = draw(batch.num_tokens, 6, head_dim) * head_dim**-0.5
+    kv = make_kv(batch, num_kv_heads, head_dim)
+    expected = ReferenceAttention(batch, KIND, window, BLOCK_SIZE)(query, kv["split"])
+    for attention in make_backends(batch, window):
+        for kv_rows in KV_ROWS:
+            actual = attention(query, kv[kv_rows])
+            assert torch.allclose(actual, expected, atol=1e-5), (attention, kv_rows)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
 
-    kv = KVTensors(*(draw(200, block_size, num_kv_heads, head_dim) for _ in range(2)))
-    table = torch.randperm(199, generator=generator)[: 5 * 23].view(5, 23) + 1
-    spans = zip(query_lens, seq_lens, strict=True)
-    positions = torch.cat([torch.arange(end - num, end) for num, end in spans])
-    unused = torch.empty(0, dtype=torch.int64)
-    batch = Batch(unused, positions, query_lens, seq_lens, {kind: table}, {}, unused)
-    query = draw(sum(query_lens), 6, head_dim) * head_dim**-0.5
-    expected = ReferenceAttention(batch, kind, window, block_size)(query, kv)
-    fast = FastAttention(batch, kind, window, block_size, torch.float32)(query, kv)
-    invariant = InvariantAttention(batch, kind, window, block_size)(query, kv)
-    assert torch.allclose(fast, expected, atol=1e-5)
-    assert torch.allclose(invariant, expected, atol=1e-5)
-    kernels = native_kernels()
-    assert kernels is not None
-    native = NativeAttention(kernels, batch, kind, window)(query, kv)
-    assert torch.allclose(native, expected, atol=1e-5)
+def test_a_long_context_is_held_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_attention, "PART_KEYS", 16)
+    for query_lens, seq_lens in (([1], [130]), ([1, 9, 1, 70], [130, 40, 3, 90])):
+        batch = make_batch(query_lens, seq_lens)
+        query = draw(batch.num_tokens, 6, 32) * 32**-0.5
+        kv = make_kv(batch, 2, 32)
+        expected = ReferenceAttention(batch, KIND, None, BLOCK_SIZE)(query, kv["split"])
+        fast = FastAttention(batch, KIND, None, BLOCK_SIZE, torch.float32)
+        results = {kv_rows: fast(query, kv[kv_rows]) for kv_rows in KV_ROWS}
+        assert all(torch.allclose(result, expected, atol=1e-5) for result in results.values())
+        assert torch.equal(results["raw"], results["split"])
+
+
+def test_raw_rows_give_the_bits_of_a_split_cache() -> None:
+    batch = make_batch([1, 9, 70], [130, 40, 90])
+    query = draw(batch.num_tokens, 6, 144) * 144**-0.5
+    kv = make_kv(batch, 2, 144)
+    for attention in make_backends(batch, None)[:-1]:
+        assert torch.equal(attention(query, kv["raw"]), attention(query, kv["split"])), attention

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import engine as engine_bench
-from bench import gpu_engine, kv_store, overlap, peers
+from bench import gpu_attention, gpu_engine, kv_store, overlap, peers
 from bench.card import Check, report
 from bench.gguf_writer import UNROTATED, gguf_tensors, write_gguf
 from bench.gpu_shapes import CONFIG_26B
@@ -174,6 +174,15 @@ def test_the_gpu_bench_runs_in_a_tiny_shape(
     summary = gpu_engine.main(options)
     assert all(check["ok"] for check in summary["checks"])
     assert summary["results"]["streams"]["2"]["decode_tok_s"] > 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary
+
+
+def test_the_gpu_attention_bench_runs_in_the_interpreter(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    summary = gpu_attention.main(["--tiny", "--no-keep", "--repeats", "1"])
+    assert all(check["ok"] for check in summary["checks"] if "error" in check["name"])
+    assert summary["results"]["decode"]["96"]["one row"]["us"] > 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import NotEnoughMemory
-from cluster.spec import AttentionKind, ModelSpec
+from cluster.spec import AttentionKind, KVRows, ModelSpec
 from engine.block_pool import NULL_BLOCK, BlockPool
 from engine.kv_cache import KVCache, KVCacheConfig
 from engine.kv_sizing import (
@@ -26,6 +26,7 @@ from engine.kv_sizing import (
 from engine.request import Request, SamplingParams
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
+KV_ROWS: tuple[KVRows, ...] = ("v", "raw", "split")
 
 
 def cdiv(a: int, b: int) -> int:
@@ -183,6 +184,20 @@ def test_bytes_count_only_layers_that_own_keys_and_values() -> None:
     assert kv_bytes_per_block(spec, SLIDING, 16, torch.bfloat16) == 5 * 2 * 16 * 2 * 16 * 2
     shared = make_spec(num_hidden_layers=12, num_kv_shared_layers=6)
     assert kv_bytes_per_block(shared, GLOBAL, 16, torch.float32) == 2 * 16 * 2 * 32 * 4
+
+
+def test_one_row_is_half_and_holds_a_longer_context() -> None:
+    spec, dtype = make_spec(attention_k_eq_v=True), torch.float32
+    for kind, share in ((GLOBAL, 2), (SLIDING, 1)):
+        of = {rows: kv_bytes_per_block(spec, kind, 16, dtype, rows) for rows in KV_ROWS}
+        assert of["v"] == of["raw"] and of["v"] * share == of["split"]
+    longest = {r: longest_context(spec, 5_000_000, dtype=dtype, kv_rows=r) for r in KV_ROWS}
+    assert longest["v"] == longest["raw"] == pytest.approx(2 * longest["split"], abs=32)
+    configs = {r: size_kv_cache(spec, 5_000_000, 1024, dtype=dtype, kv_rows=r) for r in KV_ROWS}
+    assert configs["v"].num_blocks[GLOBAL] > 1.5 * configs["split"].num_blocks[GLOBAL]
+    assert {rows: config.kv_rows for rows, config in configs.items()} == {
+        rows: rows for rows in KV_ROWS
+    }
 
 
 @pytest.mark.parametrize("kv_bytes", [2_000_000, 5_000_000, 10**9])

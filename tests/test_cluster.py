@@ -109,6 +109,14 @@ def greedy(max_tokens: int) -> Sampling:
     return Sampling(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
 
+def test_only_the_engine_may_interrupt_others(client: Client, running: Running) -> None:
+    status = client.status()
+    engine = {status.decoder.pid, *(host.part.pid for host in status.expert_hosts)}
+    for pid in session_pids(running):
+        expected = os.SCHED_OTHER if pid in engine else os.SCHED_BATCH
+        assert os.sched_getscheduler(pid) == expected, name_of(pid)
+
+
 def test_the_cluster_says_what_the_engine_alone_says(config: Config, client: Client) -> None:
     torch.set_num_threads(1)  # the cluster's processes want the cores
     source = Source.open(config)

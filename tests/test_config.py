@@ -69,6 +69,9 @@ def assert_plain(value: Any) -> None:
     if isinstance(value, dict):
         for inner in value.values():
             assert_plain(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            assert_plain(inner)
     else:
         assert value is None or type(value) in (str, int, float, bool)
 
@@ -103,6 +106,8 @@ def test_model_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("batch_invariant: 1", "batch_invariant must be true or false, not 1."),
         ("model:", "model must be a text, not null."),
         ("model: ''", "model must be a text, not ''."),
+        ("engine: {shared_tenants: a}", "engine.shared_tenants must be a list of texts, not 'a'."),
+        ("engine: {shared_tenants: [1]}", "engine.shared_tenants must be a list of texts"),
         ("state_dir: 3", "state_dir must be a path, not 3."),
         ("- 1", "must hold keys and values, not a list."),
         ("a: [", "is not valid YAML"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LinkError, Unavailable
@@ -299,7 +300,7 @@ def test_a_call_that_breaks_a_host_bans_nobody(model_dir: Path, local: LocalExpe
             ExpertRouter(SPEC, TWO_COPIES, endpoints, SECRET, checkpoint.fingerprint)
         )
         hidden, ids, weights = random_topk(SPEC, 4)
-        with pytest.raises(Unavailable, match="doesn't own"):
+        with pytest.raises(Unavailable, match="has no layer 2"):
             router.combine(router.dispatch(SPEC.num_layers, hidden, ids, weights))
         assert router.stats().num_failures == 4  # each half, at each of its two copies
         assert not router.problems()
@@ -360,26 +361,24 @@ def join(parts: list[memoryview]) -> memoryview:
 
 def frame_of(num_tokens: int = 4) -> bytes:
     hidden, ids, weights = random_topk(SPEC, num_tokens)
-    tokens = torch.arange(num_tokens).repeat_interleave(SPEC.top_k_experts).numpy()
-    experts = ids.reshape(-1).numpy()
-    parts = wire.encode_call(9, 1, 1, hidden, tokens, experts, weights.reshape(-1).numpy())
-    return b"".join(parts)
+    return b"".join(wire.encode_call(9, 1, 1, hidden, slot_table(ids, weights)))
+
+
+def slot_table(ids: Tensor, weights: Tensor) -> Tensor:
+    tokens = torch.arange(len(ids)).repeat_interleave(ids.shape[1])
+    return torch.stack((tokens.int(), ids.flatten().int(), weights.flatten().view(torch.int32)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_call_survives_the_wire(dtype: torch.dtype) -> None:
     hidden, ids, weights = random_topk(SPEC, 5)
     hidden = hidden.to(dtype)
-    tokens = torch.arange(5).repeat_interleave(SPEC.top_k_experts)
-    parts = wire.encode_call(
-        9, 3, 1, hidden, tokens.numpy(), ids.reshape(-1).numpy(), weights.reshape(-1).numpy()
-    )
+    slots = slot_table(ids, weights)
+    parts = wire.encode_call(9, 3, 1, hidden, slots)
     call = wire.decode_call(join(parts), NUM_EXPERTS, SPEC.hidden_size)
     assert (call.call_id, call.epoch, call.layer_idx) == (9, 3, 1)
     assert torch.equal(call.hidden_states, hidden)
-    assert torch.equal(call.slots.tokens, tokens)
-    assert torch.equal(call.slots.experts, ids.reshape(-1))
-    assert torch.equal(call.slots.weights, weights.reshape(-1))
+    assert torch.equal(call.slots, slots)
     reply = wire.decode_reply(join(wire.encode_rows(9, 3, hidden, 0.5)))
     assert (reply.call_id, reply.status, reply.compute_s) == (9, wire.Status.OK, 0.5)
     assert torch.equal(reply.rows, hidden)
@@ -418,7 +417,7 @@ def test_a_stranger_on_a_good_link_harms_nobody(model_dir: Path, local: LocalExp
 
 
 def test_the_choice_of_copies_is_even_and_uses_what_is_left() -> None:
-    assert choose_copies([["a", "b"], ["a", "b"], ["a", "b"], ["b"]]) == {
+    assert choose_copies({0: ["a", "b"], 1: ["a", "b"], 2: ["a", "b"], 3: ["b"]}) == {
         0: "a", 1: "a", 2: "b", 3: "b",
     }  # fmt: skip
-    assert choose_copies([["a"], [], ["a"]]) == {0: "a", 2: "a"}
+    assert choose_copies({0: ["a"], 1: [], 2: ["a"]}) == {0: "a", 2: "a"}

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.kv_size import kv_size
-from cluster.spec import ModelSpec
+from cluster.spec import AttentionKind, ModelSpec
+from engine.kv_sizing import kv_bytes_per_block
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
 GIB = 1 << 30
@@ -49,7 +51,7 @@ def spec_of(model: str) -> ModelSpec:
 def test_the_26b_as_it_was_counted() -> None:
     spec = spec_of("26B-A4B")
     assert kv_size(spec, 1).global_bytes == 10_240
-    assert kv_size(spec, 1, one_row=False).global_bytes == 20_480
+    assert kv_size(spec, 1, kv_rows="split").global_bytes == 20_480
     assert kv_size(spec, 1, element_bytes=4).global_bytes == 20_480
     assert kv_size(spec, 131_072).window_bytes == 25 * 8 * 256 * 2 * 2 * 1024
     assert kv_size(spec, 131_072).num_bytes / GIB == pytest.approx(1.45, abs=0.005)
@@ -58,6 +60,14 @@ def test_the_26b_as_it_was_counted() -> None:
 def test_a_context_shorter_than_the_window_has_no_more_than_itself() -> None:
     spec = spec_of("E4B")
     assert kv_size(spec, 10).window_bytes * 51.2 == kv_size(spec, 5000).window_bytes
+
+
+@pytest.mark.parametrize("model", GEOMETRY)
+def test_the_engine_allocates_as_much(model: str) -> None:
+    spec = spec_of(model)
+    for kv_rows in ("v", "raw", "split"):
+        of_block = kv_bytes_per_block(spec, AttentionKind.GLOBAL, 16, torch.bfloat16, kv_rows)
+        assert kv_size(spec, 16, kv_rows=kv_rows).global_bytes == of_block
 
 
 @pytest.mark.parametrize("model", GEOMETRY)

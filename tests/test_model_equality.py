@@ -14,7 +14,7 @@ from torch import Tensor
 from cluster.checkpoint import Checkpoint
 from cluster.errors import Unavailable
 from cluster.placement import ExpertGroups
-from cluster.spec import ModelSpec
+from cluster.spec import AttentionKind, KVRows, ModelSpec
 from engine.model import GemmaDecoder
 from engine.runner import split
 from experts.local import LocalExperts
@@ -68,6 +68,10 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+def keeps_one_row(member: str, overrides: dict[str, Any]) -> bool:
+    return member in ("26b", "31b", "12b") and overrides.get("attention_k_eq_v", True)
+
+
 @dataclass
 class Pair:
     """The same model twice."""
@@ -113,6 +117,24 @@ def test_logits_and_greedy_tokens(
 ) -> None:
     pair = make_pair(member, **overrides)
     check_mixed_batches(pair, pair.driver())
+
+
+@pytest.mark.parametrize("kv_rows", ["raw", "split"])
+@pytest.mark.parametrize(
+    ("member", "overrides"),
+    [c[1:] for c in CASES if keeps_one_row(*c[1:])],
+    ids=[c[0] for c in CASES if keeps_one_row(*c[1:])],
+)
+def test_whatever_is_kept_of_a_token(
+    cpu_kernels: str,
+    make_pair: MakePair,
+    member: str,
+    overrides: dict[str, Any],
+    kv_rows: KVRows,
+) -> None:
+    """As above, where one row (V) was kept."""
+    pair = make_pair(member, **overrides)
+    check_mixed_batches(pair, pair.driver(kv_rows=kv_rows))
 
 
 @pytest.mark.parametrize(
@@ -233,6 +255,19 @@ def test_text_part_of_multimodal_checkpoints(
     sequence = Sequence(prompt(21))
     pair.driver().step([(sequence, 21)])
     assert compare(pair.reference, sequence) == 0
+
+
+def test_one_row_takes_half_the_memory(make_pair: MakePair) -> None:
+    pair = make_pair("26b")
+
+    def num_bytes(kv_rows: KVRows, kind: AttentionKind) -> int:
+        tensors = pair.driver(kv_rows=kv_rows).runner.kv_tensors
+        layers = [tensors[la.layer_idx] for la in pair.model.spec.layers if la.kind is kind]
+        return sum(tensor.nbytes for layer in layers for tensor in layer.stored)
+
+    for kind, share in ((AttentionKind.GLOBAL, 2), (AttentionKind.SLIDING, 1)):
+        assert num_bytes("v", kind) == num_bytes("raw", kind) > 0
+        assert num_bytes("v", kind) * share == num_bytes("split", kind)
 
 
 @pytest.mark.parametrize("member", ["e2b", "26b"])

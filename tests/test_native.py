@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,9 @@ import torch
 from torch import Tensor
 
 from cluster.kernels import TorchKernels
-from cluster.native import NativeKernels, native_kernels
+from cluster.native import FLAGS, SOURCE, NativeKernels, native_kernels
+from engine.native_attention import NativeAttention
+from tests.test_attention import KIND, make_batch, make_kv
 
 REFERENCE = TorchKernels()
 SIZES = [(1, 64, 32), (3, 20, 33), (9, 48, 7), (130, 40, 65)]  # rows, inputs, outputs
@@ -92,6 +97,28 @@ def test_heads(kernels: NativeKernels, num_keys: int, num_values: int, head_dim:
         outputs.append((query, keys, values))
     for actual, expected in zip(*outputs, strict=True):
         assert_close(actual, expected)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
+def test_narrower_vectors_give_the_same_bits(kernels: NativeKernels, tmp_path: Path) -> None:
+    """As on a processor without AVX-512."""
+    library = tmp_path / "narrow.so"
+    narrow = [*FLAGS, "-mno-avx512f", "-shared", str(SOURCE), "-o", str(library)]
+    subprocess.run([os.environ.get("CXX", "g++"), *narrow], check=True)
+    others = NativeKernels(library)
+    x, gate = draw(9, 100), draw(9, 40) * 5
+    batch = make_batch([1, 9, 70], [130, 40, 90])
+    query = draw(batch.num_tokens, 6, 144) * 144**-0.5
+    results: list[list[Tensor]] = []
+    for each in (kernels, others):
+        attention = NativeAttention(each, batch, KIND, None)
+        results.append([attention(query, kv) for kv in make_kv(batch, 2, 144).values()])
+        results[-1] += each.top_k_experts(gate, 4, draw(40))
+        results[-1].append(each.linear(x, each.pack(draw(70, 100))))
+        results[-1].append(each.rms_norm(x, draw(100), 1e-6))
+        results[-1].append(each.gated_gelu(gate, draw(9, 40)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("num_experts", [4, 16, 37])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.warm_cold import Connect, WarmCold
 from cluster.config import Config
-from cluster.spec import AttentionKind
+from cluster.spec import AttentionKind, KVRows
 from deployments.loading import Source, make_hasher
 from engine.batch import Batch
 from engine.block_hash import BlockHasher, block_hash
@@ -195,8 +195,14 @@ def test_the_configuration_says_what_changes_the_bits() -> None:
         return request.block_hashes[-1]
 
     assert last_hash() == last_hash(engine={"max_num_seqs": 3})
-    others = [{"dtype": "bfloat16"}, {"batch_invariant": True}, {"experts": {"num_groups": 8}}]
-    assert len({last_hash(), *(last_hash(**other) for other in others)}) == 4
+    others = [
+        {"dtype": "bfloat16"},
+        {"batch_invariant": True},
+        {"experts": {"num_groups": 8}},
+        {"engine": {"kv_rows": "raw"}},
+        {"engine": {"kv_rows": "split"}},
+    ]
+    assert len({last_hash(), *(last_hash(**other) for other in others)}) == 6
     assert last_hash(engine={"prefix_caching": False}) is None
 
 
@@ -425,14 +431,27 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "kv_rows"),
+    [
+        ("26b", "v"),
+        ("26b", "raw"),
+        ("26b-wide", "v"),
+        ("26b-wide", "raw"),
+        ("26b-wide", "split"),
+        ("e2b", "split"),
+    ],
+)
 @pytest.mark.parametrize("with_store", [False, True])
-def test_warm_equals_cold(subjects: dict[str, Subject], name: str, with_store: bool) -> None:
+def test_warm_equals_cold(
+    subjects: dict[str, Subject], name: str, kv_rows: KVRows, with_store: bool
+) -> None:
     subject = subjects[name]
     torch.set_num_threads(1)
     cases = WarmCold(
         lambda kv: ModelRunner(subject.model, kv, subject.experts),
         connect_to(MemoryStore(1), subject) if with_store else None,
+        kv_rows,
     )
     tally = cases.run(10)
     assert tally.num_rows > 100 and tally.num_unequal == 0, tally

@@ -51,6 +51,7 @@ class ClusterStatus(_message.Message):
     EXPERT_CALLS_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    KV_STORE_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """a token can be produced"""
     reason: _builtins.str
@@ -76,6 +77,10 @@ class ClusterStatus(_message.Message):
     def load(self) -> Global___EngineLoad: ...
     @_builtins.property
     def expert_calls(self) -> Global___ExpertCalls: ...
+    @_builtins.property
+    def kv_store(self) -> Global___KvStore:
+        """absent: nothing is kept beyond a restart"""
+
     def __init__(
         self,
         *,
@@ -91,14 +96,63 @@ class ClusterStatus(_message.Message):
         expert_calls: Global___ExpertCalls | None = ...,
         kind: _builtins.str = ...,
         experts: _builtins.str = ...,
+        kv_store: Global___KvStore | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decoder", b"decoder", "expert_calls", b"expert_calls", "gateway", b"gateway", "load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decoder", b"decoder", "expert_calls", b"expert_calls", "gateway", b"gateway", "kv_store", b"kv_store", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decoder", b"decoder", "expert_calls", b"expert_calls", "expert_hosts", b"expert_hosts", "experts", b"experts", "gateway", b"gateway", "kind", b"kind", "load", b"load", "model", b"model", "ready", b"ready", "reason", b"reason", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decoder", b"decoder", "expert_calls", b"expert_calls", "expert_hosts", b"expert_hosts", "experts", b"experts", "gateway", b"gateway", "kind", b"kind", "kv_store", b"kv_store", "load", b"load", "model", b"model", "ready", b"ready", "reason", b"reason", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterStatus: _TypeAlias = ClusterStatus  # noqa: Y015
+
+@_typing.final
+class KvStore(_message.Message):
+    """Redis, as the decoder saw it last."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    UP_FIELD_NUMBER: _builtins.int
+    WRITABLE_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    QUEUE_BYTES_FIELD_NUMBER: _builtins.int
+    FETCHED_FIELD_NUMBER: _builtins.int
+    RECOMPUTED_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """without a password"""
+    up: _builtins.bool
+    writable: _builtins.bool
+    used_bytes: _builtins.int
+    """of the server's memory"""
+    max_bytes: _builtins.int
+    """0: no limit, or not known yet"""
+    queue_bytes: _builtins.int
+    """that wait to be written"""
+    fetched: _builtins.int
+    """prefixes, since the start"""
+    recomputed: _builtins.int
+    """prefixes that were there, but faster to compute"""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        up: _builtins.bool = ...,
+        writable: _builtins.bool = ...,
+        used_bytes: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        queue_bytes: _builtins.int = ...,
+        fetched: _builtins.int = ...,
+        recomputed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "fetched", b"fetched", "max_bytes", b"max_bytes", "queue_bytes", b"queue_bytes", "recomputed", b"recomputed", "up", b"up", "used_bytes", b"used_bytes", "writable", b"writable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvStore: _TypeAlias = KvStore  # noqa: Y015
 
 @_typing.final
 class Part(_message.Message):

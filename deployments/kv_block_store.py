@@ -1,0 +1,345 @@
+"""The engine's slower tier of KV blocks, in Redis: `BlockStore` on top of `KVStore`.
+
+Everything here happens between two steps and nothing waits. The store's threads look keys up and
+read values into plain memory, and `load` copies from there into the KV tensors; `save` copies out
+of them, and the store's writer sends that when it can.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from cluster.kv_reader import Lookup, Read
+from cluster.kv_store import KVStore, StoreStatus
+from cluster.spec import AttentionKind
+from deployments.kv_copies import BlockCopier, as_bytes
+from deployments.kv_landing import Landing
+from deployments.kv_values import GLOBAL, SLIDING, BlockRun, ValueLayout
+from engine.block_store import StoredBlock
+from engine.prefix import NOTHING_FETCHED, Fetched
+from engine.request import Request
+from engine.runner import ModelRunner
+
+READING_BYTES = 2 << 30  # of memory for what is read; a single request may take more
+MAX_KNOWN = 1 << 16  # keys of a tenant
+
+log = logging.getLogger(__name__)
+
+
+class KVBlockStore:
+    """The blocks of one model runner. Each tenant has values, and a budget, of its own.
+
+    `tensors` are the KV tensors by kind, each [num_blocks, ...]. `connect` is given the fingerprint
+    that values shall have. `prefill_rate` says how many tokens computing does in a second, None
+    while nobody knows: a prefix is fetched only if that is expected to be faster, and given up when
+    it takes longer than computing would have.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[AttentionKind, Sequence[Tensor]],
+        block_size: int,
+        sliding_window: int,
+        fingerprint: str,
+        connect: Callable[[bytes], KVStore],
+        prefill_rate: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        self._copiers = {kind: BlockCopier(of_kind) for kind, of_kind in tensors.items()}
+        self._layout = ValueLayout.of(
+            {kind: copier.block_bytes for kind, copier in self._copiers.items()},
+            -(-(sliding_window - 1) // block_size),
+        )
+        self._block_size = block_size
+        self._prefill_rate = prefill_rate
+        self.fingerprint = self._fingerprint(fingerprint)
+        self._store = connect(self.fingerprint)
+        device = next(iter(tensors.values()))[0].device
+        self._landing = Landing(self._store, device)
+        self._fetches: dict[Request, _Fetch] = {}
+        self._traces: WeakKeyDictionary[Request, _Trace] = WeakKeyDictionary()
+        self._global_blocks = _BlockIds()
+        self._known: defaultdict[str, set[bytes]] = defaultdict(set)  # by tenant
+
+    # For the engine
+
+    def fetch(self, request: Request, num_cached_tokens: int) -> bool:
+        start = num_cached_tokens // self._block_size
+        stop = (request.num_tokens - 1) // self._block_size
+        compute_s = self._compute_s(stop - start)
+        if start >= stop or not self._store.is_up or compute_s < self._store.rates.latency_s:
+            return False
+        candidates = self._layout.candidates(start, stop)
+        keys = [run.key(request.block_hashes) for run in candidates]
+        self._fetches[request] = _Fetch(
+            start,
+            stop,
+            candidates,
+            keys,
+            self._store.look_up(request.tenant, keys),
+            give_up_at=time.monotonic() + compute_s,
+        )
+        return True
+
+    def fetched(self, request: Request) -> Fetched | None:
+        fetch = self._fetches.get(request)
+        if fetch is None:
+            return NOTHING_FETCHED
+        if fetch.result is None:
+            self._go_on(request, fetch)
+        return fetch.result
+
+    def load(self, request: Request, blocks: Sequence[StoredBlock]) -> bool:
+        fetch, positions = self._fetches[request], self._trace(request).positions
+        try:
+            for kind, memory in fetch.memory.items():
+                chosen = [block for block in blocks if block.kind is kind]
+                rows = [positions[b.block_hash] - fetch.first_block[kind] for b in chosen]
+                self._copiers[kind].write([block.block_id for block in chosen], memory, rows)
+        except torch.OutOfMemoryError:
+            log.warning("The card has no memory left for blocks from the KV store.")
+            return False
+        self._global_blocks.update(blocks)
+        return True
+
+    def release(self, request: Request) -> None:
+        fetch = self._fetches.pop(request, None)
+        if fetch is not None and fetch.read is not None:
+            fetch.read.cancel()
+
+    def save(self, request: Request, blocks: Sequence[StoredBlock]) -> None:
+        self._global_blocks.update(blocks)
+        trace = self._trace(request)
+        for start, stop in self._stretches(trace, blocks):
+            for run in self._layout.global_runs(start, stop):
+                self._put_global(request, trace, run)
+        self._put_sliding(request, trace, [b for b in blocks if b.kind is SLIDING])
+
+    # For sessions
+
+    def keys_of(self, request: Request) -> tuple[bytes, ...]:
+        """Keys of the values with which a conversation that goes on after this request resumes."""
+        stop = request.num_computed_tokens // self._block_size
+        return tuple(run.key(request.block_hashes) for run in self._layout.needed(0, stop))
+
+    def traces_of(self, request: Request) -> tuple[bytes, ...]:
+        """Keys of all values that were saved for this request."""
+        return tuple(self._trace(request).keys)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that was saved is written or given up; whether that came in time."""
+        give_up_at = time.monotonic() + timeout_s
+        is_landed = self._landing.flush(timeout_s)
+        return self._store.flush(max(0.0, give_up_at - time.monotonic())) and is_landed
+
+    @property
+    def status(self) -> StoreStatus:
+        """How Redis is doing, as last seen."""
+        return self._store.status
+
+    def close(self) -> None:
+        """Give up what still waits to be written; `flush` first to keep it."""
+        self._landing.close()
+        self._store.close()
+
+    # Fetching
+
+    def _go_on(self, request: Request, fetch: _Fetch) -> None:
+        """Take the next step towards a result, if it can be taken."""
+        if time.monotonic() > fetch.give_up_at:
+            self._store.gave_up()
+            if fetch.read is not None:
+                fetch.read.cancel()
+            fetch.result = NOTHING_FETCHED
+        elif fetch.wanted is None:
+            if fetch.lookup.done():
+                self._decide(request, fetch)
+        elif fetch.read is None:
+            self._read(request, fetch)
+        elif fetch.read.done():
+            fetch.result = self._arrived(request, fetch.wanted, fetch.read.result())
+
+    def _decide(self, request: Request, fetch: _Fetch) -> None:
+        """Redis has answered what it has: fetch it, or compute."""
+        known, found = self._known_of(request), set()
+        known.difference_update(fetch.keys)
+        sizes = fetch.lookup.result()
+        for run, key, num_bytes in zip(fetch.candidates, fetch.keys, sizes, strict=True):
+            if num_bytes is not None and num_bytes == self._layout.num_bytes(run):
+                found.add(run)
+                known.add(key)
+        stop, fetch.wanted = self._layout.choose(found, fetch.start, fetch.stop)
+        num_bytes = sum(map(self._layout.num_bytes, fetch.wanted))
+        num_tokens = (stop - fetch.start) * self._block_size
+        if not fetch.wanted or not self._store.worth_fetching(
+            num_bytes, num_tokens, self._prefill_rate()
+        ):
+            fetch.result = NOTHING_FETCHED
+        else:
+            self._read(request, fetch)
+
+    def _read(self, request: Request, fetch: _Fetch) -> None:
+        """Begin to read, unless others have the memory."""
+        assert fetch.wanted is not None
+        num_bytes = sum(map(self._layout.num_bytes, fetch.wanted))
+        in_use = sum(m.nbytes for other in self._fetches.values() for m in other.memory.values())
+        if in_use and in_use + num_bytes > READING_BYTES:
+            return
+        for kind, copier in self._copiers.items():
+            if runs := [run for run in fetch.wanted if run.kind is kind]:
+                fetch.first_block[kind] = runs[0].start
+                fetch.memory[kind] = copier.memory(runs[-1].stop - runs[0].start)
+        wanted = [
+            (run.key(request.block_hashes), [as_bytes(fetch.rows(run))]) for run in fetch.wanted
+        ]
+        fetch.read = self._store.read(request.tenant, wanted)
+
+    def _arrived(
+        self, request: Request, runs: Sequence[BlockRun], is_ok: Sequence[bool]
+    ) -> Fetched:
+        hashes: dict[AttentionKind, set[bytes]] = {kind: set() for kind in self._copiers}
+        for run, is_here in zip(runs, is_ok, strict=True):
+            if is_here:
+                hashes[run.kind].update(request.block_hashes[run.start : run.stop])
+            else:
+                self._known_of(request).discard(run.key(request.block_hashes))
+        return hashes
+
+    def _compute_s(self, num_blocks: int) -> float:
+        """How long computing takes; forever where nobody knows."""
+        rate = self._prefill_rate()
+        return float("inf") if rate is None else num_blocks * self._block_size / rate
+
+    # Saving
+
+    def _stretches(self, trace: _Trace, blocks: Sequence[StoredBlock]) -> Iterator[tuple[int, int]]:
+        """Global blocks to be stored: a run that is whole now, and where a window ends all before
+        it, in case the store wasn't there. Windows come from their last block to their first.
+        """
+        before = None
+        for block in blocks:
+            stop = trace.positions[block.block_hash] + 1
+            if block.kind is SLIDING:
+                if before != stop + 1:
+                    yield 0, stop
+                before = stop
+            elif stop % self._layout.run_blocks == 0:
+                yield stop - 1, stop
+
+    def _put_global(self, request: Request, trace: _Trace, run: BlockRun) -> None:
+        """Store a run if it isn't there yet; all its blocks are referenced by the request."""
+        key = run.key(request.block_hashes)
+        if key in self._known_of(request):
+            return
+        block_ids = self._global_blocks.find(request.block_hashes[run.start : run.stop])
+        if block_ids is not None and self._store.takes(self._layout.num_bytes(run)):
+            self._put(request, trace, [key], [self._copiers[GLOBAL].read(block_ids)])
+
+    def _put_sliding(self, request: Request, trace: _Trace, blocks: Sequence[StoredBlock]) -> None:
+        """Store the blocks that aren't there yet, each as a value."""
+        new, known = {}, self._known_of(request)
+        for block in blocks:
+            position = trace.positions[block.block_hash]
+            key = BlockRun(SLIDING, position, position + 1).key(request.block_hashes)
+            if key not in known:
+                new[key] = block.block_id
+        if new and self._store.takes(len(new) * self._layout.block_bytes[SLIDING]):
+            rows = self._copiers[SLIDING].read(list(new.values()))
+            self._put(request, trace, list(new), rows.unbind())
+
+    def _put(
+        self, request: Request, trace: _Trace, keys: Sequence[bytes], values: Sequence[Tensor]
+    ) -> None:
+        self._known_of(request).update(keys)
+        trace.keys += keys
+        self._landing.put(request.tenant, keys, values)
+
+    def _known_of(self, request: Request) -> set[bytes]:
+        """Keys of the tenant's values that are thought to be in Redis; a look-up corrects it."""
+        known = self._known[request.tenant]
+        if len(known) > MAX_KNOWN:
+            known.clear()
+        return known
+
+    def _trace(self, request: Request) -> _Trace:
+        trace = self._traces.setdefault(request, _Trace())
+        for position in range(len(trace.positions), len(request.block_hashes)):
+            trace.positions[request.block_hashes[position]] = position
+        return trace
+
+    def _fingerprint(self, fingerprint: str) -> bytes:
+        kinds = sorted((kind.value, copier.layout) for kind, copier in self._copiers.items())
+        facts = (fingerprint, self._block_size, self._layout.run_blocks, kinds)
+        return blake2b(repr(facts).encode(), digest_size=16).digest()
+
+
+def kv_tensors(runner: ModelRunner) -> dict[AttentionKind, list[Tensor]]:
+    """What holds a runner's keys and values, each [num_blocks, ...], by kind."""
+    tensors: dict[AttentionKind, list[Tensor]] = {}
+    for layer in runner.model.spec.layers:
+        if layer.owns_kv:
+            tensors.setdefault(layer.kind, []).extend(runner.kv_tensors[layer.layer_idx].stored)
+    return tensors
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """What is on its way for a request: looked up, then decided, then read, then a result."""
+
+    start: int  # blocks that it has without the store
+    stop: int  # blocks after which it could resume at most
+    candidates: list[BlockRun]
+    keys: list[bytes]  # of the candidates
+    lookup: Lookup
+    give_up_at: float  # on time.monotonic's clock: by then it would have been computed
+    wanted: list[BlockRun] | None = None
+    memory: dict[AttentionKind, Tensor] = field(default_factory=dict)  # rows of blocks
+    first_block: dict[AttentionKind, int] = field(default_factory=dict)  # in the first row
+    read: Read | None = None
+    result: Fetched | None = None
+
+    def rows(self, run: BlockRun) -> Tensor:
+        first = self.first_block[run.kind]
+        return self.memory[run.kind][run.start - first : run.stop - first]
+
+
+@dataclass(slots=True)
+class _Trace:
+    """What is noted of a request for as long as somebody holds it."""
+
+    positions: dict[bytes, int] = field(default_factory=dict)  # of its full blocks, by hash
+    keys: list[bytes] = field(default_factory=list)  # of what was put for it
+
+
+class _BlockIds:
+    """Where the global blocks are that the engine has saved or loaded.
+
+    Right for every block that a running request holds: whatever is registered under a hash was
+    shown to `save` or `load` then. Of others the id may be somebody else's by now.
+    """
+
+    def __init__(self) -> None:
+        self._id_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    def update(self, blocks: Sequence[StoredBlock]) -> None:
+        for block in blocks:
+            if block.kind is GLOBAL:
+                old = self._hash_of.get(block.block_id)
+                if old is not None and self._id_of.get(old) == block.block_id:
+                    del self._id_of[old]
+                self._hash_of[block.block_id] = block.block_hash
+                self._id_of[block.block_hash] = block.block_id
+
+    def find(self, block_hashes: Sequence[bytes]) -> list[int] | None:
+        """None where one is missing."""
+        ids = [self._id_of.get(block_hash) for block_hash in block_hashes]
+        return None if None in ids else [i for i in ids if i is not None]

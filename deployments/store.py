@@ -1,0 +1,85 @@
+"""The KV store as the configuration wants it: where it is, its server, a decoder's use of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+
+from cluster.config import Config
+from cluster.kv_store import KVStore
+from cluster.metrics import Metrics
+from cluster.redis import REDIS_ERRORS, RedisAddress
+from cluster.redis_server import SOCKET, RedisServer
+
+log = logging.getLogger(__name__)
+
+
+def store_address(config: Config) -> RedisAddress | None:
+    """Where contexts and sessions are kept; None where nothing is: values are named by the hashes
+    of prefix caching.
+    """
+    store = config.store
+    if not store.enabled or not config.engine.prefix_caching:
+        return None
+    return RedisAddress(
+        store.url or f"unix://{data_dir(config) / SOCKET}",
+        store.password_file,
+        store.ca_file,
+        store.timeout_s,
+    )
+
+
+def data_dir(config: Config) -> Path:
+    """Of the Redis server that comes with us."""
+    return (config.store.data_dir or config.state_dir / "redis").absolute()
+
+
+@contextmanager
+def store_server(config: Config, warn: Callable[[str], None]) -> Iterator[None]:
+    """Our own server for the length of a `with` block, where one is wanted; another one is tried,
+    and `warn` is told when it doesn't answer, which costs warmth and no answer.
+
+    Raises ConfigError or Unavailable where our own can't start.
+    """
+    address = store_address(config)
+    if address is None:
+        yield
+    elif config.store.url is None:
+        with RedisServer(data_dir(config), config.store.max_bytes):
+            yield
+    else:
+        if (problem := problem_of(address)) is not None:
+            warn(problem)
+        yield
+
+
+def problem_of(address: RedisAddress) -> str | None:
+    """Why nothing will be kept there, in a sentence; None where a server answers.
+
+    Raises ConfigError when the address can't be used at all.
+    """
+    address.check()
+    try:
+        connection = address.connect()
+        try:
+            connection.command("PING")
+        finally:
+            connection.close()
+    except redis.AuthenticationError as error:
+        reason = f"refuses the password ({error})"
+    except REDIS_ERRORS as error:
+        reason = f"doesn't answer ({error})"
+    else:
+        return None
+    return f"Redis at {address} {reason}; until it does, nothing is remembered there."
+
+
+def open_kv_store(
+    config: Config, address: RedisAddress, fingerprint: bytes, metrics: Metrics
+) -> KVStore:
+    """A decoder's end of the store."""
+    return KVStore(address, fingerprint, config.model_id, metrics, config.store)

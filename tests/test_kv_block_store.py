@@ -1,0 +1,336 @@
+"""The engine's blocks in a real Redis: warm equals cold, and nothing that breaks there shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+
+from bench.warm_cold import WarmCold, make_texts
+from cluster.config import StoreConfig
+from cluster.kv_keys import tenant_prefix
+from cluster.kv_rates import Rates
+from cluster.kv_store import KVStore
+from cluster.metrics import Metrics
+from cluster.redis import RedisAddress
+from cluster.spec import AttentionKind
+from deployments.kv_block_store import KVBlockStore, kv_tensors
+from engine.block_hash import BlockHasher
+from engine.core import EngineCore, SpecLimits
+from engine.kv_cache import KVCacheConfig
+from engine.request import Request, RequestState, SamplingParams
+from engine.runner import ModelRunner
+from tests.redis_servers import redis_server, wait_until
+from tests.test_batch_invariant import Subject, load
+from tests.test_core import drain, tokens_of
+from tests.test_scheduler import evict_all
+from tests.tiny_models import make_tiny
+
+BLOCK_SIZE, NUM_TOKENS = 4, 6
+KV = KVCacheConfig(BLOCK_SIZE, dict.fromkeys(AttentionKind, 200))
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+TEXT = make_texts(160)[0]  # of 150 tokens
+PROMPT = TEXT[:101]  # can be resumed after 25 blocks
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+    torch.set_num_threads(1)
+    return {name: load(make_tiny(name, tmp_path_factory.mktemp(name))) for name in ("26b", "e2b")}
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[RedisAddress]:
+    with redis_server(tmp_path) as address:
+        yield address
+
+
+class Deployment:
+    """Engines that come and go on one model, before one Redis."""
+
+    def __init__(self, subject: Subject, address: RedisAddress, **config: Any) -> None:
+        self.subject = subject
+        self.registry = CollectorRegistry()
+        config = {"timeout_s": address.timeout_s, **config}
+        self.kv_store = KVStore(address, b"m", "m", Metrics(self.registry), StoreConfig(**config))
+        self.redis = address.client()
+        self.alone = EngineCore(self.runner(), KV, spec_limits=self.limits)
+        self.prefill_rate: float | None = None
+        self.start()
+
+    @property
+    def limits(self) -> SpecLimits:
+        return SpecLimits.from_spec(self.subject.model.spec, 256)
+
+    def runner(self, kv: KVCacheConfig = KV) -> ModelRunner:
+        return ModelRunner(self.subject.model, kv, self.subject.experts)
+
+    def connect(self, runner: ModelRunner) -> KVBlockStore:
+        assert self.kv_store.flush(5)
+        tensors = kv_tensors(runner)
+        block_size = next(iter(tensors.values()))[0].shape[1]
+        window = self.subject.model.spec.sliding_window
+        return KVBlockStore(
+            tensors, block_size, window, "m", lambda _: self.kv_store, lambda: self.prefill_rate
+        )
+
+    def start(self, **options: Any) -> None:
+        """An engine that remembers nothing, before what Redis holds."""
+        runner = self.runner()
+        self.blocks = self.connect(runner)
+        self.core = EngineCore(
+            runner,
+            KV,
+            spec_limits=self.limits,
+            hasher=BlockHasher(BLOCK_SIZE, "m", shared_tenants=("b", "c")),
+            store=self.blocks,
+            **options,
+        )
+
+    def add(self, prompt: list[int], tenant: str = "default") -> Request:
+        return self.core.add(request_id="r", prompt_ids=prompt, sampling=GREEDY, tenant=tenant)
+
+    def finish(self, request: Request) -> int:
+        """Run to the end: the answer is that of an engine alone; how many tokens were cached."""
+        outputs = drain(self.core)[request.request_id]
+        assert tokens_of(outputs) == self.cold(request.prompt_ids)
+        return outputs[-1].num_cached_tokens
+
+    def ask(self, prompt: list[int], tenant: str = "default") -> int:
+        return self.finish(self.add(prompt, tenant))
+
+    def cold(self, prompt: list[int]) -> list[int]:
+        self.alone.add(request_id="alone", prompt_ids=prompt, sampling=GREEDY)
+        return tokens_of(drain(self.alone)["alone"])
+
+    def look_up(self, request: Request) -> None:
+        """Until Redis has said what it has."""
+        wait_until(self.blocks._fetches[request].lookup.done)
+
+    def count(self, what: str, **labels: str) -> float:
+        name = f"briolette_kv_store_{what}_total"
+        return self.registry.get_sample_value(name, {"model": "m", **labels}) or 0.0
+
+    def stored(self, tenant: str = "default") -> set[bytes]:
+        assert self.blocks.flush(5)
+        prefix = tenant_prefix(tenant) + b"kv:"
+        return {name.removeprefix(prefix) for name in self.redis.scan_iter(prefix + b"*")}
+
+    def close(self) -> None:
+        self.blocks.close()
+        self.redis.close()
+
+
+@pytest.fixture
+def deploy(subjects: dict[str, Subject]) -> Iterator[Callable[..., Deployment]]:
+    made: list[Deployment] = []
+
+    def make(address: RedisAddress, **config: Any) -> Deployment:
+        made.append(Deployment(subjects["26b"], address, **config))
+        return made[-1]
+
+    yield make
+    for deployment in made:
+        deployment.close()
+
+
+@pytest.mark.parametrize("name", ["26b", "e2b"])
+def test_warm_from_redis_equals_cold(
+    subjects: dict[str, Subject], address: RedisAddress, name: str
+) -> None:
+    deployment = Deployment(subjects[name], address)
+    tally = WarmCold(deployment.runner, deployment.connect).run(10)
+    assert tally.num_rows > 100 and tally.num_unequal == 0, tally
+    assert min(tally.num_hits, tally.num_evicted, tally.num_restarts) > 2, tally
+    assert deployment.count("reads", outcome="ok") > 10
+    deployment.close()
+
+
+def test_a_conversation_goes_on_after_a_restart(
+    address: RedisAddress, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(address)
+    assert deployment.ask(PROMPT) == 0
+    turn = PROMPT + deployment.cold(PROMPT)  # 107 tokens, the last of which was never computed
+    deployment.start()
+    assert deployment.ask([*turn, 7, 8, 9]) == 104
+    evict_all(deployment.core.scheduler)
+    assert deployment.ask([*turn, 9, 8, 7, 6, 5, 4]) == 104
+    deployment.start()
+    assert deployment.ask(PROMPT) == 100
+    assert deployment.count("decisions", choice="fetch") == 3
+
+
+def test_nothing_is_written_twice(address: RedisAddress, deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy(address)
+    deployment.ask(PROMPT)
+    turn = PROMPT + deployment.cold(PROMPT)
+    deployment.start()
+    deployment.ask(turn + TEXT[:5])
+    evict_all(deployment.core.scheduler)
+    deployment.ask(turn + TEXT[:5])
+    assert deployment.blocks.flush(5)
+    assert deployment.count("writes", outcome="present") == 0
+    assert deployment.count("writes", outcome="written") == len(deployment.stored())
+
+
+def test_a_session_needs_the_values_of_keys_of_and_no_others(
+    address: RedisAddress, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(address)
+    request = deployment.add(PROMPT)
+    deployment.finish(request)
+    needed, left = set(deployment.blocks.keys_of(request)), deployment.stored()
+    assert needed < left == set(deployment.blocks.traces_of(request))
+    prefix = tenant_prefix("default") + b"kv:"
+    deployment.redis.delete(*(prefix + key for key in left - needed))
+    deployment.start()
+    assert deployment.ask(PROMPT + deployment.cold(PROMPT) + [5]) == 104
+
+
+def test_what_redis_missed_is_written_at_the_next_turn(
+    tmp_path: Path, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(RedisAddress(f"unix://{tmp_path}/redis.sock"))
+    wait_until(lambda: not deployment.kv_store.is_up)
+    deployment.ask(PROMPT)
+    turn = PROMPT + deployment.cold(PROMPT)
+    with redis_server(tmp_path):
+        wait_until(lambda: deployment.kv_store.is_up)
+        assert deployment.ask([*turn, 5]) == 104  # from memory
+        deployment.start()
+        turn += [5, *deployment.cold([*turn, 5])]
+        assert deployment.ask([*turn, 6]) == 112
+
+
+def test_tenants_share_only_where_both_opted_in(
+    address: RedisAddress, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(address)
+    assert [deployment.ask(PROMPT, tenant) for tenant in ("a", "d", "b", "c")] == [0, 0, 0, 100]
+    use = deployment.core.stats().prefix_use
+    assert {tenant: u.num_hits for tenant, u in use.items()} == {"a": 0, "d": 0, "b": 0, "c": 1}
+    assert not deployment.stored("a") & deployment.stored("d")
+    deployment.start()
+    assert deployment.ask(PROMPT, "e") == 0
+    assert deployment.count("decisions", choice="fetch") == 0
+    assert deployment.ask(PROMPT, "a") == 100
+
+
+# What breaks
+
+
+def test_damaged_and_missing_values_are_computed(
+    address: RedisAddress, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(address)
+    request = deployment.add(PROMPT)
+    deployment.finish(request)
+    assert deployment.blocks.flush(5)
+    prefix = tenant_prefix("default") + b"kv:"
+    for key in deployment.stored():
+        if key[:1] == b"S":
+            deployment.redis.setrange(prefix + key, 1000, b"?")
+    deployment.start()
+    assert deployment.ask(PROMPT) == 0
+    assert deployment.count("reads", outcome="damaged") > 0
+    deployment.start()
+    assert deployment.ask(PROMPT) == 100  # the damaged ones were written anew
+
+    deployment.start()
+    request = deployment.add(PROMPT)
+    deployment.look_up(request)
+    deployment.redis.flushall()
+    assert deployment.finish(request) == 0
+    assert deployment.count("reads", outcome="missing") > 0
+
+
+def test_redis_dies_between_its_promise_and_the_values(
+    address: RedisAddress, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(address)
+    deployment.ask(PROMPT)
+    deployment.start()
+    request = deployment.add(PROMPT)
+    deployment.look_up(request)
+    deployment.redis.shutdown(nosave=True)
+    assert deployment.finish(request) == 0
+    assert deployment.count("reads", outcome="unreachable") > 0
+    assert not deployment.kv_store.is_up
+    request = deployment.add(PROMPT[::-1])
+    assert request.state is RequestState.WAITING  # nobody waits for what is known to be away
+    deployment.finish(request)
+
+
+def test_a_full_server_costs_nothing_but_warmth(
+    tmp_path: Path, deploy: Callable[..., Deployment]
+) -> None:
+    with redis_server(tmp_path, "--maxmemory", "1", "--maxmemory-policy", "noeviction") as address:
+        deployment = deploy(address)
+        assert deployment.ask(PROMPT) == 0
+        assert deployment.blocks.flush(5)
+        assert deployment.count("writes", outcome="server_full") > 0
+        assert not deployment.kv_store.status.is_writable
+        deployment.start()
+        assert deployment.ask(PROMPT) == 0
+
+
+def test_what_the_queue_doesnt_take_is_not_copied(
+    address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(address)
+    monkeypatch.setattr(deployment.kv_store, "takes", lambda num_bytes: False)
+    monkeypatch.delattr("deployments.kv_copies.BlockCopier.read")
+    assert deployment.ask(PROMPT) == 0 and not deployment.stored()
+
+
+# Fetch or recompute
+
+
+def test_a_slow_link_makes_it_compute(
+    address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(address)
+    deployment.ask(PROMPT)
+    monkeypatch.setattr(KVStore, "rates", Rates(10_000.0, 0.0))
+    monkeypatch.setattr(deployment.kv_store._meter, "_rates", Rates(10_000.0, 0.0))
+    monkeypatch.setattr(deployment.kv_store._meter, "_last_read_at", time.monotonic())
+    deployment.prefill_rate = 50.0  # two seconds, and the values take ten
+    deployment.start()
+    assert deployment.ask(PROMPT) == 0
+    deployment.prefill_rate = 1.0
+    deployment.start()
+    assert deployment.ask(PROMPT) == 100
+    assert deployment.count("decisions", choice="recompute") == 1
+    assert deployment.count("decisions", choice="fetch") == 1
+
+
+def test_a_read_that_lasts_longer_than_computing_is_given_up(
+    address: RedisAddress, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(address)
+    deployment.ask(PROMPT)
+    deployment.prefill_rate = 500.0
+    deployment.start()
+    request = deployment.add(PROMPT)
+    deployment.redis.execute_command("CLIENT", "PAUSE", 900, "ALL")
+    started_s = time.monotonic()
+    assert deployment.finish(request) in (0, 100)
+    assert time.monotonic() - started_s < 0.9
+    assert deployment.count("decisions", choice="given_up") == 1
+
+
+def test_what_is_faster_to_compute_than_to_ask_for_is_not_asked_for(
+    address: RedisAddress, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(address)
+    deployment.ask(PROMPT)
+    deployment.prefill_rate = 1e9
+    deployment.start()
+    assert deployment.ask(PROMPT) == 0
+    assert sum(deployment.count("decisions", choice=c) for c in ("fetch", "recompute")) == 0
