@@ -141,10 +141,21 @@ class Metrics:
     kv_evictions_total = _counter("Cached blocks given to others", "model", "group")
     preemptions_total = _counter("Requests sent back to the queue for lack of blocks", "model")
 
-    # Expert calls, as the ExpertRouter sees them. `host` is an expert host's id.
-    expert_tokens_total = _counter("Token slots sent to a host", "model", "host", "layer")
+    # Of an expert host itself. `host` is its id.
+    expert_tokens_total = _counter(
+        "Token slots that a host computed: a token counts once for each of its experts there",
+        "model",
+        "host",
+        "layer",
+    )
+
+    # Expert calls, as the ExpertRouter sees them.
     expert_call_duration_seconds = _histogram(
-        "From dispatch to the answer of a host", CALL_BUCKETS, "model", "host"
+        "From sending to the answer; of one that came before it was asked for, the host's own time "
+        "and taking it in",
+        CALL_BUCKETS,
+        "model",
+        "host",
     )
     expert_wait_seconds_total = _counter(
         "Time in combine that nothing else hid, waiting for hosts", "model"
@@ -210,9 +221,7 @@ def start_metrics_server(host: str, port: int, registry: CollectorRegistry) -> M
     Raises PortTaken when another process listens there, ConfigError when the address can't be used.
     """
     try:
-        server, thread = start_http_server(
-            port, addr=host, registry=registry or CollectorRegistry()
-        )
+        server, thread = start_http_server(port, addr=host, registry=registry)
     except socket.gaierror:
         raise ConfigError(f"gateway.host: {host!r} is not an address of this machine.") from None
     except OSError as error:
