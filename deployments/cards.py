@@ -138,7 +138,9 @@ def _add_calls(rows: Table, status: ClusterStatus) -> None:
             f"{calls.num_calls:,}; p50 {calls.p50_s * 1e6:.0f} µs, p99 {calls.p99_s * 1e6:.0f} µs; "
             f"{calls.num_retries} retried",
         )
-        rows.add_row("hidden", f"{calls.hidden_share:.0%} of the experts' time, by the dense MLP")
+        rows.add_row(
+            "hidden", f"{calls.hidden_share:.0%} of the hosts' time, behind the decoder's work"
+        )
 
 
 def _host(host: ExpertHost) -> str:
