@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.native import native_kernels, native_library
+from cluster.native import native_kernels
+from cluster.native_build import native_library
 
 
 @pytest.fixture(scope="module", params=["native", "torch"])
