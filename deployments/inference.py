@@ -12,7 +12,7 @@ import grpc
 
 from cluster.errors import ContextTooLong, InvalidRequest, UnknownModel
 from deployments.remote_decoder import RemoteDecoder
-from deployments.rpc import Context, Methods
+from deployments.rpc import TENANT, Context, Methods
 from deployments.streams import merge
 from protos.briolette.v1 import inference_pb2
 from protos.briolette.v1.inference_pb2 import (
@@ -142,4 +142,4 @@ class Inference:
 
 def to_add(prompt_ids: list[int], sampling: Sampling, timeout_s: float | None) -> Add:
     """The request for the decoder; `timeout_s` is what is left of the client's deadline."""
-    return Add(prompt_ids=prompt_ids, sampling=sampling, tenant="default", timeout_s=timeout_s)
+    return Add(prompt_ids=prompt_ids, sampling=sampling, tenant=TENANT, timeout_s=timeout_s)

@@ -99,19 +99,26 @@ def make_tokenizer() -> Tokenizer:
 class Decoder:
     """Everything of a decoder but the model, with a listener that gateways can find."""
 
-    def __init__(self, tokenizer: Tokenizer, max_queue: int = 8, max_num_seqs: int = 4) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_queue: int = 8,
+        max_num_seqs: int = 4,
+        num_blocks: int = 200,
+    ) -> None:
         self.runner = CountingRunner()
+        self.registry = CollectorRegistry()
         self.ready = True
         self.engine = EngineCore(
             self.runner,
-            KVCacheConfig(16, {kind: 200 for kind in AttentionKind}),
+            KVCacheConfig(16, dict.fromkeys(AttentionKind, num_blocks)),
             spec_limits=SpecLimits(CONTEXT, 64, 256, ()),
             max_num_batched_tokens=256,
             max_num_seqs=max_num_seqs,
             max_queue=max_queue,
             tokenizer=tokenizer,
         )
-        meter = EngineMeter(Metrics(CollectorRegistry()), "counter")
+        meter = EngineMeter(Metrics(self.registry), "counter")
         self.loop = StepLoop(self.engine, meter, self._fill_status)
         self.open()
 
@@ -141,16 +148,20 @@ class Decoder:
 
 @contextmanager
 def running_gateway(
-    tokenizer: Tokenizer, find: Callable[[], Endpoint], **config: Any
+    tokenizer: Tokenizer,
+    find: Callable[[], Endpoint],
+    registry: CollectorRegistry | None = None,
+    **config: Any,
 ) -> Iterator[Gateway]:
     """A gateway on a free port, on an asyncio loop in a thread."""
+    metrics = Metrics(registry or CollectorRegistry())
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
     async def start() -> Gateway:
         settings = GatewayConfig(**{"port": 0, **config})
-        gateway = Gateway(settings, tokenizer, find, SECRET, Metrics(CollectorRegistry()))
+        gateway = Gateway(settings, tokenizer, find, SECRET, metrics)
         await gateway.start()
         return gateway
 

@@ -66,7 +66,8 @@ class Cluster:
         assert placement is not None
         self.placement = placement
         self.handles = {host_id: Handle() for host_id in placement.host_ids}
-        meter = ExpertMeter(Metrics(CollectorRegistry()), "m")
+        self.registry = CollectorRegistry()
+        meter = ExpertMeter(Metrics(self.registry), "m")
         directory = HostDirectory(self.handles)
         self.experts = RemoteExperts(self.config, self.source, placement, directory, SECRET, meter)
 
