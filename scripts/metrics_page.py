@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.metrics import LABELS, METRICS
@@ -33,7 +34,7 @@ def make_page() -> str:
     )
 
 
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = [columns, ("---",) * len(columns), *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
