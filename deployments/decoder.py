@@ -15,11 +15,12 @@ from cluster.errors import Unavailable
 from cluster.links import Listener
 from cluster.metrics import Metrics, start_metrics_server
 from deployments.decoder_link import GatewayLinks, verify_gateway
-from deployments.host_directory import Handle, HostDirectory
+from deployments.host_directory import HostDirectory
 from deployments.layout import decoder_threads, expert_groups, place_experts, transports
 from deployments.loading import Source, load_engine, load_local_experts, warm_up
 from deployments.meters import EngineMeter, ExpertMeter
 from deployments.remote_experts import RemoteExperts
+from deployments.replicas import Handle
 from deployments.start_report import Reporter, reporting
 from deployments.step_loop import StepLoop
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
