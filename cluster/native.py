@@ -26,6 +26,11 @@ def kernels_for(
     return InvariantKernels() if batch_invariant else TorchKernels()
 
 
+def kernels_name(device: torch.device, dtype: torch.dtype) -> str:
+    """Whose kernels these are, for an operator: "native" or "PyTorch"."""
+    return "native" if isinstance(kernels_for(device, dtype), NativeKernels) else "PyTorch"
+
+
 def native_kernels() -> NativeKernels | None:
     """This machine's; None where they can't be built."""
     library = native_library(SOURCE)

@@ -128,6 +128,8 @@ def _add_parts(rows: Table, status: ClusterStatus) -> None:
         rows.add_row(f"experts {_groups(host)}", _host(host))
     if not status.expert_hosts:
         rows.add_row("experts", "in the process of the attention" if status.experts else "none")
+    parts = [decoder, *(host.part for host in status.expert_hosts)]
+    rows.add_row("kernels", ", ".join(sorted({part.kernels for part in parts if part.kernels})))
 
 
 def _add_calls(rows: Table, status: ClusterStatus) -> None:

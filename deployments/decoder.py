@@ -98,7 +98,12 @@ class DecoderReplica:
         status.context_tokens = self._engine.limits.max_model_len
         status.vocab_size = spec.vocab_size
         status.decoder.CopyFrom(
-            Part(pid=os.getpid(), device=str(self._source.device), metrics_port=self._metrics_port)
+            Part(
+                pid=os.getpid(),
+                device=str(self._source.device),
+                metrics_port=self._metrics_port,
+                kernels=self._source.kernels,
+            )
         )
         if spec.is_moe:
             num_groups = expert_groups(self._config, spec).num_groups

@@ -24,6 +24,7 @@ class HostInfo:
     host_id: str
     pid: int
     device: str
+    kernels: str
     visible_devices: str
     metrics_port: int
     group_ids: tuple[int, ...]

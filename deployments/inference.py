@@ -12,7 +12,7 @@ import grpc
 
 from cluster.errors import ContextTooLong, InvalidRequest, UnknownModel
 from deployments.remote_decoder import RemoteDecoder
-from deployments.rpc import TENANT, Context, Methods
+from deployments.rpc import Context, Methods, tenant_of
 from deployments.streams import merge
 from protos.briolette.v1 import inference_pb2
 from protos.briolette.v1.inference_pb2 import (
@@ -69,7 +69,7 @@ class Inference:
         self._check_model(request.model)
         prompt_ids = await self._encode(request)
         self._check_length(prompt_ids)
-        add = to_add(prompt_ids, request.sampling, context.time_remaining())
+        add = to_add(prompt_ids, request.sampling, tenant_of(context), context.time_remaining())
         ttft_s = None
         async with aclosing(self._decoder.generate(add)) as pieces:
             async for piece in pieces:
@@ -140,6 +140,6 @@ class Inference:
                 alternative.text = self._tokenizer.decode([alternative.token_id])
 
 
-def to_add(prompt_ids: list[int], sampling: Sampling, timeout_s: float | None) -> Add:
+def to_add(prompt_ids: list[int], sampling: Sampling, tenant: str, timeout_s: float | None) -> Add:
     """The request for the decoder; `timeout_s` is what is left of the client's deadline."""
-    return Add(prompt_ids=prompt_ids, sampling=sampling, tenant=TENANT, timeout_s=timeout_s)
+    return Add(prompt_ids=prompt_ids, sampling=sampling, tenant=tenant, timeout_s=timeout_s)

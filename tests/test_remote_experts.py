@@ -48,6 +48,7 @@ class Handle:
                 "host_id": self.host.host_id,
                 "pid": os.getpid(),
                 "device": "cpu",
+                "kernels": "native",
                 "visible_devices": "",
                 "metrics_port": 1,
                 "group_ids": [0, 1],
