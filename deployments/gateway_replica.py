@@ -15,6 +15,7 @@ from cluster.links import Endpoint
 from cluster.metrics import Metrics, start_metrics_server
 from cluster.sessions import Sessions
 from deployments.gateway import Gateway, bind
+from deployments.replicas import Handle, ask_replicas
 from deployments.scrape_targets import ScrapeTargets
 from deployments.start_report import reporting
 from deployments.store import store_address
@@ -27,7 +28,7 @@ class GatewayReplica:
     """A gateway in a Serve replica, on the replica's own asyncio loop."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Mapping[str, Any], secret: bytes, decoder: Any
+        self, settings: Mapping[str, Any], secret: bytes, decoder: Handle
     ) -> None:
         config = Config.from_dict(settings)
         with reporting(config.state_dir, "gateway") as reporter:
@@ -74,13 +75,8 @@ def serve_metrics(config: GatewayConfig, registry: CollectorRegistry) -> int:
     return start_metrics_server(config.host, config.metrics_port, registry).port
 
 
-def find_decoder(decoder: Any) -> Endpoint:
-    """Ask Serve where the decoder is; `decoder` is its DeploymentHandle."""
-    try:
-        answers = decoder.broadcast("endpoint").results(timeout_s=2.0, return_exceptions=True)
-    except Exception as error:  # Ray's own: no replica yet, a dead one, the controller is away
-        raise LinkError(f"Serve knows no decoder ({type(error).__name__}).") from None
-    for answer in answers:
-        if isinstance(answer, dict):
-            return Endpoint.from_dict(answer)
+def find_decoder(decoder: Handle) -> Endpoint:
+    """Ask Serve where the decoder is. Raises LinkError."""
+    for answer in ask_replicas(decoder, "endpoint"):
+        return Endpoint.from_dict(answer)
     raise LinkError("The decoder doesn't answer.")

@@ -66,7 +66,7 @@ class Tokenizer:
             raise CheckpointError(f"{model_dir} has no tokenizer.json.")
         try:
             hf_tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+        except Exception as error:  # at the start; for a broken file the library raises a bare one
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(
                 f"The tokenizer in {model_dir} can't be read: {reason}"

@@ -107,12 +107,14 @@ class Decoder:
         max_queue: int = 8,
         max_num_seqs: int = 4,
         store: Any = None,
+        num_blocks: int = 200,
     ) -> None:
         self.runner = CountingRunner()
+        self.registry = CollectorRegistry()
         self.ready = True
         self.engine = EngineCore(
             self.runner,
-            KVCacheConfig(16, {kind: 200 for kind in AttentionKind}),
+            KVCacheConfig(16, dict.fromkeys(AttentionKind, num_blocks)),
             spec_limits=SpecLimits(CONTEXT, 64, 256, ()),
             max_num_batched_tokens=256,
             max_num_seqs=max_num_seqs,
@@ -121,7 +123,7 @@ class Decoder:
             hasher=None if store is None else BlockHasher(16, "counter"),
             tokenizer=tokenizer,
         )
-        meter = EngineMeter(Metrics(CollectorRegistry()), "counter")
+        meter = EngineMeter(Metrics(self.registry), "counter")
         self.loop = StepLoop(self.engine, meter, self._fill_status, store)
         self.open()
 
@@ -154,16 +156,17 @@ def running_gateway(
     tokenizer: Tokenizer,
     find: Callable[[], Endpoint],
     kept: Sessions | None = None,
+    registry: CollectorRegistry | None = None,
     **config: Any,
 ) -> Iterator[Gateway]:
     """A gateway on a free port, on an asyncio loop in a thread."""
+    metrics = Metrics(registry or CollectorRegistry())
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
     async def start() -> Gateway:
         settings = GatewayConfig(**{"port": 0, **config})
-        metrics = Metrics(CollectorRegistry())
         gateway = Gateway(settings, tokenizer, find, SECRET, metrics, kept=kept)
         await gateway.start()
         return gateway

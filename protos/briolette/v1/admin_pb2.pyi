@@ -167,20 +167,24 @@ class Part(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     METRICS_PORT_FIELD_NUMBER: _builtins.int
+    KERNELS_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     device: _builtins.str
     metrics_port: _builtins.int
     """0: none"""
+    kernels: _builtins.str
+    """native or PyTorch; empty where nothing is computed"""
     def __init__(
         self,
         *,
         pid: _builtins.int = ...,
         device: _builtins.str = ...,
         metrics_port: _builtins.int = ...,
+        kernels: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "metrics_port", b"metrics_port", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "kernels", b"kernels", "metrics_port", b"metrics_port", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
