@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import grpc
 
 from cluster.errors import ContextTooLong, InvalidRequest, UnknownModel
+from deployments.messages import to_sampling_params
 from deployments.remote_decoder import RemoteDecoder
 from deployments.rpc import Context, Methods
 from deployments.streams import merge
@@ -141,5 +142,10 @@ class Inference:
 
 
 def to_add(prompt_ids: list[int], sampling: Sampling, timeout_s: float | None) -> Add:
-    """The request for the decoder; `timeout_s` is what is left of the client's deadline."""
+    """The request for the decoder; `timeout_s` is what is left of the client's deadline.
+
+    Raises InvalidRequest for a sampling value out of range: in the decoder, to look through a huge
+    list would hold up everybody's step.
+    """
+    to_sampling_params(sampling)
     return Add(prompt_ids=prompt_ids, sampling=sampling, tenant="default", timeout_s=timeout_s)
