@@ -207,6 +207,11 @@ class StepLoop:
         except BrioletteError as error:
             self._refuse(gateway_id, add.request_id, error.status, str(error))
             return
+        except Exception:  # the border of the engine loop: one odd request ends nobody else's
+            log.exception("Adding the request %s failed.", add.request_id)
+            sentence = "The decoder failed on this request; its log says why."
+            self._refuse(gateway_id, add.request_id, "INTERNAL", sentence)
+            return
         served = _Served(gateway_id, request)
         self._served[add.request_id] = served
         self._queued.append(served)

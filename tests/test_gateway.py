@@ -15,8 +15,13 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -72,11 +77,13 @@ class CountingRunner:
 
     def __init__(self) -> None:
         self.step_s = 0.0
+        self.num_steps = 0  # begun
         self.error: Exception | None = None
         self.go_on = threading.Event()  # cleared: hangs
         self.go_on.set()
 
     def execute(self, batch: Batch) -> Tensor:
+        self.num_steps += 1
         time.sleep(self.step_s)
         self.go_on.wait(10)
         if self.error is not None:
@@ -271,17 +278,32 @@ def test_many_streams_at_once(stub: InferenceStub) -> None:
             assert list(answer.token_ids) == [ord(prompt) + 1 + i for i in range(40)]
 
 
-def test_models_status_and_reflection(channel: grpc.Channel, stub: InferenceStub) -> None:
+def test_models_and_status(channel: grpc.Channel, stub: InferenceStub) -> None:
     (model,) = stub.ListModels(ListModelsRequest()).models
     assert (model.id, model.context_tokens, model.vocab_size) == ("counter", CONTEXT, 256)
     status = AdminStub(channel).GetStatus(GetStatusRequest())
     assert status.ready and status.gateway.pid
     assert {group.group for group in status.load.kv_blocks} == {"sliding", "global"}
-    reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
-    request = reflection_pb2.ServerReflectionRequest(list_services="")
-    (answer,) = reflection.ServerReflectionInfo(iter([request]))
-    names = {service.name for service in answer.list_services_response.service}
-    assert {"briolette.v1.Inference", "briolette.v1.Admin", "grpc.health.v1.Health"} <= names
+
+
+def test_a_client_without_our_protos_can_call(channel: grpc.Channel, decoder: Decoder) -> None:
+    """Services, files and message types, all by reflection; as grpcurl does it."""
+    database = ProtoReflectionDescriptorDatabase(channel)
+    names = {"briolette.v1.Inference", "briolette.v1.Admin", "grpc.health.v1.Health"}
+    assert names <= set(database.get_services())
+    pool = DescriptorPool(database)
+    method = pool.FindServiceByName("briolette.v1.Inference").FindMethodByName("CompleteOnce")
+    request_type, answer_type = map(GetMessageClass, (method.input_type, method.output_type))
+    assert request_type is not CompleteRequest
+    call: Any = channel.unary_unary(
+        "/briolette.v1.Inference/CompleteOnce",
+        request_serializer=request_type.SerializeToString,
+        response_deserializer=answer_type.FromString,
+    )
+    request = ParseDict(
+        {"text": "a", "sampling": {"temperature": 0, "maxTokens": 8}}, request_type()
+    )
+    assert call(request, timeout=10).text == "bcdefghi"
 
 
 # Bad input
@@ -384,12 +406,15 @@ def test_bad_input_disturbs_nobody(
 
 
 def test_cancelling_aborts_within_a_step(stub: InferenceStub, decoder: Decoder) -> None:
-    decoder.runner.step_s = 0.02
+    """The step that runs ends, and one more may begin while the cancellation travels."""
+    decoder.runner.step_s = 0.1
     call = stub.Complete(complete(max_tokens=400))
     next(iter(call))
     assert decoder.engine.stats().num_running == 1
+    num_begun = decoder.runner.num_steps
     call.cancel()
-    wait_for(lambda: not decoder.engine.has_work, 0.5)
+    wait_for(lambda: not decoder.engine.has_work)
+    assert decoder.runner.num_steps - num_begun <= 2
     assert all(not used for used in decoder.engine.stats().num_used_blocks.values())
 
 
@@ -404,16 +429,14 @@ def test_a_deadline_aborts(stub: InferenceStub, decoder: Decoder) -> None:
 
 def test_a_full_queue_refuses_at_once(stub: InferenceStub, decoder: Decoder) -> None:
     decoder.runner.step_s = 0.02
-    calls = [stub.Complete(complete(max_tokens=30)) for _ in range(20)]  # 4 run, 8 wait
-    codes = []
-    for call in calls:
-        try:
-            next(iter(call))
-        except grpc.RpcError as error:
-            codes.append(error.code().name)
+    calls = [stub.Complete(complete(max_tokens=400)) for _ in range(12)]  # 4 run, 8 wait
+    wait_for(lambda: len(decoder.loop._served) == 12)
+    for _ in range(5):
+        started = time.monotonic()
+        assert failure(lambda: stub.CompleteOnce(complete()))[0] == "UNAVAILABLE"
+        assert time.monotonic() - started < 0.5
     for call in calls:
         call.cancel()
-    assert codes and set(codes) == {"UNAVAILABLE"}
 
 
 def test_a_client_that_stops_reading_is_given_up(
@@ -460,6 +483,28 @@ def test_a_failing_step_ends_its_requests_only(stub: InferenceStub, decoder: Dec
     assert failure(lambda: stub.CompleteOnce(complete()))[0] == "INTERNAL"
     decoder.runner.error = None
     assert stub.CompleteOnce(complete()).text == "bcdefghi"
+
+
+def test_a_request_that_cannot_be_added_ends_alone(
+    stub: InferenceStub, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in `add` something unforeseen happens."""
+    decoder.runner.step_s = 0.005
+    neighbour = stub.Complete(complete(max_tokens=300))
+    tokens = list(next(neighbour).token_ids)
+    scheduler = decoder.engine.scheduler
+    for owner, name in (
+        (scheduler.kv, "find_prefix"),
+        (scheduler.store, "fetch"),
+        (decoder.engine, "_resume"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *_: int("no number"))
+            code, sentence = failure(lambda: stub.CompleteOnce(complete()))
+            assert (code, "log" in sentence) == ("INTERNAL", True)
+    for piece in neighbour:
+        tokens += piece.token_ids
+    assert tokens == [(98 + i) % 256 for i in range(300)]
 
 
 def test_health_follows_the_decoder(
