@@ -158,6 +158,11 @@ class GemmaDecoder:
         cap = self.spec.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    @property
+    def reads_free_slots(self) -> bool:
+        """Whether attention reads, masked, the slots of a block that hold no key yet."""
+        return not isinstance(self.kernels, NativeKernels)
+
     def plan_attention(
         self, batch: Batch, kind: AttentionKind, window: int | None, block_size: int
     ) -> Attention:
