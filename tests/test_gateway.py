@@ -585,6 +585,40 @@ def test_a_lost_decoder_ends_streams_and_the_next_one_is_found(tokenizer: Tokeni
     decoders[-1].close()
 
 
+def test_a_request_that_waits_for_a_lost_link_runs_for_nobody_on_the_next(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(tokenizer)
+    decoder.runner.step_s = 0.01
+    taken, go_on = threading.Event(), threading.Event()
+
+    def send_late(*_: object) -> None:
+        taken.set()
+        go_on.wait(10)
+        raise LinkError("The link broke.")
+
+    with running_gateway(tokenizer, decoder.find) as gateway:
+        wait_for(lambda: serving(gateway))
+        lost = gateway._decoder._link._link
+        assert lost is not None
+        monkeypatch.setattr(lost, "send", send_late)
+        with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
+            stub = InferenceStub(channel)
+            calls = [stub.CompleteOnce.future(complete(max_tokens=400))]  # goes with the link
+            assert taken.wait(5)
+            calls.append(stub.CompleteOnce.future(complete(max_tokens=400)))  # waits behind it
+            wait_for(lambda: gateway._decoder._link._outbox.qsize() > 0)
+            lost.close()
+            assert {failure(call.result)[0] for call in calls} == {"UNAVAILABLE"}
+            wait_for(lambda: gateway._decoder._link._link not in (None, lost))
+            go_on.set()
+            wait_for(lambda: serving(gateway))
+            assert stub.CompleteOnce(complete()).text == "bcdefghi"  # comes behind the others
+            wait_for(lambda: not decoder.engine.has_work, 2.0)
+            assert decoder.runner.num_steps < 100
+    decoder.close()
+
+
 def test_a_gateway_that_goes_takes_its_requests_along(tokenizer: Tokenizer) -> None:
     decoder = Decoder(tokenizer)
     decoder.runner.step_s = 0.02
