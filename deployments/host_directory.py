@@ -64,10 +64,13 @@ class HostDirectory:
                 .broadcast("describe")
                 .results(timeout_s=ASK_S, return_exceptions=True)
             )
+            found = [HostInfo.from_dict(answer) for answer in answers if isinstance(answer, dict)]
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("%s describes itself in a way that can't be read: %r", host_id, error)
+            return False
         except Exception as error:  # Ray's own: no replica, dead replica, controller away
             log.debug("%s can't be asked: %s", host_id, error)
             return False
-        found = [HostInfo.from_dict(answer) for answer in answers if isinstance(answer, dict)]
         if not found or found[-1] == self._hosts.get(host_id):
             return False
         self._hosts[host_id] = found[-1]
@@ -92,6 +95,12 @@ class HostDirectory:
     def _watch(
         self, problems: Callable[[], Mapping[str, str]], on_moved: Callable[[], None]
     ) -> None:
+        have_moved = False
         while not self._stopping.wait(WATCH_S):
-            if any([self.look(host_id) for host_id in problems()]):
-                on_moved()
+            try:
+                have_moved |= any([self.look(host_id) for host_id in problems()])
+                if have_moved:
+                    on_moved()
+                    have_moved = False
+            except Exception:  # nobody else finds hosts again, so no one round may be the last
+                log.exception("Looking for expert hosts failed this time.")

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.metrics import Metrics
-from deployments import remote_experts
+from deployments import host_directory, remote_experts
 from deployments.host_directory import HostDirectory
 from deployments.layout import place_experts
 from deployments.loading import Source
@@ -139,6 +139,32 @@ def test_a_group_without_any_host_fails_the_start_up(model_dir: Path) -> None:
         parts.start("host0")
         with pytest.raises(Unavailable, match=r"host1.*not started"):
             parts.experts.wait_ready(0.5)
+
+
+def test_one_bad_round_does_not_end_the_watch(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an answer that can't be read nor a router that breaks on a good one."""
+    monkeypatch.setattr(host_directory, "WATCH_S", 0.05)
+    with cluster(model_dir) as parts:
+        router = parts.experts.router
+        use, breaks = router.use, [RuntimeError("unforeseen")]
+
+        def use_later(*args: Any) -> None:
+            if breaks:
+                raise breaks.pop()
+            use(*args)
+
+        monkeypatch.setattr(router, "use", use_later)
+        monkeypatch.setattr(parts.handles["host0"], "results", lambda **_: [{"pid": "what?"}])
+        moved = threading.Event()
+        parts.experts.watch(moved.set)
+        parts.start("host1")
+        assert moved.wait(5) and not breaks
+        assert list(router.problems()) == ["host0"]
+        monkeypatch.undo()
+        parts.start("host0")
+        router.wait_ready(5)
 
 
 def test_health_says_who_computes_what_lost_its_host(model_dir: Path) -> None:
