@@ -125,6 +125,12 @@ class StepLoop:
 
     # The step thread
 
+    def step_waits(self) -> None:
+        """The step under way waits for something that comes: say so, and count its time anew."""
+        if self._step_began is not None:
+            self._step_began = time.monotonic()
+            self._send_status()
+
     def _run(self) -> None:
         assert self._gateways is not None
         try:

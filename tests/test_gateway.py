@@ -542,6 +542,31 @@ def test_a_hanging_step_is_no_health(tokenizer: Tokenizer, monkeypatch: pytest.M
     assert decoder.loop.problem() is not None
 
 
+def test_a_step_that_waits_and_says_so_is_health(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.decoder_link.SILENCE_S", 0.5)
+    monkeypatch.setattr("deployments.step_loop.LONGEST_STEP_S", 0.5)
+    decoder = Decoder(tokenizer)
+
+    def wait_long(_: float) -> bool:
+        for _ in range(15):
+            time.sleep(0.1)
+            decoder.loop.step_waits()
+        return True
+
+    with running_gateway(tokenizer, decoder.find) as gateway:
+        wait_for(lambda: serving(gateway))
+        monkeypatch.setattr(decoder.runner.go_on, "wait", wait_long)
+        with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
+            call = InferenceStub(channel).CompleteOnce.future(complete(max_tokens=1))
+            while not call.done():
+                assert serving(gateway) and decoder.loop.problem() is None
+                time.sleep(0.05)
+            assert call.result().text == "b"
+    decoder.close()
+
+
 def test_a_gateway_that_takes_nothing_holds_up_nobody(tokenizer: Tokenizer) -> None:
     """What is for it waits in its outbox, not in the step loop; then it is given up."""
     decoder = Decoder(tokenizer)
