@@ -132,7 +132,7 @@ class DecoderReplica:
             )
         )
         if self._experts is not None:
-            self._experts.watch(self._loop.wake)
+            self._experts.watch(self._loop.wake, self._loop.step_waits)
 
     def _fill_status(self, status: ClusterStatus) -> None:
         spec = self._source.spec

@@ -56,10 +56,13 @@ class HostDirectory:
         """Ask Serve for one host; True when it is somewhere else than before."""
         try:
             answers = ask_replicas(self._handles[host_id], "describe")
+            found = [HostInfo.from_dict(answer) for answer in answers]
         except LinkError as error:
             log.debug("%s: %s", host_id, error)
             return False
-        found = [HostInfo.from_dict(answer) for answer in answers]
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("%s describes itself in a way that can't be read: %r", host_id, error)
+            return False
         if not found or found[-1] == self._hosts.get(host_id):
             return False
         self._hosts[host_id] = found[-1]
@@ -84,6 +87,12 @@ class HostDirectory:
     def _watch(
         self, problems: Callable[[], Mapping[str, str]], on_moved: Callable[[], None]
     ) -> None:
+        have_moved = False
         while not self._stopping.wait(WATCH_S):
-            if any([self.look(host_id) for host_id in problems()]):
-                on_moved()
+            try:
+                have_moved |= any([self.look(host_id) for host_id in problems()])
+                if have_moved:
+                    on_moved()
+                    have_moved = False
+            except Exception:  # nobody else finds hosts again, so no one round may be the last
+                log.exception("Looking for expert hosts failed this time.")

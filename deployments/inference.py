@@ -11,6 +11,7 @@ import grpc
 
 from cluster.errors import ContextTooLong, InvalidRequest, UnknownModel
 from deployments.conversations import ChatTokenizer, Conversations, to_turns
+from deployments.messages import to_sampling_params
 from deployments.remote_decoder import RemoteDecoder
 from deployments.rpc import Context, Methods, tenant_of
 from deployments.streams import merge
@@ -78,6 +79,7 @@ class Inference:
         session: str = "",
     ) -> AsyncGenerator[Output, None]:
         self._check_length(prompt_ids)
+        to_sampling_params(request.sampling)  # refused here: a huge list would hold up every step
         add = Add(
             prompt_ids=prompt_ids,
             sampling=request.sampling,

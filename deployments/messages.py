@@ -33,8 +33,8 @@ def to_sampling_params(sampling: Sampling) -> SamplingParams:
     }
     return SamplingParams(
         **given,
-        stop=tuple(sampling.stop),
-        stop_token_ids=tuple(sampling.stop_token_ids),
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
     )
 

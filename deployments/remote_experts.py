@@ -79,8 +79,11 @@ class RemoteExperts:
             if not self._look_for(missing):
                 time.sleep(POLL_S)
 
-    def watch(self, on_change: Callable[[], None]) -> None:
-        """Follow hosts that Serve replaces."""
+    def watch(self, on_change: Callable[[], None], on_wait: Callable[[], None]) -> None:
+        """Follow hosts that Serve replaces. `on_wait` is called once a second, in the thread that
+        dispatches, while that waits for weights.
+        """
+        self.router.on_wait = on_wait
 
         def moved() -> None:
             self.router.use(self._placement, self._directory.endpoints)
@@ -132,6 +135,9 @@ class RemoteExperts:
             status.reason = f"No expert host is alive for groups {', '.join(map(str, dead_groups))}"
             if self._fallback is not None and self._fallback.can_hold(dead_groups):
                 status.reason += "; the decoder computes them, slower."
+                if loading := self._fallback.loading:
+                    groups = ", ".join(map(str, loading))
+                    status.reason += f" It is loading the experts of groups {groups}."
             else:
                 status.ready = False
                 status.reason += "."

@@ -141,6 +141,12 @@ class StepLoop:
 
     # The step thread
 
+    def step_waits(self) -> None:
+        """The step under way waits for something that comes: say so, and count its time anew."""
+        if self._step_began is not None:
+            self._step_began = time.monotonic()
+            self._send_status()
+
     def _run(self) -> None:
         assert self._gateways is not None
         try:
@@ -231,6 +237,11 @@ class StepLoop:
             )
         except BrioletteError as error:
             self._refuse(gateway_id, add.request_id, error.status, str(error))
+            return
+        except Exception:  # the border of the engine loop: one odd request ends nobody else's
+            log.exception("Adding the request %s failed.", add.request_id)
+            sentence = "The decoder failed on this request; its log says why."
+            self._refuse(gateway_id, add.request_id, "INTERNAL", sentence)
             return
         served = _Served(gateway_id, request)
         self._served[add.request_id] = served

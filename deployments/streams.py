@@ -108,7 +108,10 @@ class Streams:
             self._abort(stream.request_id)
 
     def fail_all(self, reason: str) -> None:
-        """End every open stream with UNAVAILABLE."""
+        """End every open stream with UNAVAILABLE. The decoder is told, for a request may still be
+        on its way there.
+        """
         for stream in self._streams.values():
             if not stream.is_finished:
                 stream.fail(Unavailable(reason))
+                self._abort(stream.request_id)

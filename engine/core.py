@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -194,7 +195,7 @@ class EngineCore:
         first engine's Request); they count towards max_tokens and aren't returned again.
 
         Raises InvalidRequest or ContextTooLong for what can never be answered, Overloaded when the
-        queue is full.
+        queue is full. Whatever it raises, nothing of the request stays.
         """
         if request_id in self._requests:
             raise InvalidRequest(f"A request with the id {request_id!r} is already running.")
@@ -212,9 +213,12 @@ class EngineCore:
             output_ids=list(output_ids),
             deadline_s=deadline_s,
         )
-        self.scheduler.add(request)
-        self._requests[request_id] = request
-        self._resume(request)
+        with ExitStack() as undo:
+            undo.callback(self._withdraw, request)
+            self.scheduler.add(request)
+            self._requests[request_id] = request
+            self._resume(request)
+            undo.pop_all()
         return request
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
@@ -372,6 +376,12 @@ class EngineCore:
                 self._finish(request, FinishReason.DEADLINE)
 
     # At arrival
+
+    def _withdraw(self, request: Request) -> None:
+        """Drop what a failed `add` has left."""
+        self._requests.pop(request.request_id, None)
+        self._streams.pop(request.request_id, None)
+        self.scheduler.withdraw(request)
 
     def _check_ids(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         if not prompt_ids:

@@ -173,6 +173,11 @@ class GemmaDecoder:
         eps = self.spec.rms_norm_eps if kv_rows == "raw" else None
         return OneRow(weight, self.rotary[layer.kind], eps)
 
+    @property
+    def reads_free_slots(self) -> bool:
+        """Whether attention reads, masked, the slots of a block that hold no key yet."""
+        return not isinstance(self.kernels, NativeKernels)
+
     def plan_attention(
         self,
         batch: Batch,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest
 
 Owner = tuple[str, str] | None  # tenant and session; None: no session
+
+MAX_STOPS, MAX_STOP_CHARS = 16, 1000
+MAX_STOP_TOKEN_IDS = 128
 
 
 class FinishReason(enum.Enum):
@@ -46,8 +50,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # over the output
     seed: int | None = None  # None draws one at arrival
     logprobs: int | None = None  # number of alternatives beside the chosen token; None is off
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence ids
+    stop: Sequence[str] = ()
+    stop_token_ids: Collection[int] = frozenset()  # beside the model's own end-of-sequence ids
     max_tokens: int | None = None  # None goes on to the end of the context
     ignore_eos: bool = False  # benchmarks: go on past end-of-sequence ids
 
@@ -63,12 +67,24 @@ class SamplingParams:
             (self.seed is None or 0 <= self.seed < 2**63, "seed must be between 0 and 2^63 - 1"),
             (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be 0 to 20"),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),
-            (all(self.stop), "a stop string must not be empty"),
-            (len(self.stop) <= 16, "at most 16 stop strings"),
         )
         for holds, sentence in checks:
             if not holds:  # NaN fails every comparison, so it is refused here too
                 raise InvalidRequest(f"{sentence}.")
+        self._bound_stops()
+
+    def _bound_stops(self) -> None:
+        """Every token is compared with all of them, so they are few and short; counted before they
+        are copied, since a caller may have sent millions.
+        """
+        if len(self.stop) > MAX_STOPS:
+            raise InvalidRequest(f"At most {MAX_STOPS} stop strings.")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(f"At most {MAX_STOP_TOKEN_IDS} stop_token_ids.")
+        if not all(0 < len(text) <= MAX_STOP_CHARS for text in self.stop):
+            raise InvalidRequest(f"A stop string must have 1 to {MAX_STOP_CHARS} characters.")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", frozenset(self.stop_token_ids))
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import NotEnoughMemory
-from cluster.spec import AttentionKind
+from cluster.spec import AttentionKind, LayerSpec, ModelSpec
 from engine.attention import KVTensors
 from engine.batch import Batch
 from engine.kv_cache import KVCacheConfig
@@ -36,7 +36,17 @@ class ModelRunner:
         assert num_micro_batches in (1, 2)
         self.model, self.experts = model, experts
         self.num_micro_batches = num_micro_batches
-        self.kv_tensors = allocate_kv(model, kv)
+        self.kv_pools = allocate_kv(model, kv)
+        self.kv_tensors = by_layer(model, kv, self.kv_pools)
+
+    def _clear_opened(self, batch: Batch) -> None:
+        """Zero the blocks whose free slots attention will read: an earlier request may have left
+        NaN there, which no mask takes away, for nothing times NaN is NaN.
+        """
+        for kind, pool in self.kv_pools.items():
+            opened = opened_blocks(batch, kind, pool.shape[3])
+            if len(opened):
+                pool.index_fill_(2, opened.to(pool.device, non_blocking=True), 0)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> Tensor:
@@ -45,6 +55,8 @@ class ModelRunner:
         Raises Unavailable when experts that it needs can't be reached. The KV cache then holds some
         of the batch's keys and values; computing the same batch again overwrites them.
         """
+        if self.model.reads_free_slots:
+            self._clear_opened(batch)
         batch = batch.to(self.model.device)
         parts = [batch]
         if self.num_micro_batches == 2 and self.experts is not None and self.experts.is_remote:
@@ -54,24 +66,56 @@ class ModelRunner:
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
-def allocate_kv(model: GemmaDecoder, kv: KVCacheConfig) -> dict[int, KVTensors]:
-    """The tensors of each layer that owns keys and values, by layer index.
-
-    Zeros, because attention reads masked slots too and nothing times NaN is NaN.
+def allocate_kv(model: GemmaDecoder, kv: KVCacheConfig) -> dict[AttentionKind, Tensor]:
+    """What all layers of a kind that own keys and values keep, as one tensor of zeros:
+    [num_layers, 1 or 2, num_blocks, block_size, num_kv_heads, head_dim].
     """
-    tensors = {}
+    pools = {}
     try:
-        for layer in model.spec.layers:
-            if layer.owns_kv:
-                num_blocks = kv.num_blocks[layer.kind]
-                shape = (num_blocks, kv.block_size, layer.num_kv_heads, layer.head_dim)
-                value = torch.zeros(shape, dtype=model.dtype, device=model.device)
-                one_row = model.one_row(layer, kv.kv_rows)
-                key = torch.zeros_like(value) if one_row is None else None
-                tensors[layer.layer_idx] = KVTensors(key, value, one_row)
+        for kind in AttentionKind:
+            if layers := _owners(model.spec, kind):
+                ((num_rows, *shape),) = {
+                    (
+                        1 if layer.keeps_one_row(kv.kv_rows) else 2,
+                        layer.num_kv_heads,
+                        layer.head_dim,
+                    )
+                    for layer in layers
+                }
+                blocks = len(layers), num_rows, kv.num_blocks[kind], kv.block_size
+                pools[kind] = torch.zeros(*blocks, *shape, dtype=model.dtype, device=model.device)
     except RuntimeError as error:  # torch's out-of-memory errors, on the CPU and on GPUs
         raise NotEnoughMemory(f"The KV cache doesn't fit on {model.device}: {error}") from error
+    return pools
+
+
+def by_layer(
+    model: GemmaDecoder, kv: KVCacheConfig, pools: Mapping[AttentionKind, Tensor]
+) -> dict[int, KVTensors]:
+    """Views of the pools: the tensors of each layer that owns keys and values, by its index."""
+    tensors = {}
+    for kind, pool in pools.items():
+        for layer, rows in zip(_owners(model.spec, kind), pool, strict=True):
+            key = rows[0] if len(rows) == 2 else None
+            one_row = model.one_row(layer, kv.kv_rows)
+            tensors[layer.layer_idx] = KVTensors(key, rows[-1], one_row)
     return tensors
+
+
+def opened_blocks(batch: Batch, kind: AttentionKind, block_size: int) -> Tensor:
+    """The last block of each request that this step is the first to write to: [num_opened]."""
+    lens = zip(batch.query_lens, batch.seq_lens, strict=True)
+    entries = [
+        (row, (seq_len - 1) // block_size)
+        for row, (query_len, seq_len) in enumerate(lens)
+        if (seq_len - 1) % block_size < query_len
+    ]
+    rows, columns = torch.tensor(entries, dtype=torch.int64).view(-1, 2).unbind(1)
+    return batch.block_tables[kind][rows, columns]
+
+
+def _owners(spec: ModelSpec, kind: AttentionKind) -> list[LayerSpec]:
+    return [layer for layer in spec.layers if layer.owns_kv and layer.kind is kind]
 
 
 def split(batch: Batch) -> list[Batch]:

@@ -119,6 +119,12 @@ class Scheduler:
         self._ask_store(request)
         self.waiting.append(request)
 
+    def withdraw(self, request: Request) -> None:
+        """Drop a request that has not been accepted after all, as far as it got."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        self.store.release(request)
+
     def finish(self, request: Request, reason: FinishReason, *, is_sound: bool = True) -> None:
         """End a request in any state and take its blocks back. Not while a step is computed.
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import psutil
 import torch
 from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
+from cluster.errors import Unavailable
 from cluster.placement import ExpertGroups
 from cluster.spec import ModelSpec
 from experts.kernels import Slots, group_partials
 from experts.weights import OwnedExperts, load_experts
 
 HEADROOM = 1.25  # of free memory for each byte of weights: for reading and converting a layer
+LONGEST_LOAD_S = 600.0  # of one group; past it, the disk hangs
 
 log = logging.getLogger(__name__)
 
 
 class Fallback:
-    """Computes single groups on the CPU, from the checkpoint; reads each when it is first needed.
+    """Computes single groups on the CPU, from the checkpoint. Each is read when it is first needed,
+    in a thread of its own, so that whoever waits can say so.
 
     As a group is the unit of summation, its bits are those of a host with the same device and
     dtype. Not locked: one thread uses it.
@@ -37,22 +42,46 @@ class Fallback:
     ) -> None:
         self._spec, self._checkpoint, self._groups = spec, checkpoint, groups
         self._dtype, self._batch_invariant = dtype, batch_invariant
-        self._loaded: dict[int, OwnedExperts] = {}
+        self._loads: dict[int, Future[OwnedExperts]] = {}  # by group; under way, or done
+        self._reader = ThreadPoolExecutor(1, "expert-fallback")
+        self._reading_since = 0.0  # the group that is being read
 
     def can_hold(self, group_ids: Collection[int]) -> bool:
-        """Whether these groups are in memory, or would fit in what is free of it now."""
-        missing = sum(self._num_bytes(group) for group in group_ids if group not in self._loaded)
+        """Whether these groups are in memory, are being read, or would fit in what is free now."""
+        missing = sum(self._num_bytes(group) for group in group_ids if group not in self._loads)
         return not missing or missing * HEADROOM <= psutil.virtual_memory().available
+
+    @property
+    def loading(self) -> list[int]:
+        """The groups whose weights are being read."""
+        return sorted(group_id for group_id, load in self._loads.items() if not load.done())
+
+    def load(self, group_ids: Collection[int], timeout_s: float) -> bool:
+        """Begin to read these groups where that hasn't begun, and wait for them; false if that
+        takes longer than `timeout_s`: ask again.
+
+        Raises CheckpointError when a group can't be read, Unavailable when it takes far too long.
+        """
+        for group_id in group_ids:
+            if group_id not in self._loads:
+                self._loads[group_id] = self._reader.submit(self._read, group_id)
+        if wait([self._loads[group_id] for group_id in group_ids], timeout_s).not_done:
+            if time.monotonic() - self._reading_since > LONGEST_LOAD_S:
+                raise Unavailable(f"Reading the experts of groups {self.loading} takes too long.")
+            return False
+        failed = [self._loads.pop(g) for g in group_ids if self._loads[g].exception()]
+        for load in failed:
+            load.result()  # raises; the next call tries again
+        return True
 
     def partials(
         self, group_id: int, layer_idx: int, hidden_states: Tensor, slots: Slots
     ) -> Tensor:
-        """The group's weighted sum: [num_tokens, hidden].
+        """The weighted sum of a group that is loaded: [num_tokens, hidden].
 
         Shapes: hidden_states [num_tokens, hidden], on the CPU; slots of this group's experts only.
-        Raises CheckpointError when the group can't be read.
         """
-        owned = self._loaded.get(group_id) or self._load(group_id)
+        owned = self._loads[group_id].result()
         layer = owned.layers[layer_idx]
         slots = owned.localise(slots)
         with torch.inference_mode():
@@ -60,19 +89,20 @@ class Fallback:
         return partials[0]
 
     def free(self) -> None:
-        """Give the memory back: hosts hold every group again."""
-        if self._loaded:
+        """Give the memory back: hosts hold every group again. Not while a group is being read."""
+        if self._loads and not self.loading:
             log.warning("Every group of experts has a host again.")
-            self._loaded.clear()
+            self._loads.clear()
 
-    def _load(self, group_id: int) -> OwnedExperts:
+    def _read(self, group_id: int) -> OwnedExperts:
+        self._reading_since = time.monotonic()
         log.warning(
             "No expert host is alive for group %d: the decoder computes it from now on, slower, "
             "and reads its %.2f GB of weights.",
             group_id,
             self._num_bytes(group_id) / 1e9,
         )
-        self._loaded[group_id] = load_experts(
+        return load_experts(
             self._spec,
             self._checkpoint,
             self._groups,
@@ -80,7 +110,6 @@ class Fallback:
             self._dtype,
             batch_invariant=self._batch_invariant,
         )
-        return self._loaded[group_id]
 
     def _num_bytes(self, group_id: int) -> int:
         spec = self._spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ CONNECT_S = 2.0  # for one attempt
 BEATS_A_DEADLINE = 4  # signs of life that a computing host owes within the time of silence
 LONGEST_CALL_S = 60.0  # for a host that says all the time that it is still computing
 FIRST_BAN_S, LONGEST_BAN_S = 0.1, 10.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -160,10 +163,11 @@ class Peers:
         try:
             link = connect(peer.endpoint, self._secret, hello, CONNECT_S, self._transports)
         except LinkError as error:
-            with self._changed:
-                peer.problem = str(error)
-                peer.num_bans += 1
-                peer.retry_at_s = time.monotonic() + _ban_s(peer.num_bans)
+            self._put_off(peer, str(error))
+            return
+        except Exception as error:  # the border of the expert call: other hosts go on being tried
+            log.exception("Connecting to %s failed.", peer.host_id)
+            self._put_off(peer, f"{type(error).__name__} while connecting: {error}")
             return
         with self._changed:
             is_wanted = not self._is_closed and not peer.has_left and not peer.link
@@ -173,13 +177,21 @@ class Peers:
         if not is_wanted:
             link.close()
 
+    def _put_off(self, peer: Peer, problem: str) -> None:
+        """It couldn't be connected to: wait before the next attempt."""
+        with self._changed:
+            peer.problem = problem
+            peer.num_bans += 1
+            peer.retry_at_s = time.monotonic() + _ban_s(peer.num_bans)
+
     def _bump(self) -> None:
         self.generation = object()
         self._changed.notify_all()
 
     def _start_reconnecting(self) -> None:
         missing = any(peer.link is None for peer in self._peers.values())
-        if missing and self._reconnecting is None and not self._is_closed:
+        is_trying = self._reconnecting is not None and self._reconnecting.is_alive()
+        if missing and not is_trying and not self._is_closed:
             self._reconnecting = threading.Thread(
                 target=self._reconnect, name="expert-reconnect", daemon=True
             )

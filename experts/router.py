@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,8 @@ from experts.choices import AskedSlots, Choices, GroupCut
 from experts.fallback import Fallback
 from experts.peers import Peer, Peers
 from experts.stats import CallObserver, CallStats
+
+WAIT_S = 1.0  # between two signs that a call waits for weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class ExpertRouter:
         self._call_ids = itertools.count(1)
         self._stats = CallStats()
         self._observer = observer
+        self.on_wait: Callable[[], None] = lambda: None  # every WAIT_S of a wait for the fallback
         self._plan = _Plan(None, 0, (), frozenset())
         self._cut = GroupCut(placement.groups)
         self._peers.use(placement, endpoints)
@@ -294,7 +297,10 @@ class ExpertRouter:
             self._fall_back(handle)
 
     def _fall_back(self, handle: Handle) -> None:
-        """Compute the orphans here. Raises Unavailable where that can't be done."""
+        """Compute the orphans here, or wait a while for their weights and leave them orphans.
+
+        Raises Unavailable where that can't be done.
+        """
         needed = {
             group_id: slots
             for group_id in sorted(handle.orphans)
@@ -309,6 +315,10 @@ class ExpertRouter:
                 f"No expert host answers for groups {list(needed)}: "
                 f"{self._peers.problems() | refusals}."
             )
+        if not self._fallback.load(needed, WAIT_S):
+            handle.orphans.update(needed)  # a host may be back before the weights are here
+            self.on_wait()
+            return
         for group_id, slots in needed.items():
             handle.rows[group_id] = self._fallback.partials(
                 group_id, handle.layer_idx, slots.rows_of(handle.hidden_states), slots.unpack()

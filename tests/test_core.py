@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, cast
 
 import pytest
@@ -122,6 +123,10 @@ def drain(core: EngineCore, max_steps: int = 2000) -> dict[str, list[RequestOutp
         ends = [output.finish_reason for output in of_request]
         assert ends[-1] is not None and ends[:-1] == [None] * (len(ends) - 1)
     return outputs
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("unforeseen")
 
 
 def tokens_of(outputs: list[RequestOutput]) -> list[int]:
@@ -269,6 +274,22 @@ def test_abort_in_the_queue() -> None:
     core.add(request_id="r", prompt_ids=[1], sampling=GREEDY)
     core.abort("r")
     assert drain(core)["r"][0].finish_reason is FinishReason.ABORT
+
+
+@pytest.mark.parametrize("broken", ["scheduler.kv.find_prefix", "scheduler.store.fetch", "_resume"])
+def test_a_failed_add_leaves_nothing(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core()
+    released: list[Request] = []
+    monkeypatch.setattr(core.scheduler.store, "release", released.append)
+    *path, name = broken.split(".")
+    monkeypatch.setattr(reduce(getattr, path, core), name, fail)
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        core.add(request_id="r", prompt_ids=[5, 6], sampling=GREEDY)
+    assert [request.request_id for request in released] == ["r"]
+    monkeypatch.undo()
+    core.check_integrity()
+    core.add(request_id="r", prompt_ids=[5, 6], sampling=GREEDY)
+    assert tokens_of(drain(core)["r"]) == greedy_answer([5, 6], 8)
 
 
 def test_an_error_fails_the_requests_of_its_step_and_no_others() -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from cluster.checkpoint import Checkpoint
-from cluster.errors import Unavailable
+from cluster.errors import CheckpointError, Unavailable
 from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import AttentionKind, ModelSpec
 from engine.core import EngineCore, SpecLimits
@@ -21,8 +23,10 @@ from engine.model import Experts, GemmaDecoder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
 from experts import fallback as fallback_module
+from experts import router as router_module
 from experts.fallback import Fallback
 from experts.local import LocalExperts
+from experts.weights import OwnedExperts, load_experts
 from tests.swarm import HOSTS, ExpertRouter, Swarm
 from tests.tiny_experts import random_topk
 from tests.tiny_models import tiny_model
@@ -93,14 +97,14 @@ def test_only_the_dead_hosts_groups_are_read_and_freed_again(model_dir: Path) ->
     spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
     local = LocalExperts(spec, checkpoint, GROUPS, torch.float32, "cpu", True)
     with swarm(model_dir) as (hosts, router, fallback):
-        assert not fallback._loaded
+        assert not fallback._loads
         hosts.signal("b", signal.SIGKILL)
         for layer_idx in range(spec.num_layers):
             call = layer_idx, *random_topk(spec, 20, layer_idx)
             assert torch.equal(router.combine(router.dispatch(*call)), local.dispatch(*call))
-        assert sorted(fallback._loaded) == list(ONE_COPY.groups_of("b"))
+        assert sorted(fallback._loads) == list(ONE_COPY.groups_of("b"))
         fallback.free()
-        assert not fallback._loaded
+        assert not fallback._loads
 
 
 def test_without_memory_the_call_fails_with_the_reason(
@@ -117,4 +121,78 @@ def test_without_memory_the_call_fails_with_the_reason(
         monkeypatch.undo()
         router.combine(router.dispatch(0, *random_topk(spec, 20)))
         full.available = 0
-        assert fallback.can_hold(fallback._loaded)  # what is there needs no more
+        assert fallback.can_hold(fallback._loads)  # what is there needs no more
+
+
+class SlowDisk:
+    """Stands for `load_experts`: reads when it may."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_read = threading.Event()
+        self.error: Exception | None = None
+        monkeypatch.setattr(fallback_module, "load_experts", self._load)
+        monkeypatch.setattr(router_module, "WAIT_S", 0.05)
+
+    def _load(self, *args: Any, **options: Any) -> OwnedExperts:
+        assert self.may_read.wait(10)
+        if self.error is not None:
+            raise self.error
+        return load_experts(*args, **options)
+
+
+def test_a_call_that_waits_for_weights_says_so(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
+    local = LocalExperts(spec, checkpoint, GROUPS, torch.float32, "cpu", True)
+    disk = SlowDisk(monkeypatch)
+    loading: list[list[int]] = []
+    with swarm(model_dir) as (hosts, router, fallback):
+
+        def on_wait() -> None:
+            loading.append(fallback.loading)
+            fallback.free()  # takes nothing away from who waits
+            if len(loading) == 3:
+                disk.may_read.set()
+
+        router.on_wait = on_wait
+        hosts.signal("b", signal.SIGKILL)
+        call = 0, *random_topk(spec, 20)
+        assert torch.equal(router.combine(router.dispatch(*call)), local.dispatch(*call))
+        assert loading[:3] == [list(ONE_COPY.groups_of("b"))] * 3
+        assert fallback.loading == []
+
+
+def test_a_host_that_is_back_first_is_asked(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModelSpec.load(model_dir)
+    disk = SlowDisk(monkeypatch)
+    with swarm(model_dir) as (hosts, router, _):
+        call = 0, *random_topk(spec, 20)
+        expected = router.combine(router.dispatch(*call))
+        endpoints = dict(hosts.endpoints)
+        router.use(ONE_COPY, {"a": endpoints["a"]})
+        router.on_wait = lambda: router.use(ONE_COPY, endpoints)
+        assert torch.equal(router.combine(router.dispatch(*call)), expected)
+        assert not disk.may_read.is_set() and router.stats().num_fallbacks == 0
+        disk.may_read.set()
+
+
+def test_weights_that_cannot_be_read_fail_the_call_and_are_tried_again(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModelSpec.load(model_dir)
+    disk = SlowDisk(monkeypatch)
+    call = 0, *random_topk(spec, 20)
+    with swarm(model_dir) as (hosts, router, _):
+        hosts.signal("b", signal.SIGKILL)
+        monkeypatch.setattr(fallback_module, "LONGEST_LOAD_S", 0.2)
+        with pytest.raises(Unavailable, match="takes too long"):
+            router.combine(router.dispatch(*call))
+        disk.error = CheckpointError("The file is gone.")
+        disk.may_read.set()
+        with pytest.raises(CheckpointError, match="gone"):
+            router.combine(router.dispatch(*call))
+        disk.error = None
+        router.combine(router.dispatch(*call))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LinkError, Unavailable
-from cluster.links import connect
+from cluster.links import Link, connect
 from cluster.placement import ExpertPlacement
 from cluster.shared_memory import RING_BYTES
 from experts import peers, wire
@@ -234,6 +234,38 @@ def test_all_dead_without_fallback_is_unavailable_quickly(swarm: Callable[..., S
             with pytest.raises(Unavailable, match="No expert host answers"):
                 run(router, 0, 4)
             assert time.monotonic() - start < 1
+
+
+def test_reconnecting_survives_what_nobody_foresaw(
+    shared_swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [TypeError("no endpoint"), TypeError("no endpoint")]
+
+    def connect_later(*args: Any) -> Link:
+        if broken:
+            raise broken.pop()
+        return connect(*args)
+
+    monkeypatch.setattr(peers, "connect", connect_later)
+    with shared_swarm.router() as router:  # the first attempt at each host fails
+        assert set(router.problems()) == set(HOSTS)
+        assert "no endpoint" in router.problems()["a"]
+        router.wait_ready(5)
+
+
+def test_a_thread_that_died_is_replaced(shared_swarm: Swarm) -> None:
+    with shared_swarm.router() as router:
+        router.wait_ready(5)
+        known = router._peers
+        dead = threading.Thread(target=lambda: None)
+        dead.start()
+        dead.join()
+        known._reconnecting = dead
+        _, _, alive = known.snapshot()
+        link = alive["a"].link
+        assert link is not None
+        known.ban(alive["a"], link, "lost")
+        router.wait_ready(5)
 
 
 # -- handshake, epochs, endings --

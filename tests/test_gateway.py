@@ -15,8 +15,13 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -74,11 +79,13 @@ class CountingRunner:
 
     def __init__(self) -> None:
         self.step_s = 0.0
+        self.num_steps = 0  # begun
         self.error: Exception | None = None
         self.go_on = threading.Event()  # cleared: hangs
         self.go_on.set()
 
     def execute(self, batch: Batch) -> Tensor:
+        self.num_steps += 1
         time.sleep(self.step_s)
         self.go_on.wait(10)
         if self.error is not None:
@@ -288,38 +295,57 @@ def test_many_streams_at_once(stub: InferenceStub) -> None:
             assert list(answer.token_ids) == [ord(prompt) + 1 + i for i in range(40)]
 
 
-def test_models_status_and_reflection(channel: grpc.Channel, stub: InferenceStub) -> None:
+def test_models_and_status(channel: grpc.Channel, stub: InferenceStub) -> None:
     (model,) = stub.ListModels(ListModelsRequest()).models
     assert (model.id, model.context_tokens, model.vocab_size) == ("counter", CONTEXT, 256)
     status = AdminStub(channel).GetStatus(GetStatusRequest())
     assert status.ready and status.gateway.pid
     assert {group.group for group in status.load.kv_blocks} == {"sliding", "global"}
-    reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
-    request = reflection_pb2.ServerReflectionRequest(list_services="")
-    (answer,) = reflection.ServerReflectionInfo(iter([request]))
-    names = {service.name for service in answer.list_services_response.service}
-    assert {"briolette.v1.Inference", "briolette.v1.Admin", "grpc.health.v1.Health"} <= names
+
+
+def test_a_client_without_our_protos_can_call(channel: grpc.Channel, decoder: Decoder) -> None:
+    """Services, files and message types, all by reflection; as grpcurl does it."""
+    database = ProtoReflectionDescriptorDatabase(channel)
+    names = {"briolette.v1.Inference", "briolette.v1.Admin", "grpc.health.v1.Health"}
+    assert names <= set(database.get_services())
+    pool = DescriptorPool(database)
+    method = pool.FindServiceByName("briolette.v1.Inference").FindMethodByName("CompleteOnce")
+    request_type, answer_type = map(GetMessageClass, (method.input_type, method.output_type))
+    assert request_type is not CompleteRequest
+    call: Any = channel.unary_unary(
+        "/briolette.v1.Inference/CompleteOnce",
+        request_serializer=request_type.SerializeToString,
+        response_deserializer=answer_type.FromString,
+    )
+    request = ParseDict(
+        {"text": "a", "sampling": {"temperature": 0, "maxTokens": 8}}, request_type()
+    )
+    assert call(request, timeout=10).text == "bcdefghi"
 
 
 # Bad input
 
 
-@pytest.mark.parametrize(
-    ("request_", "status", "words"),
-    [
-        (ChatRequest(sampling=GREEDY), "INVALID_ARGUMENT", "message"),
-        (chat(role="wizard"), "INVALID_ARGUMENT", "role"),
-        (chat("x" * CONTEXT), "INVALID_ARGUMENT", "context"),
-        (chat(max_tokens=CONTEXT), "INVALID_ARGUMENT", "max_tokens"),
-        (chat(max_tokens=0), "INVALID_ARGUMENT", "max_tokens"),
-        (chat(temperature=-1.0), "INVALID_ARGUMENT", "temperature"),
-        (chat(temperature=float("nan")), "INVALID_ARGUMENT", "temperature"),
-        (chat(top_p=0.0), "INVALID_ARGUMENT", "top_p"),
-        (chat(stop=[""]), "INVALID_ARGUMENT", "stop"),
-        (chat(seed=2**64 - 1), "INVALID_ARGUMENT", "seed"),
-        (ChatRequest(model="gpt", messages=chat().messages), "NOT_FOUND", "counter"),
-    ],
-)
+BAD_CHATS = [
+    (ChatRequest(sampling=GREEDY), "INVALID_ARGUMENT", "message"),
+    (chat(role="wizard"), "INVALID_ARGUMENT", "role"),
+    (chat("x" * CONTEXT), "INVALID_ARGUMENT", "context"),
+    (chat(max_tokens=CONTEXT), "INVALID_ARGUMENT", "max_tokens"),
+    (chat(max_tokens=0), "INVALID_ARGUMENT", "max_tokens"),
+    (chat(temperature=-1.0), "INVALID_ARGUMENT", "temperature"),
+    (chat(temperature=float("nan")), "INVALID_ARGUMENT", "temperature"),
+    (chat(top_p=0.0), "INVALID_ARGUMENT", "top_p"),
+    (chat(stop=[""]), "INVALID_ARGUMENT", "stop"),
+    (chat(stop=["x"] * 17), "INVALID_ARGUMENT", "16 stop"),
+    (chat(stop=["x" * 1001]), "INVALID_ARGUMENT", "1000 characters"),
+    (chat(stop_token_ids=range(129)), "INVALID_ARGUMENT", "128 stop_token_ids"),
+    (chat(stop_token_ids=[7] * 4_000_000), "INVALID_ARGUMENT", "128 stop_token_ids"),
+    (chat(seed=2**64 - 1), "INVALID_ARGUMENT", "seed"),
+    (ChatRequest(model="gpt", messages=chat().messages), "NOT_FOUND", "counter"),
+]
+
+
+@pytest.mark.parametrize(("request_", "status", "words"), BAD_CHATS)
 def test_bad_chat(stub: InferenceStub, request_: ChatRequest, status: str, words: str) -> None:
     for call in (lambda: stub.ChatOnce(request_), lambda: list(stub.Chat(request_))):
         code, sentence = failure(call)
@@ -335,6 +361,15 @@ def test_a_prompt_that_is_too_long_never_reaches_the_decoder(
         assert (code, "context" in sentence) == ("INVALID_ARGUMENT", True)
 
 
+def test_huge_stop_lists_never_reach_the_decoder(
+    stub: InferenceStub, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder.engine, "add", None)
+    for stops in ({"stop_token_ids": [7] * 4_000_000}, {"stop": [""] * 1_000_000}):
+        code, sentence = failure(functools.partial(stub.ChatOnce, chat(**stops)))
+        assert (code, "At most" in sentence) == ("INVALID_ARGUMENT", True)
+
+
 def test_bad_completion(stub: InferenceStub) -> None:
     assert failure(lambda: stub.CompleteOnce(complete("")))[0] == "INVALID_ARGUMENT"
     too_high = CompleteRequest(token_ids=TokenIds(ids=[256]), sampling=GREEDY)
@@ -342,10 +377,12 @@ def test_bad_completion(stub: InferenceStub) -> None:
     assert failure(lambda: stub.CompleteOnce(CompleteRequest()))[0] == "INVALID_ARGUMENT"
 
 
+NO_MESSAGES = (b"\xff\xff\xff", b"\x12\x04\x0a\x02\xc3\x28")  # a role of invalid UTF-8
+
+
 @pytest.mark.parametrize("method", ["Chat", "Complete"])
-@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x12\x04\x0a\x02\xc3\x28"])
+@pytest.mark.parametrize("data", NO_MESSAGES)
 def test_bytes_that_are_no_message(channel: grpc.Channel, method: str, data: bytes) -> None:
-    """Garbage, and a role of invalid UTF-8."""
     call: Any = channel.unary_stream(f"/briolette.v1.Inference/{method}")
     code, sentence = failure(lambda: list(call(data)))
     assert (code, "valid" in sentence) == ("INVALID_ARGUMENT", True)
@@ -356,25 +393,45 @@ def test_a_message_of_100_mb(channel: grpc.Channel) -> None:
     assert failure(lambda: call(b"\0" * 100_000_000, timeout=20))[0] == "RESOURCE_EXHAUSTED"
 
 
-def test_bad_input_disturbs_nobody(stub: InferenceStub, decoder: Decoder) -> None:
-    decoder.runner.step_s = 0.002
-    with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(lambda: stub.CompleteOnce(complete(max_tokens=100)))
-        for _ in range(5):
-            failure(lambda: stub.ChatOnce(chat(temperature=-1.0)))
-        assert list(long.result().token_ids) == [98 + i for i in range(100)]
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(request.SerializeToString() for request, _, _ in BAD_CHATS),
+        *NO_MESSAGES,
+        b"\0" * 100_000_000,
+    ],
+    ids=lambda data: f"{len(data)} bytes",
+)
+def test_bad_input_disturbs_nobody(
+    channel: grpc.Channel, stub: InferenceStub, decoder: Decoder, data: bytes
+) -> None:
+    """A neighbour's tokens are the same, and no gap between two of them is long."""
+    decoder.runner.step_s = 0.001
+    call: Any = channel.unary_unary("/briolette.v1.Inference/ChatOnce")
+    neighbour = stub.Complete(complete(max_tokens=CONTEXT - 10))
+    tokens, slowest_s, came = list(next(neighbour).token_ids), 0.0, time.monotonic()
+    refusals = [call.future(data) for _ in range(3)]
+    for piece in neighbour:
+        tokens += piece.token_ids
+        slowest_s, came = max(slowest_s, time.monotonic() - came), time.monotonic()
+    assert all(refusal.exception() is not None for refusal in refusals)
+    assert tokens == [(98 + i) % 256 for i in range(CONTEXT - 10)]
+    assert slowest_s < 1.0
 
 
 # Ends before the end
 
 
 def test_cancelling_aborts_within_a_step(stub: InferenceStub, decoder: Decoder) -> None:
-    decoder.runner.step_s = 0.02
+    """The step that runs ends, and one more may begin while the cancellation travels."""
+    decoder.runner.step_s = 0.1
     call = stub.Complete(complete(max_tokens=400))
     next(iter(call))
     assert decoder.engine.stats().num_running == 1
+    num_begun = decoder.runner.num_steps
     call.cancel()
-    wait_for(lambda: not decoder.engine.has_work, 0.5)
+    wait_for(lambda: not decoder.engine.has_work)
+    assert decoder.runner.num_steps - num_begun <= 2
     assert all(not used for used in decoder.engine.stats().num_used_blocks.values())
 
 
@@ -389,16 +446,14 @@ def test_a_deadline_aborts(stub: InferenceStub, decoder: Decoder) -> None:
 
 def test_a_full_queue_refuses_at_once(stub: InferenceStub, decoder: Decoder) -> None:
     decoder.runner.step_s = 0.02
-    calls = [stub.Complete(complete(max_tokens=30)) for _ in range(20)]  # 4 run, 8 wait
-    codes = []
-    for call in calls:
-        try:
-            next(iter(call))
-        except grpc.RpcError as error:
-            codes.append(error.code().name)
+    calls = [stub.Complete(complete(max_tokens=400)) for _ in range(12)]  # 4 run, 8 wait
+    wait_for(lambda: len(decoder.loop._served) == 12)
+    for _ in range(5):
+        started = time.monotonic()
+        assert failure(lambda: stub.CompleteOnce(complete()))[0] == "UNAVAILABLE"
+        assert time.monotonic() - started < 0.5
     for call in calls:
         call.cancel()
-    assert codes and set(codes) == {"UNAVAILABLE"}
 
 
 def test_a_client_that_stops_reading_is_given_up(
@@ -447,6 +502,28 @@ def test_a_failing_step_ends_its_requests_only(stub: InferenceStub, decoder: Dec
     assert stub.CompleteOnce(complete()).text == "bcdefghi"
 
 
+def test_a_request_that_cannot_be_added_ends_alone(
+    stub: InferenceStub, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in `add` something unforeseen happens."""
+    decoder.runner.step_s = 0.005
+    neighbour = stub.Complete(complete(max_tokens=300))
+    tokens = list(next(neighbour).token_ids)
+    scheduler = decoder.engine.scheduler
+    for owner, name in (
+        (scheduler.kv, "find_prefix"),
+        (scheduler.store, "fetch"),
+        (decoder.engine, "_resume"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *_: int("no number"))
+            code, sentence = failure(lambda: stub.CompleteOnce(complete()))
+            assert (code, "log" in sentence) == ("INTERNAL", True)
+    for piece in neighbour:
+        tokens += piece.token_ids
+    assert tokens == [(98 + i) % 256 for i in range(300)]
+
+
 def test_health_follows_the_decoder(
     cluster: tuple[Decoder, Gateway], stub: InferenceStub, decoder: Decoder
 ) -> None:
@@ -480,6 +557,31 @@ def test_a_hanging_step_is_no_health(tokenizer: Tokenizer, monkeypatch: pytest.M
         assert decoder.loop.problem() is None
     decoder.close()
     assert decoder.loop.problem() is not None
+
+
+def test_a_step_that_waits_and_says_so_is_health(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.decoder_link.SILENCE_S", 0.5)
+    monkeypatch.setattr("deployments.step_loop.LONGEST_STEP_S", 0.5)
+    decoder = Decoder(tokenizer)
+
+    def wait_long(_: float) -> bool:
+        for _ in range(15):
+            time.sleep(0.1)
+            decoder.loop.step_waits()
+        return True
+
+    with running_gateway(tokenizer, decoder.find) as gateway:
+        wait_for(lambda: serving(gateway))
+        monkeypatch.setattr(decoder.runner.go_on, "wait", wait_long)
+        with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
+            call = InferenceStub(channel).CompleteOnce.future(complete(max_tokens=1))
+            while not call.done():
+                assert serving(gateway) and decoder.loop.problem() is None
+                time.sleep(0.05)
+            assert call.result().text == "b"
+    decoder.close()
 
 
 def test_a_gateway_that_takes_nothing_holds_up_nobody(tokenizer: Tokenizer) -> None:
@@ -523,6 +625,40 @@ def test_a_lost_decoder_ends_streams_and_the_next_one_is_found(tokenizer: Tokeni
             wait_for(lambda: serving(gateway))
             assert stub.CompleteOnce(complete()).text == "bcdefghi"
     decoders[-1].close()
+
+
+def test_a_request_that_waits_for_a_lost_link_runs_for_nobody_on_the_next(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(tokenizer)
+    decoder.runner.step_s = 0.01
+    taken, go_on = threading.Event(), threading.Event()
+
+    def send_late(*_: object) -> None:
+        taken.set()
+        go_on.wait(10)
+        raise LinkError("The link broke.")
+
+    with running_gateway(tokenizer, decoder.find) as gateway:
+        wait_for(lambda: serving(gateway))
+        lost = gateway._decoder._link._link
+        assert lost is not None
+        monkeypatch.setattr(lost, "send", send_late)
+        with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
+            stub = InferenceStub(channel)
+            calls = [stub.CompleteOnce.future(complete(max_tokens=400))]  # goes with the link
+            assert taken.wait(5)
+            calls.append(stub.CompleteOnce.future(complete(max_tokens=400)))  # waits behind it
+            wait_for(lambda: gateway._decoder._link._outbox.qsize() > 0)
+            lost.close()
+            assert {failure(call.result)[0] for call in calls} == {"UNAVAILABLE"}
+            wait_for(lambda: gateway._decoder._link._link not in (None, lost))
+            go_on.set()
+            wait_for(lambda: serving(gateway))
+            assert stub.CompleteOnce(complete()).text == "bcdefghi"  # comes behind the others
+            wait_for(lambda: not decoder.engine.has_work, 2.0)
+            assert decoder.runner.num_steps < 100
+    decoder.close()
 
 
 def test_a_gateway_that_goes_takes_its_requests_along(tokenizer: Tokenizer) -> None:

@@ -17,12 +17,13 @@ from prometheus_client import CollectorRegistry
 from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.metrics import Metrics
-from deployments import remote_experts
+from deployments import host_directory, remote_experts
 from deployments.host_directory import HostDirectory
 from deployments.layout import place_experts
 from deployments.loading import Source
 from deployments.meters import ExpertMeter
 from deployments.remote_experts import RemoteExperts
+from experts import fallback
 from experts.host import ExpertHost
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 from tests.tiny_experts import random_topk
@@ -143,6 +144,32 @@ def test_a_group_without_any_host_fails_the_start_up(model_dir: Path) -> None:
             parts.experts.wait_ready(0.5)
 
 
+def test_one_bad_round_does_not_end_the_watch(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an answer that can't be read nor a router that breaks on a good one."""
+    monkeypatch.setattr(host_directory, "WATCH_S", 0.05)
+    with cluster(model_dir) as parts:
+        router = parts.experts.router
+        use, breaks = router.use, [RuntimeError("unforeseen")]
+
+        def use_later(*args: Any) -> None:
+            if breaks:
+                raise breaks.pop()
+            use(*args)
+
+        monkeypatch.setattr(router, "use", use_later)
+        monkeypatch.setattr(parts.handles["host0"], "results", lambda **_: [{"pid": "what?"}])
+        moved = threading.Event()
+        parts.experts.watch(moved.set, lambda: None)
+        parts.start("host1")
+        assert moved.wait(5) and not breaks
+        assert list(router.problems()) == ["host0"]
+        monkeypatch.undo()
+        parts.start("host0")
+        router.wait_ready(5)
+
+
 def test_health_says_who_computes_what_lost_its_host(model_dir: Path) -> None:
     with cluster(model_dir) as parts:
         parts.start("host0")
@@ -161,6 +188,34 @@ def test_health_says_who_computes_what_lost_its_host(model_dir: Path) -> None:
         parts.experts.wait_ready(30)
         torch.testing.assert_close(parts.call(), before)
         assert parts.status().reason == ""
+
+
+def test_status_says_that_weights_are_loading(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_read = threading.Event()
+    load = fallback.load_experts
+
+    def load_later(*args: Any, **options: Any) -> Any:
+        assert may_read.wait(10)
+        return load(*args, **options)
+
+    monkeypatch.setattr(fallback, "load_experts", load_later)
+    reasons: list[str] = []
+
+    def on_wait() -> None:
+        reasons.append(parts.status().reason)
+        may_read.set()
+
+    with cluster(model_dir) as parts:
+        parts.start("host0")
+        lost = parts.start("host1")
+        parts.experts.wait_ready(30)
+        parts.experts.watch(lambda: None, on_wait)
+        lost.close()
+        parts.call()
+        assert reasons[0].endswith("slower. It is loading the experts of groups 1, 3.")
+        assert parts.status().reason.endswith("slower.")
 
 
 def test_health_without_fallback(model_dir: Path) -> None:
