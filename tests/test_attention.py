@@ -80,6 +80,18 @@ def test_backends_and_rows_agree(window: int | None, num_kv_heads: int, head_dim
             assert torch.allclose(actual, expected, atol=1e-5), (attention, kv_rows)
 
 
+def test_a_position_has_the_same_bits_in_a_step_and_in_the_table() -> None:
+    rotary = Rotary(RopeSpec(1e6, 0.25), 64, torch.device("cpu"), torch.float32)
+    positions = torch.tensor([0, 5, 1023, 1024, 2999, 77])
+    in_step = rotary(positions)
+    for num_positions in (10, 3000):  # grows between
+        seen = positions[positions < num_positions]
+        for full, table, still in zip(in_step, rotary.table(num_positions), (1, 0), strict=True):
+            second_half = full[positions < num_positions, 0, 32:]
+            assert torch.equal(second_half[:, :8], table[seen])
+            assert (second_half[:, 8:] == still).all()
+
+
 def test_a_long_context_is_held_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_attention, "PART_KEYS", 16)
     for query_lens, seq_lens in (([1], [130]), ([1, 9, 1, 70], [130, 40, 3, 90])):
