@@ -8,13 +8,14 @@ Every row of logits is compared with that of a run alone in a fresh engine.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from cluster.spec import AttentionKind
+from cluster.spec import AttentionKind, KVRows
 from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
 from engine.core import EngineCore, SpecLimits
@@ -25,6 +26,7 @@ from engine.sampler import Sampler, SamplerOutput
 
 MAX_PROMPT, NUM_TOKENS = 150, 3
 MAX_MODEL_LEN = MAX_PROMPT + 4 * NUM_TOKENS + 32
+WAIT_S = 0.0002  # between two looks at a store
 GARBAGE = 1e3  # in memory that nobody has written: reading it changes the result
 
 MakeRunner = Callable[[KVCacheConfig], ModelRunner]
@@ -74,10 +76,11 @@ class WarmCold:
 
     make_runner: MakeRunner
     connect: Connect | None = None
+    kv_rows: KVRows = "v"
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
-        ample = KVCacheConfig(8, dict.fromkeys(AttentionKind, 64))
+        ample = KVCacheConfig(8, dict.fromkeys(AttentionKind, 64), kv_rows=self.kv_rows)
         runner = self.make_runner(ample)
         self.spec = runner.model.spec
         self._alone = EngineCore(
@@ -119,6 +122,7 @@ class Case:
                 AttentionKind.GLOBAL: 1 + blocks * rng.choice([1, 2, 4]),
                 AttentionKind.SLIDING: 1 + window_blocks * rng.choice([1, 2, 8]),
             },
+            kv_rows=owner.kv_rows,
         )
         near = (-1, 0, 1)
         borders = {window, 2 * window, self.block_size, self.budget, window + self.block_size}
@@ -131,8 +135,8 @@ class Case:
         """An engine that has seen nothing, with the store that was there before."""
         runner = self.owner.make_runner(self.kv)
         for tensors in runner.kv_tensors.values():
-            tensors.key.fill_(GARBAGE)
-            tensors.value.fill_(GARBAGE)
+            for tensor in tensors.stored:
+                tensor.fill_(GARBAGE)
         self.recorder = Recorder()
         self.core = EngineCore(
             runner,
@@ -207,7 +211,9 @@ def answers(
             if output.error is not None:
                 raise RuntimeError(output.error)
             tokens[output.request_id] += output.new_token_ids
-        if between_steps is not None:
+        if core.waits_for_blocks:
+            time.sleep(WAIT_S)
+        elif between_steps is not None:
             between_steps()
     core.check_integrity()
     return tokens
