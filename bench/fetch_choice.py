@@ -27,7 +27,7 @@ from cluster.redis import RedisAddress
 from cluster.spec import AttentionKind
 
 MODEL = "wide-window"
-LENGTHS = (1024, 4096, 16_384, 24_576)
+LENGTHS = (1024, 2048, 8192, 16_384)
 NUM_ROUNDS = 2
 NUM_THREADS = 2
 PORT, BITS_PER_S, TIMEOUT_S = 6379, 1e9, 30.0
@@ -87,13 +87,14 @@ def measure(model: BenchModel, prompts: Prompts, num_rounds: int) -> dict[str, A
             )
             for way in (COMPUTE, FETCH, CHOICE)
         }
-        [taught] = random_prompts(model, 1, min(prompts), seed=0)
-        for prompt in (taught, *prompts.values()):
+        [stored] = random_prompts(model, 1, min(prompts), seed=0)
+        [unknown] = random_prompts(model, 1, sorted(prompts)[len(prompts) // 2], seed=0)
+        for prompt in (stored, *prompts.values()):
             ttft_ms(engines[FETCH], prompt)
         shaped_link.shape(pid, BITS_PER_S)
         raw = raw_read_rate(address, [os.urandom(VALUE_BYTES)] * RAW_VALUES, num_rounds=1)
-        ttft_ms(engines[CHOICE], taught)  # nobody knows a rate yet: it fetches, and learns one
-        ttft_ms(engines[CHOICE], random_prompts(model, 1, min(prompts), seed=1)[0])
+        ttft_ms(engines[CHOICE], stored)  # no rate is known yet: it fetches and learns the link's
+        ttft_ms(engines[CHOICE], unknown)  # and here how fast prompts are computed
         lengths = {str(n): time_ways(engines, prompts[n], num_rounds) for n in prompts}
     return {"raw_bytes_per_s": raw, "lengths": lengths}
 

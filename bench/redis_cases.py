@@ -9,11 +9,14 @@ then a new Redis server on the old one's file.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     pin(2)
     [model] = load_models([MODEL])
-    results = {rows: run(model, rows, args.cases) for rows in get_args(KVRows)}
+    kinds = get_args(KVRows)
+    with ProcessPoolExecutor(len(kinds), multiprocessing.get_context("spawn")) as processes:
+        found = processes.map(partial(run, model, num_cases=args.cases), kinds)
+        results = dict(zip(kinds, found, strict=True))
     return report("redis_cases", results, checks(results), card(results), keep=args.keep)
 
 
