@@ -1,9 +1,9 @@
 # What people do with a checkout. Every target sets up .venv first and reuses it afterwards.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench
+.PHONY: help setup demo test check bench bench-memory
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup:  ## create .venv and install (torch with CUDA only where a GPU is)
 	@scripts/setup
@@ -19,6 +19,9 @@ check: setup  ## style, types, generated stubs, import rules
 
 bench: setup .venv/briolette-bench  ## measure Briolette beside its peers; cards and JSON under bench/results/
 	@.venv/bin/python -m bench
+
+bench-memory: .venv/briolette-bench  ## measure what is remembered: bytes, TTFT from memory and Redis, equal bits
+	@.venv/bin/python -m bench.memory
 
 .venv/briolette-bench: pyproject.toml | setup
 	@.venv/bin/pip install --quiet --editable '.[bench]'

@@ -35,6 +35,12 @@ class Check:
             return None
         return self.value >= self.target if self.at_least else self.value <= self.target
 
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> Check:
+        """What `to_json` wrote."""
+        sign, target = fields["target"].split()
+        return Check(fields["name"], fields["value"], fields["unit"], float(target), sign == ">=")
+
     def to_json(self) -> dict[str, Any]:
         value = None if self.value is None else round(self.value, 4)
         target = f"{'>=' if self.at_least else '<='} {self.target:g}"

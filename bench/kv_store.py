@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import itertools
 import os
-import socket
 import subprocess
 import tempfile
 import time
@@ -27,6 +26,8 @@ import xxhash
 from prometheus_client import CollectorRegistry
 
 from bench.card import Check, pin, report, table
+from bench.peers import NotMeasured
+from bench.raw_wire import HEAD_BYTES, RawWire
 from cluster.config import StoreConfig
 from cluster.kv_store import KVStore
 from cluster.metrics import Metrics
@@ -37,7 +38,7 @@ VALUE_BYTES = 2 << 20
 NUM_VALUES = 64
 MAX_BYTES = 1 << 30
 NUM_ROUNDS = 5
-TIMEOUT_S = 60.0
+START_S, TIMEOUT_S = 10.0, 60.0
 PACKED_BYTES = 6000  # redis-py's own limit up to which it joins what it sends
 OURS = "the store"
 OURS_ON_DISK = "the store, append-only file"
@@ -116,25 +117,29 @@ def card(results: dict[str, Any]) -> list[str]:
 def bare_server(directory: Path) -> Iterator[RedisAddress]:
     """A server that keeps nothing on disk."""
     path = directory / "bare.sock"
-    options = [
-        "--port",
-        "0",
-        "--unixsocket",
-        str(path),
-        "--save",
-        "",
-        "--maxmemory",
-        str(MAX_BYTES),
-    ]
-    process = subprocess.Popen([str(server_binary()), *options], stdout=subprocess.DEVNULL)
+    command = bare_command(MAX_BYTES, "--port", "0", "--unixsocket", str(path))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     address = RedisAddress(f"unix://{path}", timeout_s=TIMEOUT_S)
     try:
-        while not answers(address):
-            time.sleep(0.01)
+        wait_for_answer(address)
         yield address
     finally:
         process.terminate()
         process.wait()
+
+
+def bare_command(max_bytes: int, *listening: str) -> list[str]:
+    """How to start a server that keeps nothing on disk."""
+    return [str(server_binary()), *listening, "--save", "", "--maxmemory", str(max_bytes)]
+
+
+def wait_for_answer(address: RedisAddress) -> None:
+    """Until a server that was started answers. Raises NotMeasured when it doesn't."""
+    give_up_at = time.monotonic() + START_S
+    while not answers(address):
+        if time.monotonic() > give_up_at:
+            raise NotMeasured(f"The Redis server at {address} didn't start.")
+        time.sleep(0.01)
 
 
 def answers(address: RedisAddress) -> bool:
@@ -209,24 +214,16 @@ def by_redis_py(address: RedisAddress, values: Sequence[bytes], parser: Any, pac
 @contextlib.contextmanager
 def by_socket(address: RedisAddress, values: Sequence[bytes]) -> Iterator[Way]:
     """What the wire and the server give: no checksum, no books, memory used again."""
-    memory = memoryview(bytearray(VALUE_BYTES + 64))
-    with socket.socket(socket.AF_UNIX) as wire:
-        wire.connect(address.url.removeprefix("unix://"))
+    memory = memoryview(bytearray(VALUE_BYTES + HEAD_BYTES))
+    with RawWire(address) as wire:
 
         def write() -> None:
             for i, value in enumerate(values):
-                wire.sendall(b"*3\r\n$3\r\nSET\r\n$3\r\n%03d\r\n$%d\r\n" % (i, len(value)))
-                wire.sendall(value)
-                wire.sendall(b"\r\n")
-                assert wire.recv(64) == b"+OK\r\n"
+                wire.set(b"%d" % i, value)
 
         def read() -> None:
-            num_bytes = len(b"$%d\r\n" % VALUE_BYTES) + VALUE_BYTES + 2
             for i in range(len(values)):
-                wire.sendall(b"*2\r\n$3\r\nGET\r\n$3\r\n%03d\r\n" % i)
-                position = 0
-                while position < num_bytes:
-                    position += wire.recv_into(memory[position:num_bytes])
+                wire.get(b"%d" % i, VALUE_BYTES, memory)
 
         yield write, read
 

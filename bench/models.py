@@ -48,7 +48,34 @@ LIGHT_EXPERTS = MOE_50M | {
     "top_k_experts": 2,
     "moe_intermediate_size": 32,
 }
-RANDOM_MODELS = {"moe-50m": MOE_50M, "light-experts": LIGHT_EXPERTS}
+# The window of the 26B and a long context, in a model that computes some thousand tokens a second.
+WIDE_WINDOW = MOE_50M | {
+    "vocab_size": 2048,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "sliding_window": 1024,
+    "max_position_embeddings": 32_768,
+}
+# For thousands of small cases.
+TINY_MOE = MOE_50M | {
+    "vocab_size": 512,
+    "hidden_size": 192,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "sliding_window": 70,
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 96,
+}
+RANDOM_MODELS = {
+    "moe-50m": MOE_50M,
+    "light-experts": LIGHT_EXPERTS,
+    "wide-window": WIDE_WINDOW,
+    "tiny-moe": TINY_MOE,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,13 +49,13 @@ class Cluster:
         """Raises NotMeasured when the cluster doesn't come up."""
         from deployments import lifecycle
 
-        self._state_dir = Path(tempfile.mkdtemp(prefix="briolette-bench-"))
+        self.state_dir = Path(tempfile.mkdtemp(prefix="briolette-bench-"))
         self._config = bench_config(
             model,
             {
                 "experts.mode": "remote",
                 "experts.num_hosts": 2,
-                "state_dir": str(self._state_dir),
+                "state_dir": str(self.state_dir),
                 "gateway.port": 0,
                 "gateway.metrics_port": 0,
                 "ray.start_timeout_s": 240.0,
@@ -65,7 +65,7 @@ class Cluster:
         try:
             running = lifecycle.start(self._config, lambda news: None)
         except BrioletteError as error:
-            shutil.rmtree(self._state_dir, ignore_errors=True)
+            shutil.rmtree(self.state_dir, ignore_errors=True)
             raise NotMeasured(f"The cluster did not start: {error}") from None
         import grpc
 
@@ -108,8 +108,8 @@ class Cluster:
         from deployments import lifecycle
 
         self._channel.close()
-        lifecycle.stop(self._state_dir)
-        shutil.rmtree(self._state_dir, ignore_errors=True)
+        lifecycle.stop(self.state_dir)
+        shutil.rmtree(self.state_dir, ignore_errors=True)
 
 
 def bench_config(model: BenchModel, overrides: dict[str, Any]) -> Config:

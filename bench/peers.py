@@ -158,22 +158,31 @@ class LlamaCpp:
     def close(self) -> None:
         self._server = None
 
+    def make_server(self, num_slots: int, num_tokens: int, **params: Any) -> Any:
+        """A server with slots for so many tokens each; `params` are fields of its CommonParams.
+
+        Raises NotMeasured when it can't load the model.
+        """
+        common = self._xllamacpp.CommonParams()
+        common.model.path = str(self._path)
+        common.n_parallel = num_slots
+        common.n_ctx = num_slots * (num_tokens + 64)
+        common.cpuparams.n_threads = self._num_threads
+        common.cpuparams_batch.n_threads = self._num_threads
+        common.verbosity = -1
+        for name, value in params.items():
+            setattr(common, name, value)
+        try:
+            return self._xllamacpp.Server(common)
+        except Exception as error:  # the binding raises whatever llama.cpp throws
+            raise NotMeasured(f"llama.cpp can't load the model: {error}") from None
+
     def _start(self, num_slots: int, num_tokens: int) -> None:
         """A server with exactly as many slots as there are streams."""
         if num_slots == self._num_slots and self._server is not None:
             return
         self._server = None
-        params = self._xllamacpp.CommonParams()
-        params.model.path = str(self._path)
-        params.n_parallel = num_slots
-        params.n_ctx = num_slots * (num_tokens + 64)
-        params.cpuparams.n_threads = self._num_threads
-        params.cpuparams_batch.n_threads = self._num_threads
-        params.verbosity = -1
-        try:
-            self._server = self._xllamacpp.Server(params)
-        except Exception as error:  # the binding raises whatever llama.cpp throws
-            raise NotMeasured(f"llama.cpp can't load the model: {error}") from None
+        self._server = self.make_server(num_slots, num_tokens)
         self._num_slots = num_slots
 
 

@@ -8,6 +8,7 @@ Every row of logits is compared with that of a run alone in a fresh engine.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from engine.sampler import Sampler, SamplerOutput
 
 MAX_PROMPT, NUM_TOKENS = 150, 3
 MAX_MODEL_LEN = MAX_PROMPT + 4 * NUM_TOKENS + 32
+WAIT_S = 0.0002  # between two looks at a store
 GARBAGE = 1e3  # in memory that nobody has written: reading it changes the result
 
 MakeRunner = Callable[[KVCacheConfig], ModelRunner]
@@ -209,7 +211,9 @@ def answers(
             if output.error is not None:
                 raise RuntimeError(output.error)
             tokens[output.request_id] += output.new_token_ids
-        if between_steps is not None:
+        if core.waits_for_blocks:
+            time.sleep(WAIT_S)
+        elif between_steps is not None:
             between_steps()
     core.check_integrity()
     return tokens
