@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 from cluster.breaker import Breaker
-from cluster.kv_keys import LOOK_UP, REMOVE_VALUES, tenant_prefix, value_name
+from cluster.kv_keys import LOOK, LOOK_UP, REMOVE_VALUES, USE, tenant_prefix, value_name
 from cluster.kv_value import (
     HEADER_BYTES,
     BadValue,
@@ -29,8 +29,11 @@ OnDone = Callable[[], None] | None
 class Lookup:
     """Which keys are there. Poll `done`, then take `result`; any thread may."""
 
-    def __init__(self, tenant: str, keys: Sequence[bytes], on_done: OnDone) -> None:
+    def __init__(
+        self, tenant: str, keys: Sequence[bytes], on_done: OnDone, *, is_use: bool
+    ) -> None:
         self.tenant = tenant
+        self.is_use = is_use
         self.keys = keys
         self._on_done = on_done
         self._finished = threading.Event()
@@ -215,7 +218,8 @@ class Reader:
         lengths: list[int] = []
         for at in range(0, len(job.keys), KEYS_AT_ONCE):
             keys = job.keys[at : at + KEYS_AT_ONCE]
-            found: bytes = connection.command(*self._script(LOOK_UP, job.tenant), *keys)
+            script = self._script(LOOK_UP, job.tenant)
+            found: bytes = connection.command(*script, USE if job.is_use else LOOK, *keys)
             lengths += map(int, found.split())
         self._on_lookup_s(time.perf_counter() - start_s)
         return [length - HEADER_BYTES if length > HEADER_BYTES else None for length in lengths]

@@ -129,13 +129,19 @@ class KVStore:
         return self._writer.put(Value(tenant, key, views, sum(map(len, views))))
 
     def look_up(
-        self, tenant: str, keys: Sequence[bytes], on_done: Callable[[], None] | None = None
+        self,
+        tenant: str,
+        keys: Sequence[bytes],
+        on_done: Callable[[], None] | None = None,
+        *,
+        is_use: bool = False,
     ) -> Lookup:
-        """Ask which keys are there and how long their payloads are; each counts as used.
+        """Ask which keys are there and how long their payloads are. With `is_use` they count as
+        used; reading values doesn't.
 
         `on_done` is called by a thread of the store's when the answer can be taken.
         """
-        lookup = Lookup(tenant, keys, on_done)
+        lookup = Lookup(tenant, keys, on_done, is_use=is_use)
         self._reader.submit(lookup)
         return lookup
 

@@ -11,7 +11,7 @@ from typing import Any
 import redis
 
 from cluster.breaker import Breaker
-from cluster.kv_keys import BOOK_VALUE, LOOK_UP, MAKE_ROOM, OVERHEAD_BYTES, tenant_prefix
+from cluster.kv_keys import BOOK_VALUE, LOOK_UP, MAKE_ROOM, OVERHEAD_BYTES, USE, tenant_prefix
 from cluster.kv_value import HEADER_BYTES, header_of
 from cluster.redis import REDIS_ERRORS, BulkConnection, RedisAddress, packed
 
@@ -236,7 +236,7 @@ class Writer:
         present = []
         for tenant, indices in by_tenant.items():
             found: bytes = connection.command(
-                *self._script(LOOK_UP, tenant), *(batch[i].key for i in indices)
+                *self._script(LOOK_UP, tenant), USE, *(batch[i].key for i in indices)
             )
             present += [
                 i

@@ -17,7 +17,8 @@ from cluster.links import Listener
 from cluster.metrics import Metrics, start_metrics_server
 from deployments.decoder_link import GatewayLinks, verify_gateway
 from deployments.host_directory import Handle, HostDirectory
-from deployments.kv_block_store import KVBlockStore, kv_tensors
+from deployments.kv_block_store import KVBlockStore
+from deployments.kv_copies import kv_tensors
 from deployments.layout import decoder_threads, expert_groups, place_experts, transports
 from deployments.loading import (
     Source,
@@ -122,7 +123,7 @@ class DecoderReplica:
         config = self._config
         self._metrics_port = start_metrics_server(config.gateway.host, 0, self._registry).port
         meter = EngineMeter(self._metrics, config.model_id)
-        self._loop = StepLoop(self._engine, meter, self._fill_status)
+        self._loop = StepLoop(self._engine, meter, self._fill_status, self._store)
         self._listener = Listener(secret, verify_gateway, transports=transports(config))
         self._loop.start(
             GatewayLinks(

@@ -13,9 +13,11 @@ from cluster.config import Config, GatewayConfig
 from cluster.errors import LinkError, Unavailable
 from cluster.links import Endpoint
 from cluster.metrics import Metrics, start_metrics_server
+from cluster.sessions import Sessions
 from deployments.gateway import Gateway, bind
 from deployments.scrape_targets import ScrapeTargets
 from deployments.start_report import reporting
+from deployments.store import store_address
 from engine.tokenizer import Tokenizer
 
 BIND_DEADLINE_S = 10.0  # a gateway that is being replaced may still hold the port
@@ -41,6 +43,7 @@ class GatewayReplica:
                 await bind(lambda: serve_metrics(config.gateway, registry), BIND_DEADLINE_S),
                 BIND_DEADLINE_S,
                 ScrapeTargets(config.state_dir, config.gateway.host).update,
+                kept_sessions(config),
             )
             await gateway.start()
             self._gateway = gateway
@@ -54,6 +57,14 @@ class GatewayReplica:
     async def __del__(self) -> None:
         if hasattr(self, "_gateway"):
             await self._gateway.stop()
+
+
+def kept_sessions(config: Config) -> Sessions | None:
+    """Where sessions are kept, if there is a store."""
+    address = store_address(config)
+    if address is None:
+        return None
+    return Sessions(address, config.store.ttl_s, lambda tenant: config.store.tenant_bytes)
 
 
 def serve_metrics(config: GatewayConfig, registry: CollectorRegistry) -> int:

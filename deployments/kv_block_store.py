@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from weakref import WeakKeyDictionary
@@ -23,11 +23,11 @@ from cluster.kv_store import KVStore, StoreStatus
 from cluster.spec import AttentionKind
 from deployments.kv_copies import BlockCopier, as_bytes
 from deployments.kv_landing import Landing
+from deployments.kv_traces import BlockIds, Trace
 from deployments.kv_values import GLOBAL, SLIDING, BlockRun, ValueLayout
 from engine.block_store import StoredBlock
 from engine.prefix import NOTHING_FETCHED, Fetched
 from engine.request import Request
-from engine.runner import ModelRunner
 
 READING_BYTES = 2 << 30  # of memory for what is read; a single request may take more
 MAX_KNOWN = 1 << 16  # keys of a tenant
@@ -65,8 +65,8 @@ class KVBlockStore:
         device = next(iter(tensors.values()))[0].device
         self._landing = Landing(self._store, device)
         self._fetches: dict[Request, _Fetch] = {}
-        self._traces: WeakKeyDictionary[Request, _Trace] = WeakKeyDictionary()
-        self._global_blocks = _BlockIds()
+        self._traces: WeakKeyDictionary[Request, Trace] = WeakKeyDictionary()
+        self._global_blocks = BlockIds()
         self._known: defaultdict[str, set[bytes]] = defaultdict(set)  # by tenant
 
     # For the engine
@@ -99,6 +99,7 @@ class KVBlockStore:
 
     def load(self, request: Request, blocks: Sequence[StoredBlock]) -> bool:
         fetch, positions = self._fetches[request], self._trace(request).positions
+        assert fetch.result and all(b.block_hash in fetch.result[b.kind] for b in blocks)
         try:
             for kind, memory in fetch.memory.items():
                 chosen = [block for block in blocks if block.kind is kind]
@@ -121,6 +122,8 @@ class KVBlockStore:
         for start, stop in self._stretches(trace, blocks):
             for run in self._layout.global_runs(start, stop):
                 self._put_global(request, trace, run)
+            if start == 0:
+                self._use(request, self._layout.needed(0, stop))
         self._put_sliding(request, trace, [b for b in blocks if b.kind is SLIDING])
 
     # For sessions
@@ -133,6 +136,10 @@ class KVBlockStore:
     def traces_of(self, request: Request) -> tuple[bytes, ...]:
         """Keys of all values that were saved for this request."""
         return tuple(self._trace(request).keys)
+
+    def forget(self, tenant: str, keys: Iterable[bytes]) -> None:
+        """These values aren't in Redis, whatever was thought."""
+        self._known[tenant].difference_update(keys)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was saved is written or given up; whether that came in time."""
@@ -154,18 +161,17 @@ class KVBlockStore:
 
     def _go_on(self, request: Request, fetch: _Fetch) -> None:
         """Take the next step towards a result, if it can be taken."""
-        if time.monotonic() > fetch.give_up_at:
+        if fetch.wanted is None and fetch.lookup.done():
+            self._decide(request, fetch)
+        elif fetch.wanted is not None and fetch.read is None:
+            self._read(request, fetch)
+        elif fetch.wanted is not None and fetch.read is not None and fetch.read.done():
+            fetch.result = self._arrived(request, fetch.wanted, fetch.read.result())
+        if fetch.result is None and time.monotonic() > fetch.give_up_at:
             self._store.gave_up()
             if fetch.read is not None:
                 fetch.read.cancel()
             fetch.result = NOTHING_FETCHED
-        elif fetch.wanted is None:
-            if fetch.lookup.done():
-                self._decide(request, fetch)
-        elif fetch.read is None:
-            self._read(request, fetch)
-        elif fetch.read.done():
-            fetch.result = self._arrived(request, fetch.wanted, fetch.read.result())
 
     def _decide(self, request: Request, fetch: _Fetch) -> None:
         """Redis has answered what it has: fetch it, or compute."""
@@ -193,14 +199,24 @@ class KVBlockStore:
         in_use = sum(m.nbytes for other in self._fetches.values() for m in other.memory.values())
         if in_use and in_use + num_bytes > READING_BYTES:
             return
-        for kind, copier in self._copiers.items():
-            if runs := [run for run in fetch.wanted if run.kind is kind]:
-                fetch.first_block[kind] = runs[0].start
-                fetch.memory[kind] = copier.memory(runs[-1].stop - runs[0].start)
+        try:
+            self._allocate(fetch, fetch.wanted)
+        except (MemoryError, RuntimeError) as error:  # numpy's, and torch's of pinned memory
+            log.warning("There is no memory for %d bytes from the KV store: %s", num_bytes, error)
+            fetch.memory.clear()
+            fetch.result = NOTHING_FETCHED
+            return
         wanted = [
             (run.key(request.block_hashes), [as_bytes(fetch.rows(run))]) for run in fetch.wanted
         ]
         fetch.read = self._store.read(request.tenant, wanted)
+        self._use(request, fetch.wanted)
+
+    def _allocate(self, fetch: _Fetch, wanted: Sequence[BlockRun]) -> None:
+        for kind, copier in self._copiers.items():
+            if runs := [run for run in wanted if run.kind is kind]:
+                fetch.first_block[kind] = runs[0].start
+                fetch.memory[kind] = copier.memory(runs[-1].stop - runs[0].start)
 
     def _arrived(
         self, request: Request, runs: Sequence[BlockRun], is_ok: Sequence[bool]
@@ -220,7 +236,7 @@ class KVBlockStore:
 
     # Saving
 
-    def _stretches(self, trace: _Trace, blocks: Sequence[StoredBlock]) -> Iterator[tuple[int, int]]:
+    def _stretches(self, trace: Trace, blocks: Sequence[StoredBlock]) -> Iterator[tuple[int, int]]:
         """Global blocks to be stored: a run that is whole now, and where a window ends all before
         it, in case the store wasn't there. Windows come from their last block to their first.
         """
@@ -234,7 +250,7 @@ class KVBlockStore:
             elif stop % self._layout.run_blocks == 0:
                 yield stop - 1, stop
 
-    def _put_global(self, request: Request, trace: _Trace, run: BlockRun) -> None:
+    def _put_global(self, request: Request, trace: Trace, run: BlockRun) -> None:
         """Store a run if it isn't there yet; all its blocks are referenced by the request."""
         key = run.key(request.block_hashes)
         if key in self._known_of(request):
@@ -243,7 +259,7 @@ class KVBlockStore:
         if block_ids is not None and self._store.takes(self._layout.num_bytes(run)):
             self._put(request, trace, [key], [self._copiers[GLOBAL].read(block_ids)])
 
-    def _put_sliding(self, request: Request, trace: _Trace, blocks: Sequence[StoredBlock]) -> None:
+    def _put_sliding(self, request: Request, trace: Trace, blocks: Sequence[StoredBlock]) -> None:
         """Store the blocks that aren't there yet, each as a value."""
         new, known = {}, self._known_of(request)
         for block in blocks:
@@ -256,11 +272,18 @@ class KVBlockStore:
             self._put(request, trace, list(new), rows.unbind())
 
     def _put(
-        self, request: Request, trace: _Trace, keys: Sequence[bytes], values: Sequence[Tensor]
+        self, request: Request, trace: Trace, keys: Sequence[bytes], values: Sequence[Tensor]
     ) -> None:
         self._known_of(request).update(keys)
         trace.keys += keys
         self._landing.put(request.tenant, keys, values)
+
+    def _use(self, request: Request, runs: Sequence[BlockRun]) -> None:
+        """Of a tenant's values those go first that nobody used for long: whoever needs the end of a
+        prefix needs its beginning, and nobody the windows of earlier turns.
+        """
+        keys = [run.key(request.block_hashes) for run in runs]
+        self._store.look_up(request.tenant, keys, is_use=True)
 
     def _known_of(self, request: Request) -> set[bytes]:
         """Keys of the tenant's values that are thought to be in Redis; a look-up corrects it."""
@@ -269,25 +292,15 @@ class KVBlockStore:
             known.clear()
         return known
 
-    def _trace(self, request: Request) -> _Trace:
-        trace = self._traces.setdefault(request, _Trace())
-        for position in range(len(trace.positions), len(request.block_hashes)):
-            trace.positions[request.block_hashes[position]] = position
+    def _trace(self, request: Request) -> Trace:
+        trace = self._traces.setdefault(request, Trace())
+        trace.extend(request.block_hashes)
         return trace
 
     def _fingerprint(self, fingerprint: str) -> bytes:
         kinds = sorted((kind.value, copier.layout) for kind, copier in self._copiers.items())
         facts = (fingerprint, self._block_size, self._layout.run_blocks, kinds)
         return blake2b(repr(facts).encode(), digest_size=16).digest()
-
-
-def kv_tensors(runner: ModelRunner) -> dict[AttentionKind, list[Tensor]]:
-    """What holds a runner's keys and values, each [num_blocks, ...], by kind."""
-    tensors: dict[AttentionKind, list[Tensor]] = {}
-    for layer in runner.model.spec.layers:
-        if layer.owns_kv:
-            tensors.setdefault(layer.kind, []).extend(runner.kv_tensors[layer.layer_idx].stored)
-    return tensors
 
 
 @dataclass(slots=True)
@@ -309,37 +322,3 @@ class _Fetch:
     def rows(self, run: BlockRun) -> Tensor:
         first = self.first_block[run.kind]
         return self.memory[run.kind][run.start - first : run.stop - first]
-
-
-@dataclass(slots=True)
-class _Trace:
-    """What is noted of a request for as long as somebody holds it."""
-
-    positions: dict[bytes, int] = field(default_factory=dict)  # of its full blocks, by hash
-    keys: list[bytes] = field(default_factory=list)  # of what was put for it
-
-
-class _BlockIds:
-    """Where the global blocks are that the engine has saved or loaded.
-
-    Right for every block that a running request holds: whatever is registered under a hash was
-    shown to `save` or `load` then. Of others the id may be somebody else's by now.
-    """
-
-    def __init__(self) -> None:
-        self._id_of: dict[bytes, int] = {}
-        self._hash_of: dict[int, bytes] = {}
-
-    def update(self, blocks: Sequence[StoredBlock]) -> None:
-        for block in blocks:
-            if block.kind is GLOBAL:
-                old = self._hash_of.get(block.block_id)
-                if old is not None and self._id_of.get(old) == block.block_id:
-                    del self._id_of[old]
-                self._hash_of[block.block_id] = block.block_hash
-                self._id_of[block.block_hash] = block.block_id
-
-    def find(self, block_hashes: Sequence[bytes]) -> list[int] | None:
-        """None where one is missing."""
-        ids = [self._id_of.get(block_hash) for block_hash in block_hashes]
-        return None if None in ids else [i for i in ids if i is not None]

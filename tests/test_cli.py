@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -29,10 +30,12 @@ from cluster.errors import (
 )
 from cluster.spec import ModelSpec
 from deployments import cli, lifecycle, preflight
+from deployments.cards import StartDisplay, status_card
 from deployments.chat import Conversation
 from deployments.client import Client
 from deployments.layout import decoder_gpus, decoder_threads, host_gpus, host_threads, place_experts
 from deployments.start_report import read_reports, reporting
+from protos.briolette.v1.admin_pb2 import ClusterStatus, KvStore
 from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling
 
 
@@ -140,6 +143,26 @@ def test_a_process_that_ignores_the_end_is_killed(
     assert [pid for pid in psutil.pids() if in_session(pid, running.pid)] == []
 
 
+def test_the_card_shows_the_store() -> None:
+    def shown(**fields: Any) -> str:
+        status = ClusterStatus(ready=True, kv_store=KvStore(address="unix:///redis.sock", **fields))
+        console = Console(width=120, file=io.StringIO(), force_terminal=False)
+        console.print(status_card(status, "127.0.0.1:1", 0.0))
+        return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+    full = dict(up=True, used_bytes=5_000_000, max_bytes=9_000_000, fetched=3, recomputed=1)
+    assert "unix:///redis.sock: 5 MB of 9 MB, refuses to store more, 3 prefixes" in shown(**full)
+    assert "5 MB of 9 MB, 3 prefixes fetched, 1 computed" in shown(**full, writable=True)
+    assert "doesn't answer" in shown(up=False)
+
+
+def test_a_start_passes_on_what_it_warns_of() -> None:
+    console = Console(width=120, file=io.StringIO(), force_terminal=False)
+    with StartDisplay(console) as display:
+        display.show({"warning": "Redis [x] doesn't answer."})
+    assert "Redis [x] doesn't answer." in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_an_error_may_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = failure(capsys, "up", "--set", f"state_dir={tmp_path}", "--set", "model=[/x]/y[red]")
     assert "[/x]/y[red]" in said
@@ -148,7 +171,9 @@ def test_an_error_may_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFix
 class FullContext:
     """A client whose model takes one message and no more."""
 
-    def chat(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[Generation]:
+    def chat(
+        self, messages: Sequence[Message], sampling: Sampling, session: str
+    ) -> Iterator[Generation]:
         if len(messages) > 1:
             raise InvalidRequest("The prompt is too long.")
         yield Generation(text="Hello!", token_ids=[1])

@@ -27,6 +27,7 @@ from cluster.config import GatewayConfig
 from cluster.errors import LinkError, Overloaded, PortTaken, Unavailable
 from cluster.links import Endpoint, Listener, connect
 from cluster.metrics import Metrics
+from cluster.sessions import Sessions
 from cluster.spec import AttentionKind
 from deployments.decoder_link import (
     HELLO,
@@ -40,6 +41,7 @@ from deployments.meters import EngineMeter
 from deployments.step_loop import StepLoop
 from deployments.streams import MAX_BUFFERED_TOKENS, Streams
 from engine.batch import Batch
+from engine.block_hash import BlockHasher
 from engine.core import EngineCore, SpecLimits
 from engine.kv_cache import KVCacheConfig
 from engine.token_bytes import byte_level
@@ -99,7 +101,13 @@ def make_tokenizer() -> Tokenizer:
 class Decoder:
     """Everything of a decoder but the model, with a listener that gateways can find."""
 
-    def __init__(self, tokenizer: Tokenizer, max_queue: int = 8, max_num_seqs: int = 4) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_queue: int = 8,
+        max_num_seqs: int = 4,
+        store: Any = None,
+    ) -> None:
         self.runner = CountingRunner()
         self.ready = True
         self.engine = EngineCore(
@@ -109,10 +117,12 @@ class Decoder:
             max_num_batched_tokens=256,
             max_num_seqs=max_num_seqs,
             max_queue=max_queue,
+            store=store,
+            hasher=None if store is None else BlockHasher(16, "counter"),
             tokenizer=tokenizer,
         )
         meter = EngineMeter(Metrics(CollectorRegistry()), "counter")
-        self.loop = StepLoop(self.engine, meter, self._fill_status)
+        self.loop = StepLoop(self.engine, meter, self._fill_status, store)
         self.open()
 
     def open(self) -> None:
@@ -141,7 +151,10 @@ class Decoder:
 
 @contextmanager
 def running_gateway(
-    tokenizer: Tokenizer, find: Callable[[], Endpoint], **config: Any
+    tokenizer: Tokenizer,
+    find: Callable[[], Endpoint],
+    kept: Sessions | None = None,
+    **config: Any,
 ) -> Iterator[Gateway]:
     """A gateway on a free port, on an asyncio loop in a thread."""
     loop = asyncio.new_event_loop()
@@ -150,7 +163,8 @@ def running_gateway(
 
     async def start() -> Gateway:
         settings = GatewayConfig(**{"port": 0, **config})
-        gateway = Gateway(settings, tokenizer, find, SECRET, Metrics(CollectorRegistry()))
+        metrics = Metrics(CollectorRegistry())
+        gateway = Gateway(settings, tokenizer, find, SECRET, metrics, kept=kept)
         await gateway.start()
         return gateway
 

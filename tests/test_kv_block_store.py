@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
+from torch import Tensor
 
 from bench.warm_cold import WarmCold, make_texts
 from cluster.config import StoreConfig
@@ -19,7 +20,8 @@ from cluster.kv_store import KVStore
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
 from cluster.spec import AttentionKind
-from deployments.kv_block_store import KVBlockStore, kv_tensors
+from deployments.kv_block_store import KVBlockStore
+from deployments.kv_copies import BlockCopier, kv_tensors
 from engine.block_hash import BlockHasher
 from engine.core import EngineCore, SpecLimits
 from engine.kv_cache import KVCacheConfig
@@ -92,8 +94,10 @@ class Deployment:
             **options,
         )
 
-    def add(self, prompt: list[int], tenant: str = "default") -> Request:
-        return self.core.add(request_id="r", prompt_ids=prompt, sampling=GREEDY, tenant=tenant)
+    def add(self, prompt: list[int], tenant: str = "default", request_id: str = "r") -> Request:
+        return self.core.add(
+            request_id=request_id, prompt_ids=prompt, sampling=GREEDY, tenant=tenant
+        )
 
     def finish(self, request: Request) -> int:
         """Run to the end: the answer is that of an engine alone; how many tokens were cached."""
@@ -193,6 +197,20 @@ def test_a_session_needs_the_values_of_keys_of_and_no_others(
     assert deployment.ask(PROMPT + deployment.cold(PROMPT) + [5]) == 104
 
 
+def test_a_budget_takes_the_windows_of_earlier_turns_first(
+    address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.kv_values.MAX_RUN_BLOCKS", 4)
+    deployment = deploy(address, tenant_bytes=120_000)
+    turn = PROMPT[:40]
+    for word in range(2, 12):
+        turn = [*turn, word, *deployment.cold([*turn, word])]
+        deployment.ask(turn)
+    assert deployment.count("writes", outcome="written") > len(deployment.stored())
+    deployment.start()
+    assert deployment.ask(turn) == (len(turn) - 1) // BLOCK_SIZE * BLOCK_SIZE
+
+
 def test_what_redis_missed_is_written_at_the_next_turn(
     tmp_path: Path, deploy: Callable[..., Deployment]
 ) -> None:
@@ -206,6 +224,22 @@ def test_what_redis_missed_is_written_at_the_next_turn(
         deployment.start()
         turn += [5, *deployment.cold([*turn, 5])]
         assert deployment.ask([*turn, 6]) == 112
+
+
+def test_what_somebody_removed_is_written_at_the_next_turn_once_that_is_told(
+    address: RedisAddress, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(address)
+    deployment.ask(PROMPT)
+    removed = deployment.stored()
+    prefix = tenant_prefix("default") + b"kv:"
+    deployment.redis.delete(*(prefix + key for key in removed))
+    deployment.blocks.forget("default", removed)
+    turn = PROMPT + deployment.cold(PROMPT)
+    assert deployment.ask([*turn, 5]) == 104  # from memory
+    deployment.start()
+    turn += [5, *deployment.cold([*turn, 5])]
+    assert deployment.ask([*turn, 6]) == 112
 
 
 def test_tenants_share_only_where_both_opted_in(
@@ -287,6 +321,37 @@ def test_what_the_queue_doesnt_take_is_not_copied(
     monkeypatch.setattr(deployment.kv_store, "takes", lambda num_bytes: False)
     monkeypatch.delattr("deployments.kv_copies.BlockCopier.read")
     assert deployment.ask(PROMPT) == 0 and not deployment.stored()
+
+
+def test_without_memory_to_read_into_it_computes(
+    address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(address)
+    deployment.ask(PROMPT)
+    deployment.start()
+
+    def memory(copier: BlockCopier, num_blocks: int) -> Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(BlockCopier, "memory", memory)
+    assert deployment.ask(PROMPT) == 0
+
+
+def test_two_that_need_much_memory_read_one_after_the_other(
+    address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(address)
+    for prompt in (PROMPT, PROMPT[::-1]):
+        deployment.ask(prompt)
+    deployment.start()
+    monkeypatch.setattr("deployments.kv_block_store.READING_BYTES", 1)
+    first, second = (
+        deployment.add(PROMPT, request_id="1"),
+        deployment.add(PROMPT[::-1], request_id="2"),
+    )
+    outputs = drain(deployment.core)
+    assert [outputs[r.request_id][-1].num_cached_tokens for r in (first, second)] == [100, 100]
+    assert deployment.count("decisions", choice="fetch") == 2
 
 
 # Fetch or recompute

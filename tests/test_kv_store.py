@@ -23,7 +23,7 @@ from cluster.breaker import Breaker
 from cluster.config import StoreConfig
 from cluster.errors import ConfigError
 from cluster.kv_keys import OVERHEAD_BYTES, tenant_prefix, value_name
-from cluster.kv_rates import RateMeter, worth_fetching
+from cluster.kv_rates import RATE_LIFE_S, RateMeter, Rates, worth_fetching
 from cluster.kv_store import KVStore
 from cluster.kv_value import HEADER_BYTES
 from cluster.metrics import Metrics
@@ -198,7 +198,8 @@ def test_use_prolongs_a_life(address: RedisAddress, stores: Stores) -> None:
     put_all(store, KEYS[:2])
     end = time.monotonic() + 1.3
     while time.monotonic() < end:
-        store.look_up("t", KEYS[:1]).result(5)
+        store.look_up("t", KEYS[:1], is_use=True).result(5)
+        store.look_up("t", KEYS[1:2]).result(5)
         time.sleep(0.1)
     assert store.look_up("t", KEYS[:2]).result(5) == [SIZE, None]
 
@@ -218,7 +219,9 @@ def test_the_budget_takes_the_oldest_used_of_its_tenant(
     put_all(store, KEYS[:3])
     put_all(store, KEYS[:3], tenant="other")
     time.sleep(0.005)  # the order of uses is kept by the millisecond
-    store.look_up("t", KEYS[:1]).result(5)
+    store.look_up("t", KEYS[:1], is_use=True).result(5)
+    time.sleep(0.005)
+    store.look_up("t", KEYS[:3]).result(5)
     put_all(store, KEYS[3:4])
     sizes = store.look_up("t", KEYS[:4]).result(5)
     assert sizes[0] == sizes[3] == SIZE and sizes.count(None) == 1
@@ -581,6 +584,44 @@ def test_a_slow_read_weighs_as_long_as_it_takes() -> None:
     meter.saw_lookup(0.01)
     meter.saw_lookup(0.02)
     assert meter.rates.latency_s == pytest.approx(0.012)
+
+
+def test_an_old_rate_is_measured_anew() -> None:
+    now_s = 0.0
+    meter = RateMeter(clock=lambda: now_s)
+    meter.saw_read(1 << 30, 1.0)
+    meter.saw_lookup(0.01)
+    now_s = RATE_LIFE_S
+    assert meter.rates.read_bytes_per_s == 1 << 30
+    now_s += 1
+    assert meter.rates == Rates(None, 0.01)
+
+
+def test_a_cancelled_read_tells_the_rate_too(
+    address: RedisAddress, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.kv_rates.LEAST_BYTES", 1)
+    store = stores(address, connections=1)
+    put_all(store)
+    pause(address, 1.0)
+    read = store.read("t", [(key, [bytearray(SIZE)]) for key in KEYS])
+    wait_until(lambda: read._num_under_way)
+    read.cancel()
+    came = read.result(5)
+    assert 0 < sum(came) < len(KEYS), "what was under way still comes"
+    wait_until(lambda: store.rates.read_bytes_per_s)
+
+
+def test_the_status_says_how_full_the_server_is(tmp_path: Path, stores: Stores) -> None:
+    with redis_server(tmp_path, "--maxmemory", "100mb") as address:
+        store = stores(address)
+        wait_until(lambda: store.status.max_bytes)
+        before = store.status
+        put_all(store)
+        wait_until(lambda: store.status.used_bytes > before.used_bytes + SIZE)
+        assert store.status.max_bytes == 100 << 20 and store.status.is_up
+    put_all(store)
+    wait_until(lambda: not store.status.is_up)
 
 
 def test_decisions_rest_on_what_reads_reached(

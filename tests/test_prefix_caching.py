@@ -411,6 +411,20 @@ def test_a_store_that_fails_or_lost_everything_costs_nothing_but_warmth() -> Non
     assert outputs[-1].num_cached_tokens == 0 and not store.on_their_way
 
 
+def test_a_request_that_gave_way_asks_the_store_again() -> None:
+    """Two grow until one gives way; what it had computed is evicted and comes back."""
+    store = MemoryStore()
+    core = core_with(store, num_global=17)
+    prompts = {"first": DOCUMENT[:24], "second": DOCUMENT[8:32]}
+    sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    for request_id, prompt in prompts.items():
+        core.add(request_id=request_id, prompt_ids=prompt, sampling=sampling)
+    outputs = drain(core)
+    assert core.stats().num_preemptions > 0 and store.num_loaded > 0
+    for request_id, prompt in prompts.items():
+        assert tokens_of(outputs[request_id]) == greedy_answer(prompt, 20)
+
+
 # Equal bits
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
