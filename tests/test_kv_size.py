@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cluster.kv_size import kv_size
+from cluster.config import StoreConfig
+from cluster.kv_size import KVSize, kv_size
 from cluster.spec import AttentionKind, ModelSpec
 from engine.kv_sizing import kv_bytes_per_block
 
@@ -73,6 +75,20 @@ def test_the_engine_allocates_as_much(model: str) -> None:
 @pytest.mark.parametrize("model", GEOMETRY)
 def test_the_page_shows_what_the_geometry_gives(model: str) -> None:
     assert row_of(model) in PAGE.read_text().splitlines()
+
+
+def test_the_page_says_for_which_models_the_defaults_are_too_small() -> None:
+    store, page = StoreConfig(), PAGE.read_text()
+
+    def too_small(limit: int, length: int, of: Callable[[KVSize], int]) -> list[str]:
+        return [name for name in GEOMETRY if of(kv_size(spec_of(name), length)) > limit]
+
+    windows = too_small(store.queue_bytes, 131_072, lambda size: size.window_bytes)
+    assert windows == ["12B", "31B"] and "256 MiB the 12B and the 31B keep no windows" in page
+    contexts = too_small(store.tenant_bytes, 131_072, lambda size: size.num_bytes)
+    assert contexts == ["E4B", "31B"] and "E4B (just), 31B and contexts of 256K need more" in page
+    longest = too_small(store.tenant_bytes, 262_144, lambda size: size.num_bytes)
+    assert set(longest) >= {"12B", "26B-A4B", "31B"}
 
 
 def row_of(model: str) -> str:
