@@ -17,6 +17,9 @@ test: setup  ## run the tests
 check: setup  ## style, types, generated stubs, import rules
 	@scripts/check
 
-bench: setup  ## measure Briolette beside its peers; cards and JSON under bench/results/
-	@.venv/bin/pip install --quiet --editable '.[bench]'
+bench: setup .venv/briolette-bench  ## measure Briolette beside its peers; cards and JSON under bench/results/
 	@.venv/bin/python -m bench
+
+.venv/briolette-bench: pyproject.toml | setup
+	@.venv/bin/pip install --quiet --editable '.[bench]'
+	@touch $@

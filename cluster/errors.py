@@ -48,6 +48,12 @@ class UnknownSession(BrioletteError):
     status = "NOT_FOUND"
 
 
+class SessionInUse(BrioletteError):
+    """Another call has the session, or has changed it since this one began: try again."""
+
+    status = "ABORTED"
+
+
 class StoreFull(BrioletteError):
     """What should be kept is more than the tenant's or the server's memory allows."""
 

@@ -8,8 +8,9 @@ Every key of a tenant begins with `briolette:{tenant}:`, and no call is given an
     pins                  hash: key -> number of sessions that need it, whether or not it is there
     usage                 hash: bytes of all values and sessions, and of what is pinned of them
     sessions              set of the names of the sessions
-    session:<name>        hash: content, meta, created and used (ms)
+    session:<name>        hash: content, meta, version, created and used (ms)
     session-keys:<name>   list of the keys that the session needs
+    session-traces:<name> set of keys that it doesn't need, and that are to go with it
 
 Only the scripts change the books; each runs whole or not at all, so several decoders agree. `used`
 is the server's own clock. Scripts go over the wire as text: there is no state that a restart loses.
@@ -157,6 +158,7 @@ _SESSIONS = (
 local sessions = base..'sessions'
 local function record_of(name) return base..'session:'..name end
 local function keys_of(name) return base..'session-keys:'..name end
+local function traces_of(name) return base..'session-traces:'..name end
 local function all_keys(name) return redis.call('LRANGE', keys_of(name), 0, -1) end
 local function charge_content(bytes)
   redis.call('HINCRBY', usage, 'bytes', bytes)
@@ -165,79 +167,115 @@ end
 """
 )
 
-# ARGV: name, content, meta, the budget in bytes, then keys. Replaces a session of that name; keys
-# that only the replaced one needed become ordinary values. Returns {1, missing keys} or, with
-# nothing changed, {0, bytes that all sessions would need}.
+# ARGV: name, content, meta, the budget in bytes, the version that it replaces ('' for none), how
+# many keys it needs, these keys, then its traces. Keys that only the replaced one needed become
+# ordinary values, and traces. Returns {1, the new version, missing keys} or, with nothing changed,
+# {0, bytes that all sessions would need} or {-1} where another version is there.
 SAVE_SESSION = (
     _SESSIONS
     + """
 local name, content, meta, budget = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-local record, created = record_of(name), redis.call('HGET', record_of(name), 'created') or now
+local record = record_of(name)
+local before = redis.call('HMGET', record, 'version', 'created')
+if (before[1] or '') ~= ARGV[6] then return {-1} end
 local old_keys, growth = all_keys(name), #content - redis.call('HSTRLEN', record, 'content')
-for i = 6, #ARGV do pin(ARGV[i]) end
-for _, key in ipairs(old_keys) do unpin(key) end
+local is_old, is_needed, last = {}, {}, 7 + tonumber(ARGV[7])
+for _, key in ipairs(old_keys) do is_old[key] = true end
+for i = 8, last do is_needed[ARGV[i]] = true end
+local function each_new(call)
+  for i = 8, last do if not is_old[ARGV[i]] then call(ARGV[i]) end end
+end
+local function each_left(call)
+  for _, key in ipairs(old_keys) do if not is_needed[key] then call(key) end end
+end
+each_new(pin)
+each_left(unpin)
 local needed = used('pinned') + growth
 if needed > budget then
-  for _, key in ipairs(old_keys) do pin(key) end
-  for i = 6, #ARGV do unpin(ARGV[i]) end
+  each_left(pin)
+  each_new(unpin)
   keep_books()
   return {0, needed}
 end
 charge_content(growth)
-redis.call('HSET', record, 'content', content, 'meta', meta, 'created', created, 'used', now)
+local version = clock[1]..'.'..clock[2]
+redis.call('HSET', record, 'content', content, 'meta', meta, 'version', version,
+  'created', before[2] or now, 'used', now)
 redis.call('SADD', sessions, name)
+local function trace(key) redis.call('SADD', traces_of(name), key) end
+each_left(trace)
+for i = last + 1, #ARGV do trace(ARGV[i]) end
 redis.call('DEL', keys_of(name))
 local missing = {}
-for i = 6, #ARGV do
+for i = 8, last do
   redis.call('RPUSH', keys_of(name), ARGV[i])
   if redis.call('EXISTS', base..'kv:'..ARGV[i]) == 0 then missing[#missing + 1] = ARGV[i] end
 end
 keep_books()
-return {1, missing}
+return {1, version, missing}
 """
 )
 
-# ARGV: name. Returns {content, meta, created, used before, keys}, or nothing.
+# ARGV: name. Returns {content, meta, created, used before, version, keys}, or nothing.
 LOAD_SESSION = (
     _SESSIONS
     + """
-local fields = redis.call('HMGET', record_of(ARGV[2]), 'content', 'meta', 'created', 'used')
+local fields = redis.call(
+  'HMGET', record_of(ARGV[2]), 'content', 'meta', 'created', 'used', 'version')
 if not fields[1] then return false end
 redis.pcall('HSET', record_of(ARGV[2]), 'used', now)
-fields[5] = all_keys(ARGV[2])
+fields[6] = all_keys(ARGV[2])
 return fields
 """
 )
 
-# Returns {name, meta, created, used, bytes of its content and of its values that are there}s.
+# Returns the names of all sessions.
+SESSION_NAMES = "return redis.call('SMEMBERS', KEYS[1]..'sessions')"
+
+# ARGV: one name, or none for all. Returns {name, meta, created, used, bytes of its content and of
+# its values that are there, number of those that are not}s.
 LIST_SESSIONS = (
     _SESSIONS
     + """
 local listed = {}
-for _, name in ipairs(redis.call('SMEMBERS', sessions)) do
+for _, name in ipairs(ARGV[2] and {ARGV[2]} or redis.call('SMEMBERS', sessions)) do
   local fields = redis.call('HMGET', record_of(name), 'meta', 'created', 'used')
-  local bytes = redis.call('HSTRLEN', record_of(name), 'content')
-  for _, key in ipairs(all_keys(name)) do bytes = bytes + bytes_of(key) end
-  listed[#listed + 1] = {name, fields[1], fields[2], fields[3], bytes}
+  local bytes, missing = redis.call('HSTRLEN', record_of(name), 'content'), 0
+  for _, key in ipairs(all_keys(name)) do
+    bytes = bytes + bytes_of(key)
+    if redis.call('EXISTS', base..'kv:'..key) == 0 then missing = missing + 1 end
+  end
+  if fields[1] then
+    listed[#listed + 1] = {name, fields[1], fields[2], fields[3], bytes, missing}
+  end
 end
 return listed
 """
 )
 
-# ARGV: name. Removes it and every value that no other session needs. Returns whether it was there.
+# ARGV: name, then more traces. Removes it, its traces, and every value that no other session needs.
+# Returns the keys removed, or nothing where there is no such session.
 DELETE_SESSION = (
     _SESSIONS
     + """
 local name = ARGV[2]
-if redis.call('SREM', sessions, name) == 0 then return 0 end
+if redis.call('SREM', sessions, name) == 0 then return false end
 remove_expired()
 charge_content(0 - redis.call('HSTRLEN', record_of(name), 'content'))
+local removed = {}
+local function discard(key)
+  if is_pinned(key) then return end
+  remove(key)
+  removed[#removed + 1] = key
+end
 for _, key in ipairs(all_keys(name)) do
   unpin(key)
-  if not is_pinned(key) then remove(key) end
+  discard(key)
 end
-redis.call('DEL', record_of(name), keys_of(name))
+for _, key in ipairs(redis.call('SMEMBERS', traces_of(name))) do discard(key) end
+for i = 3, #ARGV do discard(ARGV[i]) end
+redis.call('DEL', record_of(name), keys_of(name), traces_of(name))
 keep_books()
-return 1
+return removed
 """
 )

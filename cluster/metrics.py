@@ -23,6 +23,24 @@ CALL_BUCKETS = (
     *(0.1, 0.2, 0.5, 1, 5, 25),
 )
 
+LABELS = {
+    "choice": "fetch or recompute",
+    "direction": "read or written",
+    "group": "of the KV cache: global or sliding",
+    "host": "an expert host's id",
+    "layer": "its position in the model, from 0",
+    "method": "an RPC's name",
+    "model": "the served model's id",
+    "outcome": "of a write to the KV store: written, present (it was there), queue_full, "
+    "unreachable, server_full, over_budget; of a read: ok, missing, damaged, foreign, unreachable",
+    "phase": "prefill or decode",
+    "reason": "why it ended: of a request stop, length, abort, deadline or error; of a call that "
+    "the gateway gave up client, deadline or stalled",
+    "state": "of a block: used, cached or unused",
+    "status": "a gRPC status code's name",
+    "tenant": "who asks",
+}
+
 
 class Family(Generic[M]):
     """One metric with its children by label values; `metrics.preemptions_total("m").inc()`.
@@ -100,14 +118,12 @@ class Metrics:
     of what other parts measure.
     """
 
-    # Gateway. `method` is an RPC's name, `status` a gRPC status code's.
-    gateway_streams = _gauge("Answers that are being streamed", "method")
-    gateway_requests_total = _counter("Calls that ended", "method", "status")
-    gateway_aborted_total = _counter(
-        "Requests given up early; reason: client, deadline or stalled", "method", "reason"
-    )
+    # Gateway.
+    gateway_streams = _gauge("Calls that are being answered", "tenant", "method")
+    gateway_requests_total = _counter("Calls that ended", "tenant", "method", "status")
+    gateway_aborted_total = _counter("Calls given up early", "tenant", "method", "reason")
 
-    # Requests, as the decoder sees them. `reason` is a FinishReason's value.
+    # Requests, as the decoder sees them.
     requests_waiting = _gauge("Requests in the queue", "model")
     requests_running = _gauge("Requests that hold KV blocks", "model")
     requests_total = _counter("Requests that ended", "model", "tenant", "reason")
@@ -132,19 +148,28 @@ class Metrics:
         "Tokens that requests found cached and didn't compute", "model", "tenant"
     )
 
-    # Steps of the engine. `group` is global or sliding, `state` used, cached or unused.
+    # Steps of the engine.
     step_duration_seconds = _histogram("One step of the engine", STEP_BUCKETS, "model")
-    computed_tokens_total = _counter(
-        "Tokens run through the model; phase: prefill or decode", "model", "phase"
-    )
+    computed_tokens_total = _counter("Tokens run through the model", "model", "phase")
     kv_blocks = _gauge("Blocks of the KV cache", "model", "group", "state")
     kv_evictions_total = _counter("Cached blocks given to others", "model", "group")
     preemptions_total = _counter("Requests sent back to the queue for lack of blocks", "model")
 
-    # Expert calls, as the ExpertRouter sees them. `host` is an expert host's id.
-    expert_tokens_total = _counter("Token slots sent to a host", "model", "host", "layer")
+    # Of an expert host itself.
+    expert_tokens_total = _counter(
+        "Token slots that a host computed: a token counts once for each of its experts there",
+        "model",
+        "host",
+        "layer",
+    )
+
+    # Expert calls, as the ExpertRouter sees them.
     expert_call_duration_seconds = _histogram(
-        "From dispatch to the answer of a host", CALL_BUCKETS, "model", "host"
+        "From sending to the answer; of one that came before it was asked for, the host's own time "
+        "and taking it in",
+        CALL_BUCKETS,
+        "model",
+        "host",
     )
     expert_wait_seconds_total = _counter(
         "Time in combine that nothing else hid, waiting for hosts", "model"
@@ -156,15 +181,12 @@ class Metrics:
     expert_link_up = _gauge("1 while the link to a host works", "model", "host")
     placement_epoch = _gauge("Epoch of the expert placement in use", "model")
 
-    # The KV store. `outcome` of a write: written, present (it was there), queue_full, unreachable,
-    # server_full, over_budget; of a read: ok, missing, damaged, foreign, unreachable.
+    # The KV store.
     kv_store_up = _gauge("1 while Redis answers", "model")
     kv_store_writable = _gauge("0 while Redis refuses what is written, as when full", "model")
     kv_store_writes_total = _counter("Values given to the store", "model", "outcome")
     kv_store_reads_total = _counter("Values asked of the store", "model", "outcome")
-    kv_store_bytes_total = _counter(
-        "Bytes of values moved; direction: read or written", "model", "direction"
-    )
+    kv_store_bytes_total = _counter("Bytes of values moved", "model", "direction")
     kv_store_queue_bytes = _gauge("Bytes that wait to be written", "model")
     kv_store_used_bytes = _gauge("Bytes in Redis, as last seen", "model", "tenant")
     kv_store_memory_bytes = _gauge("Of the whole Redis server, as last seen", "model")
@@ -213,9 +235,7 @@ def start_metrics_server(host: str, port: int, registry: CollectorRegistry) -> M
     Raises PortTaken when another process listens there, ConfigError when the address can't be used.
     """
     try:
-        server, thread = start_http_server(
-            port, addr=host, registry=registry or CollectorRegistry()
-        )
+        server, thread = start_http_server(port, addr=host, registry=registry)
     except socket.gaierror:
         raise ConfigError(f"gateway.host: {host!r} is not an address of this machine.") from None
     except OSError as error:

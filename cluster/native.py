@@ -1,33 +1,17 @@
-"""NativeKernels: cluster/native.cpp, built for this machine when it is first needed; and how.
-
-It takes a C++ compiler (`CXX`, or g++) two seconds; the result is kept in the user's cache
-directory. Where there is none, PyTorch's kernels do the same work, more slowly.
-"""
+"""NativeKernels: cluster/native.cpp behind the interface of the kernels, for a CPU in fp32."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cluster.kernels import InvariantKernels, Kernels, PackedWeight, TorchKernels, Weight
-
-logger = logging.getLogger(__name__)
+from cluster.native_build import declare, native_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi")
 PANEL, LANES = 32, 16  # as in the source
 
 
@@ -42,21 +26,15 @@ def kernels_for(
     return InvariantKernels() if batch_invariant else TorchKernels()
 
 
+def kernels_name(device: torch.device, dtype: torch.dtype) -> str:
+    """Whose kernels these are, for an operator: "native" or "PyTorch"."""
+    return "native" if isinstance(kernels_for(device, dtype), NativeKernels) else "PyTorch"
+
+
 def native_kernels() -> NativeKernels | None:
     """This machine's; None where they can't be built."""
     library = native_library(SOURCE)
     return NativeKernels(library) if library else None
-
-
-@functools.cache
-def native_library(source: Path) -> ctypes.CDLL | None:
-    """A C++ source, built for this machine; None, with a line in the log, where that fails."""
-    try:
-        return ctypes.CDLL(str(_built(source)))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        logger.warning("%s can't be built, so slower code does its work: %s", source.name, detail)
-        return None
 
 
 class NativeKernels:
@@ -105,32 +83,32 @@ class NativeKernels:
         assert isinstance(weight, PackedWeight)
         x, y = x.contiguous(), x.new_empty(x.shape[0], weight.num_outputs)
         self._functions.linear(
-            x.data_ptr(),
+            _pointer(x),
             *x.shape,
-            weight.panels.data_ptr(),
+            _pointer(weight.panels),
             weight.num_outputs,
             _pointer(bias),
-            y.data_ptr(),
+            _pointer(y),
             torch.get_num_threads(),
         )
         return y
 
     def gated_gelu(self, gate: Tensor, up: Tensor) -> Tensor:
         gate, up, y = gate.contiguous(), up.contiguous(), torch.empty_like(up)
-        self._functions.gated_gelu(gate.data_ptr(), up.data_ptr(), up.numel(), y.data_ptr())
+        self._functions.gated_gelu(_pointer(gate), _pointer(up), up.numel(), _pointer(y))
         return y
 
     def gated_mlp(self, x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
         assert isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight)
         x, y = x.contiguous(), x.new_empty(x.shape[0], down.num_outputs)
         self._functions.gated_mlp(
-            x.data_ptr(),
+            _pointer(x),
             *x.shape,
-            gate_up.panels.data_ptr(),
+            _pointer(gate_up.panels),
             gate_up.num_outputs,
-            down.panels.data_ptr(),
+            _pointer(down.panels),
             down.num_outputs,
-            y.data_ptr(),
+            _pointer(y),
             torch.get_num_threads(),
         )
         return y
@@ -155,14 +133,14 @@ class NativeKernels:
         y = torch.empty_like(x)
         size = x.shape[-1]
         self._functions.rms_norm(
-            x.data_ptr(),
+            _pointer(x),
             x.numel() // size,
             size,
             _pointer(weight),
             eps,
             _pointer(residual),
             _pointer(scale),
-            y.data_ptr(),
+            _pointer(y),
             torch.get_num_threads(),
         )
         return y
@@ -181,18 +159,18 @@ class NativeKernels:
         cos, sin = rotation
         slots, keys, values = kv or (None, None, None)
         self._functions.norm_and_rotate(
-            qkv.data_ptr(),
+            _pointer(qkv),
             num_rows,
             num_heads,
             num_queries,
             0 if values is None else values.shape[1],
             head_dim,
-            norm_weight.data_ptr(),
+            _pointer(norm_weight),
             eps,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            _pointer(slots),
-            query.data_ptr(),
+            _pointer(cos),
+            _pointer(sin),
+            _pointer(slots, torch.int64),
+            _pointer(query),
             _pointer(keys),
             _pointer(values),
             torch.get_num_threads(),
@@ -250,13 +228,13 @@ class NativeKernels:
         num_rows, num_experts = scores.shape
         ids, weights = torch.empty(num_rows, k, dtype=torch.int64), scores.new_empty(num_rows, k)
         self._functions.top_k_experts(
-            scores.data_ptr(),
+            _pointer(scores),
             num_rows,
             num_experts,
             k,
-            per_expert_scale.data_ptr(),
-            ids.data_ptr(),
-            weights.data_ptr(),
+            _pointer(per_expert_scale),
+            _pointer(ids, torch.int64),
+            _pointer(weights),
         )
         return ids, weights
 
@@ -279,20 +257,20 @@ class NativeKernels:
         tokens, experts, weights = (part.contiguous() for part in slots)
         partials = hidden_states.new_empty(num_groups, num_tokens, size)
         self._functions.expert_partials(
-            hidden_states.data_ptr(),
+            _pointer(hidden_states),
             num_tokens,
             size,
-            tokens.data_ptr(),
-            experts.data_ptr(),
-            weights.data_ptr(),
+            _pointer(tokens, torch.int64),
+            _pointer(experts, torch.int64),
+            _pointer(weights),
             len(tokens),
-            gate_up.panels.data_ptr(),
-            down.panels.data_ptr(),
+            _pointer(gate_up.panels),
+            _pointer(down.panels),
             len(expert_to_group),
             gate_up.num_outputs,
-            expert_to_group.data_ptr(),
+            _pointer(expert_to_group, torch.int64),
             num_groups,
-            partials.data_ptr(),
+            _pointer(partials),
             torch.get_num_threads(),
         )
         return partials
@@ -317,29 +295,22 @@ class NativeKernels:
         num_tokens, size = hidden_states.shape
         rows = hidden_states.new_empty(num_groups * num_tokens, size)
         num_rows = self._functions.expert_rows(
-            hidden_states.data_ptr(),
+            _pointer(hidden_states),
             num_tokens,
             size,
-            slot_table.data_ptr(),
+            _pointer(slot_table, torch.int32),
             slot_table.shape[1],
-            expert_to_row.data_ptr(),
-            gate_up.panels.data_ptr(),
-            down.panels.data_ptr(),
+            _pointer(expert_to_row, torch.int64),
+            _pointer(gate_up.panels),
+            _pointer(down.panels),
             len(expert_to_group),
             gate_up.num_outputs,
-            expert_to_group.data_ptr(),
+            _pointer(expert_to_group, torch.int64),
             num_groups,
-            rows.data_ptr(),
+            _pointer(rows),
             torch.get_num_threads(),
         )
         return None if num_rows < 0 else rows[:num_rows]
-
-
-def declare(functions: ctypes.CDLL, signatures: Mapping[str, list[Any]]) -> None:
-    """Tell ctypes the argument types of functions that return nothing."""
-    for name, types in signatures.items():
-        function = getattr(functions, name)
-        function.argtypes, function.restype = types, None
 
 
 def _panels(weight: Tensor, width: int) -> Tensor:
@@ -352,46 +323,9 @@ def _panels(weight: Tensor, width: int) -> Tensor:
     return padded.view(*stack, -1, width, num_inputs).transpose(-1, -2).contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _built(source: Path) -> Path:
-    """The shared library for a source, this compiler and processor; built unless it is there.
-
-    Raises OSError or SubprocessError where that fails.
-    """
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
-        raise FileNotFoundError("there is no C++ compiler (Debian: apt-get install g++).")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    identity = source.read_text(), FLAGS, version.stdout, _processor()
-    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "briolette"
-    library = cache / f"{source.stem}-{digest}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, source, library)
-    return library
-
-
-def _compile(compiler: str, source: Path, library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        compiled, linked = Path(scratch) / "native.o", Path(scratch) / "native.so"
-        # Linked without OpenMP, so that it runs on the threads of PyTorch's own runtime: two
-        # runtimes in one process take the cores from each other.
-        for command in (
-            [compiler, *FLAGS, "-c", str(source), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
-        ):
-            subprocess.run(command, capture_output=True, text=True, check=True)
-        linked.replace(library)  # a process beside this one may build the same
-
-
-def _processor() -> str:
-    """What the compiler's -march=native looks at: a home directory may be on several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+def _pointer(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+    """The address for the C++ side, which believes it whatever lies there."""
+    if tensor is None:
+        return None
+    assert tensor.dtype is dtype
+    return tensor.data_ptr()

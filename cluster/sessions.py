@@ -10,19 +10,21 @@ These calls wait for Redis: they belong to a gateway's thread, never to a step.
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import redis
 
-from cluster.errors import InvalidRequest, StoreFull, Unavailable, UnknownSession
+from cluster.errors import InvalidRequest, SessionInUse, StoreFull, Unavailable, UnknownSession
 from cluster.kv_keys import (
     DELETE_SESSION,
     LIST_SESSIONS,
     LOAD_SESSION,
     SAVE_SESSION,
+    SESSION_NAMES,
     tenant_prefix,
 )
 from cluster.redis import REDIS_ERRORS, RedisAddress
@@ -41,6 +43,7 @@ class SessionInfo:
     num_bytes: int  # of its content and of its values that are there; shared ones count in each
     created: float
     last_used: float
+    num_missing: int  # values that it needs and that aren't there
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Session:
     block_keys: tuple[bytes, ...]
     created: float
     last_used: float  # before this load
+    version: str  # another one after each save
 
 
 class Sessions:
@@ -79,32 +83,37 @@ class Sessions:
         *,
         fingerprint: str,
         num_tokens: int,
+        version: str = "",
+        traces: Iterable[bytes] = (),
     ) -> list[bytes]:
-        """Keep a session, in place of one of the same name; what that one alone needed is no longer
-        pinned. Returns the keys whose values are not in Redis: put them, they are pinned already.
+        """Keep a session, in place of its `version`, or as a new one; what only that version needed
+        is no longer pinned. `traces` are keys that it doesn't need, but that are to go with it.
+        Returns the keys whose values are not in Redis: put them, they are pinned already.
 
-        Raises InvalidRequest for an impossible name or a content too long, StoreFull, with nothing
-        changed, where the tenant's sessions would need more than its budget or the server is full.
+        Raises, with nothing changed, InvalidRequest for an impossible name or a content too long,
+        SessionInUse where another version is there, StoreFull where the tenant's sessions would
+        need more than its budget or the server is full.
         """
         encoded, budget = _encoded(content), self._budget_of(tenant)
         meta = json.dumps({"fingerprint": fingerprint, "num_tokens": num_tokens})
         keys = dict.fromkeys(block_keys)  # each once, in order
-        is_saved, answer = self._run(
-            SAVE_SESSION, tenant, _checked(name), encoded, meta, str(budget), *keys
-        )
+        head = (check_name(name), encoded, meta, str(budget), version, str(len(keys)))
+        is_saved, *answer = self._run(SAVE_SESSION, tenant, *head, *keys, *traces)
+        if is_saved < 0:
+            raise SessionInUse(f"The session {name!r} was changed meanwhile; ask again.")
         if not is_saved:
             raise StoreFull(
-                f"The session {name!r} doesn't fit: all sessions would take {answer:,} bytes, and "
-                f"the budget is {budget:,}."
+                f"The session {name!r} doesn't fit: all sessions would take {answer[0]:,} bytes, "
+                f"and the budget is {budget:,}."
             )
-        return list(answer)
+        return list(answer[1])
 
     def load(self, tenant: str, name: str) -> Session:
         """A session, which counts as used. Raises UnknownSession."""
-        found = self._run(LOAD_SESSION, tenant, _checked(name))
+        found = self._run(LOAD_SESSION, tenant, check_name(name))
         if found is None:
-            raise UnknownSession(f"There is no session {name!r}.")
-        content, meta, created, used, keys = found
+            raise self._unknown(tenant, name)
+        content, meta, created, used, version, keys = found
         return Session(
             name,
             **json.loads(meta),
@@ -112,33 +121,57 @@ class Sessions:
             block_keys=tuple(keys),
             created=int(created) / 1000,
             last_used=int(used) / 1000,
+            version=version.decode(),
         )
+
+    def info(self, tenant: str, name: str) -> SessionInfo:
+        """What the list shows of one session. Raises UnknownSession."""
+        found = self._list(tenant, check_name(name))
+        if not found:
+            raise self._unknown(tenant, name)
+        return found[0]
 
     def list(self, tenant: str) -> list[SessionInfo]:
         """All sessions, the last used one first."""
-        sessions = [
+        return sorted(self._list(tenant), key=lambda session: session.last_used, reverse=True)
+
+    def delete(self, tenant: str, name: str, traces: Iterable[bytes] = ()) -> Sequence[bytes]:
+        """Remove a session, its values and its traces, more of them too. Returns the keys of what
+        is no longer there. Raises UnknownSession.
+
+        What a decoder still has in its write queue would come again: flush it before.
+        """
+        removed: Sequence[bytes] | None = self._run(
+            DELETE_SESSION, tenant, check_name(name), *traces
+        )
+        if removed is None:
+            raise self._unknown(tenant, name)
+        return removed
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.close()
+
+    def _list(self, tenant: str, *names: bytes) -> Sequence[SessionInfo]:
+        return [
             SessionInfo(
                 name.decode(),
                 **json.loads(meta),
                 num_bytes=num_bytes,
                 created=int(created) / 1000,
                 last_used=int(used) / 1000,
+                num_missing=num_missing,
             )
-            for name, meta, created, used, num_bytes in self._run(LIST_SESSIONS, tenant)
+            for name, meta, created, used, num_bytes, num_missing in self._run(
+                LIST_SESSIONS, tenant, *names
+            )
         ]
-        return sorted(sessions, key=lambda session: session.last_used, reverse=True)
 
-    def delete(self, tenant: str, name: str) -> None:
-        """Remove a session and its values. Raises UnknownSession.
-
-        What a decoder still has in its write queue would come again: flush it before.
-        """
-        if not self._run(DELETE_SESSION, tenant, _checked(name)):
-            raise UnknownSession(f"There is no session {name!r}.")
-
-    def close(self) -> None:
-        """Hang up."""
-        self._client.close()
+    def _unknown(self, tenant: str, name: str) -> UnknownSession:
+        names = [known.decode() for known in self._run(SESSION_NAMES, tenant)]
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        return UnknownSession(f"There is no session {name!r}{hint}")
 
     def _run(self, script: str, tenant: str, *args: bytes | str) -> Any:
         prefix = tenant_prefix(tenant)
@@ -150,7 +183,8 @@ class Sessions:
             raise Unavailable(f"Redis at {self._address} doesn't answer: {error}") from None
 
 
-def _checked(name: str) -> bytes:
+def check_name(name: str) -> bytes:
+    """A session's name as Redis has it. Raises InvalidRequest."""
     encoded = name.encode()
     if not 0 < len(encoded) <= MAX_NAME_BYTES or not name.isprintable():
         raise InvalidRequest(

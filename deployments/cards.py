@@ -132,6 +132,8 @@ def _add_parts(rows: Table, status: ClusterStatus) -> None:
         rows.add_row(f"experts {_groups(host)}", _host(host))
     if not status.expert_hosts:
         rows.add_row("experts", "in the process of the attention" if status.experts else "none")
+    parts = [decoder, *(host.part for host in status.expert_hosts)]
+    rows.add_row("kernels", ", ".join(sorted({part.kernels for part in parts if part.kernels})))
 
 
 def _add_calls(rows: Table, status: ClusterStatus) -> None:
@@ -142,7 +144,9 @@ def _add_calls(rows: Table, status: ClusterStatus) -> None:
             f"{calls.num_calls:,}; p50 {calls.p50_s * 1e6:.0f} µs, p99 {calls.p99_s * 1e6:.0f} µs; "
             f"{calls.num_retries} retried",
         )
-        rows.add_row("hidden", f"{calls.hidden_share:.0%} of the experts' time, by the dense MLP")
+        rows.add_row(
+            "hidden", f"{calls.hidden_share:.0%} of the hosts' time, behind the decoder's work"
+        )
 
 
 def _store(store: KvStore) -> str:

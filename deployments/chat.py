@@ -5,17 +5,22 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.errors import BrioletteError, InvalidRequest, Unavailable
+from cluster.errors import BrioletteError, InvalidRequest, Unavailable, UnknownSession
 from deployments.cards import Answer
 from deployments.client import Client
 from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling
 
 
 class Conversation:
-    """Keeps the messages; each question goes out with all that was said before."""
+    """Keeps the messages; each question goes out with all that was said before. In a session the
+    server keeps them, and the question goes out alone.
+    """
 
-    def __init__(self, client: Client, sampling: Sampling, console: Console) -> None:
+    def __init__(
+        self, client: Client, sampling: Sampling, console: Console, session: str = ""
+    ) -> None:
         self._client = client
+        self._session = session
         self._sampling = sampling
         self._console = console
         self._messages: list[Message] = []
@@ -25,7 +30,7 @@ class Conversation:
         messages = [*self._messages, Message(role="user", content=question)]
         text, num_tokens, piece = "", 0, Generation()
         try:
-            for piece in self._client.chat(messages, self._sampling):
+            for piece in self._client.chat(messages, self._sampling, self._session):
                 text += piece.text
                 num_tokens += len(piece.token_ids)
                 self._console.out(piece.text, end="", highlight=False)
@@ -33,16 +38,20 @@ class Conversation:
             self._console.out("")
         if not num_tokens:
             raise Unavailable("The model gave no answer.")
-        self._messages = [*messages, Message(role="assistant", content=text)]
+        if not self._session:
+            self._messages = [*messages, Message(role="assistant", content=text)]
         return Answer.of(piece, num_tokens)
 
     def run(self) -> None:
         """Ask what the user types until the end of input."""
         import readline  # noqa: F401  # gives input() a history and editing
 
-        self._console.print(
-            "Ask something. /new starts over, Ctrl-C ends an answer, Ctrl-D the conversation."
-        )
+        if self._session:
+            self._console.print(f"{self._so_far()} Ctrl-C ends an answer, Ctrl-D the conversation.")
+        else:
+            self._console.print(
+                "Ask something. /new starts over, Ctrl-C ends an answer, Ctrl-D the conversation."
+            )
         while True:
             try:
                 question = input("> ").strip()
@@ -52,7 +61,7 @@ class Conversation:
             if not question:
                 continue
             if question == "/new":
-                self._messages = []
+                self._start_over()
                 continue
             try:
                 answer = self.ask(question)
@@ -66,3 +75,16 @@ class Conversation:
                 self._console.print(f"[red]{escape(str(error))}[/]")
                 if self._messages and isinstance(error, InvalidRequest):
                     self._console.print("/new starts over with an empty context.")
+
+    def _start_over(self) -> None:
+        self._messages = []
+        if self._session:
+            self._console.print("This session goes on; another --session begins another one.")
+
+    def _so_far(self) -> str:
+        try:
+            kept = self._client.get_session(self._session)
+        except UnknownSession as error:
+            return f"{escape(str(error))} The first question begins it."
+        num_messages, num_tokens = len(kept.messages), kept.session.num_tokens
+        return f"The session goes on after {num_messages} messages, {num_tokens:,} tokens."

@@ -1,4 +1,4 @@
-"""The command `briolette`: up, status, chat, down, demo, verify."""
+"""The command `briolette`: up, status, chat, sessions, down, demo, verify."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.config import Config, parse_overrides
-from cluster.errors import BrioletteError, Unavailable
+from cluster.errors import BrioletteError, InvalidRequest, Unavailable
 from deployments import lifecycle
 from deployments.lifecycle import Running
 
@@ -106,11 +106,23 @@ def chat(config: Config, args: argparse.Namespace) -> int:
     address = args.address or _address(config)
     sampling = Sampling(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)
     with Client(address) as client:
-        conversation = Conversation(client, sampling, console)
+        conversation = Conversation(client, sampling, console, args.session)
         if args.question:
             conversation.ask(" ".join(args.question))
         else:
             conversation.run()
+    return 0
+
+
+def sessions(config: Config, args: argparse.Namespace) -> int:
+    """List the conversations that are kept, or show, park, resume or delete one."""
+    from deployments.client import Client
+    from deployments.session_commands import COMMANDS
+
+    if args.action != "list" and args.name is None:
+        raise InvalidRequest(f"Which one? briolette sessions {args.action} NAME")
+    with Client(args.address or _address(config)) as client:
+        COMMANDS[args.action](client, args.name or "", console)
     return 0
 
 
@@ -188,10 +200,16 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, status)
     talk = _command(commands, chat)
     talk.add_argument("question", nargs="*", help="ask this one question, then end")
-    talk.add_argument("--address", help="host:port of a gateway; default: the one that is running")
+    talk.add_argument("--session", default="", metavar="NAME", help="a conversation that is kept")
+    _address_option(talk)
     talk.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     talk.add_argument("--seed", type=int, help="makes sampling repeatable")
     talk.add_argument("--max-tokens", type=int, help="longest answer")
+    kept = _command(commands, sessions)
+    actions = ("list", "show", "park", "resume", "delete")
+    kept.add_argument("action", nargs="?", choices=actions, default="list", help="default: list")
+    kept.add_argument("name", nargs="?", metavar="NAME", help="of the session")
+    _address_option(kept)
     _command(commands, down)
     _command(commands, demo)
     check = _command(commands, verify)
@@ -205,6 +223,12 @@ def _parser() -> argparse.ArgumentParser:
         help="without it differences are shown and are no failure",
     )
     return parser
+
+
+def _address_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", help="host:port of a gateway; default: the one that is running"
+    )
 
 
 def _command(commands: Any, function: Callable[[Config, argparse.Namespace], int]) -> Any:

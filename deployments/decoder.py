@@ -16,7 +16,7 @@ from cluster.errors import Unavailable
 from cluster.links import Listener
 from cluster.metrics import Metrics, start_metrics_server
 from deployments.decoder_link import GatewayLinks, verify_gateway
-from deployments.host_directory import Handle, HostDirectory
+from deployments.host_directory import HostDirectory
 from deployments.kv_block_store import KVBlockStore, kv_tensors
 from deployments.layout import decoder_threads, expert_groups, place_experts, transports
 from deployments.loading import (
@@ -30,6 +30,7 @@ from deployments.messages import to_kv_store
 from deployments.meters import EngineMeter, ExpertMeter
 from deployments.priority import go_first
 from deployments.remote_experts import RemoteExperts
+from deployments.replicas import Handle
 from deployments.start_report import Reporter, reporting
 from deployments.step_loop import StepLoop
 from deployments.store import open_kv_store, store_address
@@ -122,7 +123,7 @@ class DecoderReplica:
         config = self._config
         self._metrics_port = start_metrics_server(config.gateway.host, 0, self._registry).port
         meter = EngineMeter(self._metrics, config.model_id)
-        self._loop = StepLoop(self._engine, meter, self._fill_status)
+        self._loop = StepLoop(self._engine, meter, self._fill_status, self._store)
         self._listener = Listener(secret, verify_gateway, transports=transports(config))
         self._loop.start(
             GatewayLinks(
@@ -139,7 +140,12 @@ class DecoderReplica:
         status.context_tokens = self._engine.limits.max_model_len
         status.vocab_size = spec.vocab_size
         status.decoder.CopyFrom(
-            Part(pid=os.getpid(), device=str(self._source.device), metrics_port=self._metrics_port)
+            Part(
+                pid=os.getpid(),
+                device=str(self._source.device),
+                metrics_port=self._metrics_port,
+                kernels=self._source.kernels,
+            )
         )
         if spec.is_moe:
             num_groups = expert_groups(self._config, spec).num_groups

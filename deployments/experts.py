@@ -45,7 +45,7 @@ class ExpertHostReplica:
                 on_progress=reporter.progress,
             )
             self._endpoint = self._host.start()
-            self._device = str(source.device)
+            self._device, self._kernels = str(source.device), source.kernels
             self._meter = HostMeter(self._host, config.model_id)
             self._metrics = start_metrics_server(config.gateway.host, 0, self._meter.registry)
 
@@ -55,6 +55,7 @@ class ExpertHostReplica:
             "host_id": self._host.host_id,
             "pid": os.getpid(),
             "device": self._device,
+            "kernels": self._kernels,
             "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             "metrics_port": self._metrics.port,
             "group_ids": list(self._groups),

@@ -17,11 +17,14 @@ from cluster.config import GatewayConfig
 from cluster.errors import PortTaken
 from cluster.links import Endpoint
 from cluster.metrics import Metrics
-from deployments import health, inference
+from cluster.sessions import Sessions
+from deployments import health, inference, sessions
+from deployments.conversations import ChatTokenizer, Conversations
 from deployments.health import Health
-from deployments.inference import ChatTokenizer, Inference
+from deployments.inference import Inference
 from deployments.remote_decoder import RemoteDecoder
 from deployments.rpc import Context, Methods
+from deployments.sessions import SessionService
 from protos.briolette.v1 import admin_pb2
 from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest, Part
 
@@ -29,7 +32,7 @@ ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
 
 class Gateway:
-    """Serves `briolette.v1.Inference`, `briolette.v1.Admin`, health and reflection on one port.
+    """Serves `briolette.v1`'s services, health and reflection on one port.
 
     Runs on the asyncio loop that calls `start()`.
     """
@@ -44,10 +47,12 @@ class Gateway:
         metrics_port: int = 0,
         bind_deadline_s: float = 0.0,
         on_status: Callable[[ClusterStatus], None] = lambda status: None,
+        kept: Sessions | None = None,
     ) -> None:
         """`metrics_port` is where they are shown, for the status; 0 for nowhere.
 
-        `on_status` is told what clients are, whenever that is new.
+        `on_status` is told what clients are, whenever that is new. `kept` are the sessions, where
+        there is a store.
         """
         self.port = config.port
         self._config = config
@@ -56,7 +61,13 @@ class Gateway:
         self._tell_status = on_status
         self._decoder = RemoteDecoder(find_decoder, secret, self._on_status)
         self._health = Health(inference.NAME)
-        self._server = self._make_server(Methods(metrics), Inference(self._decoder, tokenizer))
+        self._kept = kept
+        conversations = Conversations(kept, self._decoder, tokenizer)
+        self._server = self._make_server(
+            Methods(metrics),
+            Inference(self._decoder, tokenizer, conversations),
+            SessionService(conversations, self._decoder),
+        )
 
     async def start(self) -> None:
         """Bind and serve. Raises PortTaken."""
@@ -74,6 +85,8 @@ class Gateway:
         await self._health.end()
         await self._server.stop(grace_s)
         self._decoder.close()
+        if self._kept is not None:
+            self._kept.close()
 
     def _on_status(self) -> None:
         self._health.show(self._decoder.status.ready)
@@ -89,7 +102,9 @@ class Gateway:
     async def _get_status(self, _: GetStatusRequest, __: Context) -> ClusterStatus:
         return self._status()
 
-    def _make_server(self, methods: Methods, service: Inference) -> grpc.aio.Server:
+    def _make_server(
+        self, methods: Methods, *services: Inference | SessionService
+    ) -> grpc.aio.Server:
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),  # a second gateway on this port fails, and says so
@@ -100,9 +115,15 @@ class Gateway:
         )
         get_status = methods.unary("GetStatus", self._get_status, GetStatusRequest)
         admin = grpc.method_handlers_generic_handler(ADMIN, {"GetStatus": get_status})
-        server.add_generic_rpc_handlers([service.handler(methods), admin])
+        server.add_generic_rpc_handlers([*(s.handler(methods) for s in services), admin])
         self._health.add_to(server)
-        names = (inference.NAME, ADMIN, health.NAME, reflection.SERVICE_NAME)
+        names = (
+            inference.NAME,
+            sessions.NAME,
+            ADMIN,
+            health.NAME,
+            reflection.SERVICE_NAME,
+        )
         reflection.enable_server_reflection(names, server)
         return server
 

@@ -13,9 +13,12 @@ from cluster.config import Config, GatewayConfig
 from cluster.errors import LinkError, Unavailable
 from cluster.links import Endpoint
 from cluster.metrics import Metrics, start_metrics_server
+from cluster.sessions import Sessions
 from deployments.gateway import Gateway, bind
+from deployments.replicas import Handle, ask_replicas
 from deployments.scrape_targets import ScrapeTargets
 from deployments.start_report import reporting
+from deployments.store import store_address
 from engine.tokenizer import Tokenizer
 
 BIND_DEADLINE_S = 10.0  # a gateway that is being replaced may still hold the port
@@ -25,7 +28,7 @@ class GatewayReplica:
     """A gateway in a Serve replica, on the replica's own asyncio loop."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Mapping[str, Any], secret: bytes, decoder: Any
+        self, settings: Mapping[str, Any], secret: bytes, decoder: Handle
     ) -> None:
         config = Config.from_dict(settings)
         with reporting(config.state_dir, "gateway") as reporter:
@@ -41,6 +44,7 @@ class GatewayReplica:
                 await bind(lambda: serve_metrics(config.gateway, registry), BIND_DEADLINE_S),
                 BIND_DEADLINE_S,
                 ScrapeTargets(config.state_dir, config.gateway.host).update,
+                kept_sessions(config),
             )
             await gateway.start()
             self._gateway = gateway
@@ -56,6 +60,14 @@ class GatewayReplica:
             await self._gateway.stop()
 
 
+def kept_sessions(config: Config) -> Sessions | None:
+    """Where sessions are kept, if there is a store."""
+    address = store_address(config)
+    if address is None:
+        return None
+    return Sessions(address, config.store.ttl_s, lambda tenant: config.store.tenant_bytes)
+
+
 def serve_metrics(config: GatewayConfig, registry: CollectorRegistry) -> int:
     """The port of /metrics; 0 where the configuration wants none."""
     if config.metrics_port is None:
@@ -63,13 +75,8 @@ def serve_metrics(config: GatewayConfig, registry: CollectorRegistry) -> int:
     return start_metrics_server(config.host, config.metrics_port, registry).port
 
 
-def find_decoder(decoder: Any) -> Endpoint:
-    """Ask Serve where the decoder is; `decoder` is its DeploymentHandle."""
-    try:
-        answers = decoder.broadcast("endpoint").results(timeout_s=2.0, return_exceptions=True)
-    except Exception as error:  # Ray's own: no replica yet, a dead one, the controller is away
-        raise LinkError(f"Serve knows no decoder ({type(error).__name__}).") from None
-    for answer in answers:
-        if isinstance(answer, dict):
-            return Endpoint.from_dict(answer)
+def find_decoder(decoder: Handle) -> Endpoint:
+    """Ask Serve where the decoder is. Raises LinkError."""
+    for answer in ask_replicas(decoder, "endpoint"):
+        return Endpoint.from_dict(answer)
     raise LinkError("The decoder doesn't answer.")

@@ -6,12 +6,13 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from cluster.errors import LinkError
 from cluster.links import Endpoint
+from deployments.replicas import Handle, ask_replicas
 
 WATCH_S = 0.5  # between two looks at the links
-ASK_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ class HostInfo:
     host_id: str
     pid: int
     device: str
+    kernels: str
     visible_devices: str
     metrics_port: int
     group_ids: tuple[int, ...]
@@ -32,12 +34,6 @@ class HostInfo:
     def from_dict(fields: Mapping[str, Any]) -> HostInfo:
         values = {**fields, "endpoint": Endpoint.from_dict(fields["endpoint"])}
         return HostInfo(**{**values, "group_ids": tuple(fields["group_ids"])})
-
-
-class Handle(Protocol):
-    """What is used of a Serve DeploymentHandle."""
-
-    def broadcast(self, method: str) -> Any: ...
 
 
 class HostDirectory:
@@ -59,15 +55,11 @@ class HostDirectory:
     def look(self, host_id: str) -> bool:
         """Ask Serve for one host; True when it is somewhere else than before."""
         try:
-            answers = (
-                self._handles[host_id]
-                .broadcast("describe")
-                .results(timeout_s=ASK_S, return_exceptions=True)
-            )
-        except Exception as error:  # Ray's own: no replica, dead replica, controller away
-            log.debug("%s can't be asked: %s", host_id, error)
+            answers = ask_replicas(self._handles[host_id], "describe")
+        except LinkError as error:
+            log.debug("%s: %s", host_id, error)
             return False
-        found = [HostInfo.from_dict(answer) for answer in answers if isinstance(answer, dict)]
+        found = [HostInfo.from_dict(answer) for answer in answers]
         if not found or found[-1] == self._hosts.get(host_id):
             return False
         self._hosts[host_id] = found[-1]

@@ -6,13 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from typing import Any, Protocol
 
 import grpc
 
 from cluster.errors import ContextTooLong, InvalidRequest, UnknownModel
+from deployments.conversations import ChatTokenizer, Conversations, to_turns
 from deployments.remote_decoder import RemoteDecoder
-from deployments.rpc import Context, Methods
+from deployments.rpc import Context, Methods, tenant_of
 from deployments.streams import merge
 from protos.briolette.v1 import inference_pb2
 from protos.briolette.v1.inference_pb2 import (
@@ -24,29 +24,23 @@ from protos.briolette.v1.inference_pb2 import (
     ListModelsResponse,
     Message,
     Model,
-    Sampling,
     TokenizeRequest,
     TokenizeResponse,
 )
-from protos.briolette.v1.stream_pb2 import Add
+from protos.briolette.v1.stream_pb2 import Add, Output
 
 NAME: str = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-
-
-class ChatTokenizer(Protocol):
-    """What the service needs of engine.tokenizer.Tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]: ...
 
 
 class Inference:
     """The methods, on top of a decoder that may come and go."""
 
-    def __init__(self, decoder: RemoteDecoder, tokenizer: ChatTokenizer) -> None:
+    def __init__(
+        self, decoder: RemoteDecoder, tokenizer: ChatTokenizer, conversations: Conversations
+    ) -> None:
         self._decoder = decoder
         self._tokenizer = tokenizer
+        self._conversations = conversations
 
     def handler(self, methods: Methods) -> grpc.GenericRpcHandler:
         """What a gRPC server calls."""
@@ -67,13 +61,34 @@ class Inference:
         """The pieces of one answer; leaving early aborts the request in the decoder."""
         started = time.monotonic()
         self._check_model(request.model)
-        prompt_ids = await self._encode(request)
+        if isinstance(request, ChatRequest) and request.session:
+            outputs = self._turn(request, context, started)
+        else:
+            outputs = self._answer(await self._encode(request), request, context, started)
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output.generation
+
+    async def _answer(
+        self,
+        prompt_ids: list[int],
+        request: ChatRequest | CompleteRequest,
+        context: Context,
+        started: float,
+        session: str = "",
+    ) -> AsyncGenerator[Output, None]:
         self._check_length(prompt_ids)
-        add = to_add(prompt_ids, request.sampling, context.time_remaining())
+        add = Add(
+            prompt_ids=prompt_ids,
+            sampling=request.sampling,
+            tenant=tenant_of(context),
+            session=session,
+            timeout_s=context.time_remaining(),  # what is left of the client's deadline
+        )
         ttft_s = None
-        async with aclosing(self._decoder.generate(add)) as pieces:
-            async for piece in pieces:
-                elapsed_s = time.monotonic() - started
+        async with aclosing(self._decoder.generate(add)) as outputs:
+            async for output in outputs:
+                piece, elapsed_s = output.generation, time.monotonic() - started
                 if ttft_s is None:
                     ttft_s = elapsed_s
                     piece.request_id = add.request_id
@@ -81,7 +96,28 @@ class Inference:
                 if piece.finish_reason != FINISH_REASON_UNSPECIFIED:
                     piece.timings.ttft_s = ttft_s
                     piece.timings.total_s = elapsed_s
-                yield piece
+                yield output
+
+    async def _turn(
+        self, request: ChatRequest, context: Context, started: float
+    ) -> AsyncGenerator[Output, None]:
+        """An answer in a session. Its last piece comes once the turn is kept and the session free
+        for the next one.
+        """
+        tenant, conversations = tenant_of(context), self._conversations
+        answer = Generation()
+        async with conversations.hold(tenant, request.session):
+            before = await conversations.load_or_begin(tenant, request.session)
+            prompt_ids = await conversations.prompt(before, request.messages)
+            outputs = self._answer(prompt_ids, request, context, started, request.session)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    merge(answer, output.generation)
+                    if output.generation.finish_reason == FINISH_REASON_UNSPECIFIED:
+                        yield output
+            keys = output.block_keys
+            await conversations.keep(before, request.messages, prompt_ids, answer, keys)
+        yield output
 
     async def _whole(self, request: ChatRequest | CompleteRequest, context: Context) -> Generation:
         """One answer in one piece."""
@@ -117,8 +153,7 @@ class Inference:
         return await asyncio.to_thread(self._tokenizer.encode, request.text)
 
     async def _encode_chat(self, messages: Iterable[Message]) -> list[int]:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        return await asyncio.to_thread(self._tokenizer.apply_chat_template, turns)
+        return await asyncio.to_thread(self._tokenizer.apply_chat_template, to_turns(messages))
 
     def _check_model(self, model: str) -> None:
         served = self._decoder.status.model
@@ -138,8 +173,3 @@ class Inference:
         for token in piece.logprobs:
             for alternative in token.alternatives:
                 alternative.text = self._tokenizer.decode([alternative.token_id])
-
-
-def to_add(prompt_ids: list[int], sampling: Sampling, timeout_s: float | None) -> Add:
-    """The request for the decoder; `timeout_s` is what is left of the client's deadline."""
-    return Add(prompt_ids=prompt_ids, sampling=sampling, tenant="default", timeout_s=timeout_s)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from weakref import WeakKeyDictionary
@@ -137,6 +137,10 @@ class KVBlockStore:
     def traces_of(self, request: Request) -> tuple[bytes, ...]:
         """Keys of all values that were saved for this request."""
         return tuple(self._trace(request).keys)
+
+    def forget(self, tenant: str, keys: Iterable[bytes]) -> None:
+        """These values aren't in Redis, whatever was thought."""
+        self._known[tenant].difference_update(keys)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was saved is written or given up; whether that came in time."""

@@ -12,6 +12,7 @@ import torch
 from cluster.checkpoint import Checkpoint, resolve_model
 from cluster.config import Config
 from cluster.errors import ConfigError, NotEnoughMemory, Unavailable
+from cluster.native import kernels_name
 from cluster.spec import ModelSpec
 from deployments.layout import expert_groups
 from engine.block_hash import BlockHasher
@@ -54,6 +55,11 @@ class Source:
             device,
             pick_dtype(config, device),
         )
+
+    @property
+    def kernels(self) -> str:
+        """Whose kernels compute it here: "native" or "PyTorch"."""
+        return kernels_name(self.device, self.dtype)
 
 
 def load_engine(

@@ -63,6 +63,7 @@ def to_output(output: RequestOutput, queue_s: float) -> Output:
                 prompt_tokens=output.num_prompt_tokens,
                 output_tokens=output.num_output_tokens,
                 cached_tokens=output.num_cached_tokens,
+                fetched_tokens=output.num_fetched_tokens,
             )
         )
         piece.timings.CopyFrom(Timings(queue_s=queue_s))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily
 
 from cluster.metrics import Metrics
 from cluster.placement import ExpertPlacement
@@ -128,23 +128,18 @@ class ExpertMeter:
 
 
 class HostMeter:
-    """A host's load, written into its metrics whenever Prometheus asks."""
+    """A host's load, read anew for every scrape, however many scrape at once."""
 
     def __init__(self, host: ExpertHost, model: str) -> None:
         self.registry = CollectorRegistry()
         self._host = host
         self._model = model
-        self._counted: list[int] = []
-        self.registry.register(self)  # first: its collect() comes before the metrics' own
-        self._metrics = Metrics(self.registry)
+        self.registry.register(self)
 
-    def collect(self) -> list[Any]:
+    def collect(self) -> list[CounterMetricFamily]:
         """Called for every scrape."""
-        tokens = [sum(row) for row in self._host.stats().expert_load]
-        before = self._counted or [0] * len(tokens)
-        for layer_idx, (now, then) in enumerate(zip(tokens, before, strict=True)):
-            self._metrics.expert_tokens_total(self._model, self._host.host_id, str(layer_idx)).inc(
-                now - then
-            )
-        self._counted = tokens
-        return []
+        spec = Metrics.expert_tokens_total
+        tokens = CounterMetricFamily(spec.name, spec.help, labels=spec.labels)
+        for layer_idx, row in enumerate(self._host.stats().expert_load):
+            tokens.add_metric((self._model, self._host.host_id, str(layer_idx)), sum(row))
+        return [tokens]

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from cluster.errors import Unavailable
 from cluster.links import Endpoint
 from deployments.decoder_link import DecoderLink
-from deployments.streams import Streams
+from deployments.streams import RequestFailed, Streams
 from protos.briolette.v1.admin_pb2 import ClusterStatus
-from protos.briolette.v1.inference_pb2 import FINISH_REASON_UNSPECIFIED, Generation
-from protos.briolette.v1.stream_pb2 import Add, FromDecoder, ToDecoder
+from protos.briolette.v1.inference_pb2 import FINISH_REASON_UNSPECIFIED
+from protos.briolette.v1.stream_pb2 import (
+    Add,
+    FromDecoder,
+    Missing,
+    Output,
+    SessionAnswer,
+    SessionCall,
+    SessionTrace,
+    ToDecoder,
+)
+
+MAX_TRACED = 1024  # sessions whose traces wait to be written down
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +44,8 @@ class RemoteDecoder:
         self._secret = secret
         self._on_status = on_status
         self._streams = Streams(self._abort)
+        self._calls: dict[str, asyncio.Future[SessionAnswer]] = {}
+        self._traces: dict[tuple[str, str], set[bytes]] = {}
 
     def connect(self) -> None:
         """Keep a link from now on, calling back on the loop that runs."""
@@ -51,7 +65,7 @@ class RemoteDecoder:
         """What no reconnecting will mend; None while all is well."""
         return None if self._link.is_alive else "The link to the decoder has no thread any more."
 
-    async def generate(self, add: Add) -> AsyncGenerator[Generation, None]:
+    async def generate(self, add: Add) -> AsyncGenerator[Output, None]:
         """The pieces of one answer; leaving early aborts the request. Gives `add` its id.
 
         Raises Unavailable while the decoder isn't ready.
@@ -64,26 +78,77 @@ class RemoteDecoder:
             self._link.send(ToDecoder(adds=[add]))
             is_last = False
             while not is_last:
-                piece = await stream.take()
-                is_last = piece.finish_reason != FINISH_REASON_UNSPECIFIED
-                yield piece
+                output = await stream.take()
+                is_last = output.generation.finish_reason != FINISH_REASON_UNSPECIFIED
+                yield output
         finally:
             self._streams.close(stream)
             if not stream.is_finished:
                 self._abort(stream.request_id)
 
+    async def call(self, call: SessionCall, timeout_s: float) -> SessionAnswer:
+        """Ask what memory holds, or to free it. Gives `call` its id. Raises Unavailable."""
+        if not self.status.ready:
+            raise Unavailable(self.status.reason)
+        call.call_id = uuid.uuid4().hex
+        answer = self._calls[call.call_id] = asyncio.get_running_loop().create_future()
+        self._link.send(ToDecoder(session_calls=[call]))
+        try:
+            return await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            raise Unavailable("The decoder does not answer right now.") from None
+        finally:
+            del self._calls[call.call_id]
+
+    def tell_missing(self, tenant: str, keys: Sequence[bytes]) -> None:
+        """The store lacks these values: what the decoder has of them, it saves again."""
+        if keys:
+            self._link.send(ToDecoder(missing=[Missing(tenant=tenant, keys=keys)]))
+
+    def traces(self, tenant: str, session: str) -> frozenset[bytes]:
+        """Keys of what turns of a session may have left in the store, until they are forgotten."""
+        return frozenset(self._traces.get((tenant, session), ()))
+
+    def forget_traces(self, tenant: str, session: str, keys: frozenset[bytes]) -> None:
+        """These are written down; others may have come meanwhile."""
+        left = self._traces.pop((tenant, session), set()) - keys
+        if left:
+            self._traces[tenant, session] = left
+
     def _abort(self, request_id: str) -> None:
         self._link.send(ToDecoder(aborts=[request_id]))
 
     def _on_message(self, message: FromDecoder) -> None:
+        for trace in message.session_traces:
+            self._note(trace)
         for output in message.outputs:
             self._streams.push(output)
+        for answer in message.session_answers:
+            self._take_answer(answer)
         if message.HasField("status"):
             self._set_status(message.status)
 
+    def _note(self, trace: SessionTrace) -> None:
+        self._traces.setdefault((trace.tenant, trace.session), set()).update(trace.keys)
+        if len(self._traces) > MAX_TRACED:  # they expire in the store
+            del self._traces[next(iter(self._traces))]
+
+    def _take_answer(self, answer: SessionAnswer) -> None:
+        waiting = self._calls.get(answer.call_id)
+        if waiting is None or waiting.done():
+            return  # nobody waits any more
+        if answer.HasField("failure"):
+            waiting.set_exception(RequestFailed(answer.failure))
+        else:
+            waiting.set_result(answer)
+
     def _on_lost(self, reason: str) -> None:
         log.warning("No link to the decoder: %s", reason)
-        self._streams.fail_all("The decoder that worked on this answer is gone; ask again.")
+        gone = "The decoder that worked on this answer is gone; ask again."
+        self._streams.fail_all(gone)
+        for waiting in self._calls.values():
+            if not waiting.done():
+                waiting.set_exception(Unavailable(gone))
         self._set_unready("The decoder is not reachable right now.")
 
     def _on_silent(self) -> None:

@@ -141,7 +141,12 @@ class RemoteExperts:
     def _host_status(self, host: HostInfo, problems: Mapping[str, str]) -> ExpertHost:
         return ExpertHost(
             host_id=host.host_id,
-            part=Part(pid=host.pid, device=host.device, metrics_port=host.metrics_port),
+            part=Part(
+                pid=host.pid,
+                device=host.device,
+                metrics_port=host.metrics_port,
+                kernels=host.kernels,
+            ),
             group_ids=host.group_ids,
             visible_devices=host.visible_devices,
             link="" if host.host_id in problems else self.router.link_kind(host.host_id),

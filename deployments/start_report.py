@@ -63,7 +63,7 @@ def reporting(state_dir: Path, part: str) -> Iterator[Reporter]:
     except BrioletteError as error:
         reporter.failed(str(error))
         raise
-    except Exception as error:
+    except Exception as error:  # the border of a start
         log.exception("%s could not start.", part)
         reporter.failed(f"{part}: {type(error).__name__}: {error} (logs/{part}.log has more)")
         raise

@@ -12,16 +12,25 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from cluster.errors import BrioletteError
 from deployments.decoder_link import GatewayLinks
 from deployments.messages import to_load, to_output, to_sampling_params
 from deployments.meters import EngineMeter
+from deployments.session_memory import KeptValues, SessionEngine, SessionMemory
 from engine.core import EngineStats, RequestOutput
 from engine.request import FinishReason, Request, SamplingParams
 from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad
-from protos.briolette.v1.stream_pb2 import Add, Failure, FromDecoder, Output, ToDecoder
+from protos.briolette.v1.stream_pb2 import (
+    Add,
+    Failure,
+    FromDecoder,
+    Output,
+    SessionAnswer,
+    ToDecoder,
+)
 
 STATUS_PERIOD_S = 1.0
 BLOCKS_PERIOD_S = 0.001  # between two looks at a block store while nothing else can go on
@@ -30,7 +39,7 @@ LONGEST_STEP_S = 120.0  # the largest model's longest prefill on a CPU; past it,
 log = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
+class Engine(SessionEngine, Protocol):
     """What the loop needs of engine.core.EngineCore."""
 
     @property
@@ -45,6 +54,7 @@ class Engine(Protocol):
         sampling: SamplingParams,
         seed: int | None = None,
         tenant: str = "default",
+        session: str | None = None,
         deadline_s: float | None = None,
     ) -> Request: ...
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> object: ...
@@ -69,12 +79,18 @@ class StepLoop:
     """
 
     def __init__(
-        self, engine: Engine, meter: EngineMeter, fill_status: Callable[[ClusterStatus], None]
+        self,
+        engine: Engine,
+        meter: EngineMeter,
+        fill_status: Callable[[ClusterStatus], None],
+        store: KeptValues | None = None,
     ) -> None:
+        """`store` is the one that the engine saves its blocks in, if any."""
         self._engine = engine
         self._fill_status = fill_status
         self._gateways: GatewayLinks | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._sessions = SessionMemory(engine, store, self._inbox.put)
         self._meter = meter
         self._served: dict[str, _Served] = {}
         self._queued: list[_Served] = []  # those whose first step is still to come
@@ -170,9 +186,12 @@ class StepLoop:
         for output in outputs:
             if (served := self._served.get(output.request_id)) is None:
                 continue  # aborted: nobody waits for it
-            news[served.gateway_id].append(to_output(output, served.queue_s or 0.0))
+            item = to_output(output, served.queue_s or 0.0)
             if output.finish_reason is not None:
                 del self._served[output.request_id]
+                item.block_keys.extend(self._sessions.keys_of(served.request))
+                self._leave_trace(served)
+            news[served.gateway_id].append(item)
         for gateway_id, items in news.items():
             self._send(gateway_id, FromDecoder(outputs=items))
 
@@ -191,8 +210,13 @@ class StepLoop:
         for add in message.adds:
             self._add(gateway_id, add)
         for request_id in message.aborts:
-            if self._served.pop(request_id, None) is not None:
+            if (served := self._served.pop(request_id, None)) is not None:
                 self._engine.abort(request_id)
+                self._leave_trace(served)
+        for missing in message.missing:
+            self._sessions.forget(missing)
+        for call in message.session_calls:
+            self._sessions.answer(call, partial(self._reply, gateway_id))
 
     def _add(self, gateway_id: int, add: Add) -> None:
         now = time.monotonic()
@@ -202,6 +226,7 @@ class StepLoop:
                 prompt_ids=list(add.prompt_ids),
                 sampling=to_sampling_params(add.sampling),
                 tenant=add.tenant,
+                session=add.session or None,
                 deadline_s=now + add.timeout_s if add.HasField("timeout_s") else None,
             )
         except BrioletteError as error:
@@ -211,6 +236,16 @@ class StepLoop:
         self._served[add.request_id] = served
         self._queued.append(served)
         self._meter.accepted(request)
+
+    def _leave_trace(self, served: _Served) -> None:
+        """Tell the gateway what a turn of a session has left in the store."""
+        if (trace := self._sessions.trace(served.request)) is not None:
+            self._send(served.gateway_id, FromDecoder(session_traces=[trace]))
+
+    def _reply(self, gateway_id: int, answer: SessionAnswer) -> None:
+        if answer.freed_bytes:
+            self._send_status()  # first, so that whoever has the answer sees the memory free
+        self._send(gateway_id, FromDecoder(session_answers=[answer]))
 
     def _refuse(self, gateway_id: int, request_id: str, status: str, sentence: str) -> None:
         failure = Failure(status=status, sentence=sentence)
@@ -246,6 +281,7 @@ class StepLoop:
         status = ClusterStatus(load=self._load())
         self._meter.load(status.load)
         self._fill_status(status)
+        status.kv_fingerprint = self._sessions.fingerprint
         self._status = status
         self._status_at = time.monotonic()
 

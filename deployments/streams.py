@@ -31,7 +31,7 @@ class Stream:
     def __init__(self) -> None:
         self.request_id = uuid.uuid4().hex
         self.is_finished = False  # the decoder has nothing more for it
-        self._pending: Generation | None = None
+        self._pending: Output | None = None
         self._error: BrioletteError | None = None
         self._wake = asyncio.Event()
 
@@ -40,12 +40,12 @@ class Stream:
         if output.HasField("failure"):
             self.fail(RequestFailed(output.failure))
             return
-        piece = output.generation
-        self.is_finished = piece.finish_reason != FINISH_REASON_UNSPECIFIED
+        self.is_finished = output.generation.finish_reason != FINISH_REASON_UNSPECIFIED
         if self._pending is None:
-            self._pending = piece
+            self._pending = output
         else:
-            merge(self._pending, piece)
+            merge(self._pending.generation, output.generation)
+            self._pending.block_keys.extend(output.block_keys)
         self._wake.set()
 
     @property
@@ -53,7 +53,7 @@ class Stream:
         """The client is too slow for what still comes."""
         if self._pending is None or self.is_finished:
             return False
-        return len(self._pending.token_ids) > MAX_BUFFERED_TOKENS
+        return len(self._pending.generation.token_ids) > MAX_BUFFERED_TOKENS
 
     def fail(self, error: BrioletteError) -> None:
         """End with an error; what was not taken yet is lost."""
@@ -61,15 +61,15 @@ class Stream:
         self.is_finished = True
         self._wake.set()
 
-    async def take(self) -> Generation:
+    async def take(self) -> Output:
         """Everything new, as soon as there is something. Raises what the stream failed with."""
         await self._wake.wait()
         self._wake.clear()
         if self._error is not None:
             raise self._error
-        piece, self._pending = self._pending, None
-        assert piece is not None
-        return piece
+        output, self._pending = self._pending, None
+        assert output is not None
+        return output
 
 
 def merge(answer: Generation, piece: Generation) -> None:

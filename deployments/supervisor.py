@@ -79,7 +79,7 @@ def main() -> int:
         log.error("%s", error)
         news.tell(error=str(error))
         return 1
-    except Exception as error:
+    except Exception as error:  # the border of a start
         log.exception("The cluster could not start.")
         news.tell(
             error=f"{type(error).__name__}: {error} "

@@ -24,8 +24,8 @@ def print_report(console: Console, report: Report) -> None:
 def verify_table(results: Results) -> Table:
     """A row for each case: sums over its prompts, and the largest differences."""
     table = Table(box=SIMPLE)
-    table.add_column("")
-    for column in ("prompts", "tokens", "warm", "from memory", "from Redis", "gap"):
+    table.add_column("", no_wrap=True)
+    for column in ("prompts", "tokens", "warm", "memory", "Redis", "gap"):
         table.add_column(column, justify="right")
     for name, verdicts in results.items():
         gaps = [c.smallest_gap for v in verdicts for c in v.comparisons]

@@ -66,6 +66,7 @@ class RequestOutput:
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int  # of the prompt (of a resumed request: and its output), not computed
+    num_fetched_tokens: int  # of these, those that only the block store had
     matched_stop: str | int | None  # the stop string or stop token id; None at the end of sequence
 
 
@@ -182,9 +183,11 @@ class EngineCore:
         output_ids: Sequence[int] = (),
         seed: int | None = None,
         tenant: str = "default",
+        session: str | None = None,
         deadline_s: float | None = None,
     ) -> Request:
-        """Accept a request; `deadline_s` is on time.monotonic's clock.
+        """Accept a request; `deadline_s` is on time.monotonic's clock. A turn of a kept `session`
+        leaves checkpoints that `drop_session` finds.
 
         With `output_ids` a request goes on where another engine left it: positions, penalties,
         seed and text continue as if those tokens had been generated here (pass the seed of the
@@ -205,6 +208,7 @@ class EngineCore:
             seed=_first(seed, sampling.seed, random.getrandbits(63)),
             max_tokens=self._max_tokens(len(prompt_ids), sampling.max_tokens),
             tenant=tenant,
+            session=session,
             output_ids=list(output_ids),
             deadline_s=deadline_s,
         )
@@ -221,6 +225,20 @@ class EngineCore:
         request = self._requests.get(request_id)
         if request is not None:
             self._finish(request, reason)
+
+    def drop_session(self, tenant: str, session: str) -> int:
+        """Free between two steps what memory holds for this session alone; the bytes freed."""
+        return self.kv.drop((tenant, session))
+
+    def session_tokens(self, tenant: str) -> dict[str, int]:
+        """The tenant's sessions that memory holds something for, and from how many tokens on each
+        could go on.
+        """
+        return {
+            owner[1]: num_blocks * self.kv.block_size
+            for owner, num_blocks in self.kv.index.kept_blocks().items()
+            if owner is not None and owner[0] == tenant
+        }
 
     def stats(self) -> EngineStats:
         groups = self.kv.groups.items()
@@ -412,6 +430,7 @@ def _output(
         num_prompt_tokens=len(request.prompt_ids),
         num_output_tokens=len(request.output_ids),
         num_cached_tokens=request.num_cached_tokens,
+        num_fetched_tokens=request.num_fetched_tokens,
         matched_stop=matched_stop,
     )
 

@@ -11,7 +11,7 @@ from engine.block_hash import BlockHasher
 from engine.block_store import StoredBlock
 from engine.kv_cache_group import KVCacheGroup
 from engine.prefix import NOTHING_FETCHED, Fetched, Prefix, PrefixIndex, PrefixNode
-from engine.request import Request
+from engine.request import Owner, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,7 @@ class KVCache:
     ) -> None:
         """Raises NotEnoughMemory when a group can't hold what one request needs to go on."""
         self.block_size = config.block_size
+        self._block_bytes = {kind: config.block_bytes.get(kind, 1) for kind in config.num_blocks}
         windows = {AttentionKind.GLOBAL: None, AttentionKind.SLIDING: sliding_window}
         self.groups = {
             kind: KVCacheGroup(
@@ -67,7 +68,7 @@ class KVCache:
         sliding = self.groups.get(AttentionKind.SLIDING)
         self.index = PrefixIndex(
             {kind: group.pool for kind, group in self.groups.items()},
-            {kind: config.block_bytes.get(kind, 1) for kind in self.groups},
+            self._block_bytes,
             0 if sliding is None else sliding.window_blocks or 0,
         )
         self._hasher = hasher
@@ -120,7 +121,7 @@ class KVCache:
         hashes = request.block_hashes[: prefix.num_blocks]
         running = self._running[request] = _Running(self._free_rows.pop())
         if num_cached := min(prefix.num_cached, prefix.num_blocks):
-            running.node = self.index.enter(hashes[num_cached - 1])
+            running.node = self.index.enter(hashes[num_cached - 1], request.owner)
         if prefix.num_cached > prefix.num_blocks:
             running.branch = prefix.num_cached
         # All that is cached is referenced before room is made: it mustn't be evicted for the rest.
@@ -178,9 +179,12 @@ class KVCache:
         Returns the window's blocks, still referenced; none where it was kept before.
         """
         node = self._running[request].node
-        if node is None or node.is_kept:
+        if node is None:
             return []
-        self.index.keep(node)
+        was_kept = node.is_kept
+        self.index.keep(node, request.owner)
+        if was_kept:
+            return []
         sliding = self.groups.get(AttentionKind.SLIDING)
         if sliding is None:
             return []
@@ -195,6 +199,12 @@ class KVCache:
         if node is not None:
             self.index.forget(node)
 
+    def drop(self, owner: Owner) -> int:
+        """Keep nothing for `owner` alone; returns the bytes that nothing is kept in any more."""
+        before = self._kept_bytes()
+        self.index.drop(owner)
+        return before - self._kept_bytes()
+
     def free(self, request: Request) -> None:
         running = self._running.pop(request)
         for group in self.groups.values():
@@ -202,6 +212,12 @@ class KVCache:
         if running.node is not None:
             self.index.leave(running.node)
         self._free_rows.append(running.row)
+
+    def _kept_bytes(self) -> int:
+        return sum(
+            (group.pool.num_blocks - group.pool.num_unused) * self._block_bytes[kind]
+            for kind, group in self.groups.items()
+        )
 
     def _num_indexed(self, request: Request) -> int:
         node = self._running[request].node
@@ -213,7 +229,7 @@ class KVCache:
         is_new = block_hash not in self.index
         ids = {k: g.register(running.row, index, block_hash) for k, g in self.groups.items()}
         if index >= self._num_indexed(request):
-            running.node = self.index.advance(running.node, block_hash)
+            running.node = self.index.advance(running.node, block_hash, request.owner)
         if not is_new or AttentionKind.GLOBAL not in ids:
             return []
         return [StoredBlock(AttentionKind.GLOBAL, ids[AttentionKind.GLOBAL], block_hash)]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.spec import AttentionKind
 from engine.block_pool import BlockPool
 from engine.eviction import EvictionQueue, eviction_priority
+from engine.request import Owner
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
 
@@ -45,6 +46,7 @@ class PrefixNode:
     is_kept: bool = False  # a checkpoint: requests resume here, the window that ends here is kept
     kept_before: PrefixNode | None = None  # a checkpoint among its ancestors, when it became one
     last_used: float = 0.0  # the eviction clock then
+    owners: set[Owner] = field(default_factory=set)  # of a checkpoint: who left it or resumed here
 
     @property
     def is_idle_leaf(self) -> bool:
@@ -107,17 +109,20 @@ class PrefixIndex:
 
     # Running requests: each stands at one node, the last full block that it has computed
 
-    def enter(self, block_hash: bytes) -> PrefixNode:
+    def enter(self, block_hash: bytes, owner: Owner = None) -> PrefixNode:
         """A request resumes from what is cached up to this block."""
         node = self._nodes[block_hash]
         node.num_users += 1
         for ancestor in node.ancestors():
             if ancestor.is_kept:
                 ancestor.last_used = self._clock
+                ancestor.owners.add(owner)
                 break
         return node
 
-    def advance(self, node: PrefixNode | None, block_hash: bytes) -> PrefixNode:
+    def advance(
+        self, node: PrefixNode | None, block_hash: bytes, owner: Owner = None
+    ) -> PrefixNode:
         """A request at `node` (None: at the start) holds the next block, full and registered."""
         child = self._nodes.get(block_hash)
         if child is None:
@@ -130,7 +135,7 @@ class PrefixIndex:
         if node is not None:
             node.num_users -= 1
         if self._window_blocks == 0:
-            self.keep(child)
+            self.keep(child, owner)
         return child
 
     def leave(self, node: PrefixNode) -> None:
@@ -145,9 +150,10 @@ class PrefixIndex:
         nodes = zip(range(self._window_blocks), node.ancestors(), strict=False)
         return [ancestor.block_hash for _, ancestor in nodes]
 
-    def keep(self, node: PrefixNode) -> None:
+    def keep(self, node: PrefixNode, owner: Owner = None) -> None:
         """Make `node` a checkpoint; its window's sliding blocks are registered and held."""
         node.last_used = self._clock
+        node.owners.add(owner)
         if node.is_kept:
             return
         node.is_kept = True
@@ -160,6 +166,21 @@ class PrefixIndex:
         for ancestor in node.ancestors():
             if ancestor.is_kept:
                 self._drop(ancestor)
+
+    def drop(self, owner: Owner) -> None:
+        """Keep nothing for `owner` alone; checkpoints that others have used too stay theirs."""
+        for node in [node for node in self._nodes.values() if owner in node.owners]:
+            node.owners.remove(owner)
+            if not node.owners:
+                self._drop(node)
+
+    def kept_blocks(self) -> dict[Owner, int]:
+        """After how many blocks, at most, each owner can resume."""
+        deepest: dict[Owner, int] = {}
+        for node in self._nodes.values():
+            for owner in node.owners:
+                deepest[owner] = max(deepest.get(owner, 0), node.depth)
+        return deepest
 
     def make_room(self, kind: AttentionKind, num_blocks: int) -> None:
         """Evict until the pool can allocate `num_blocks`, of which it has that many free."""
@@ -176,6 +197,7 @@ class PrefixIndex:
     def _drop(self, node: PrefixNode) -> None:
         """No checkpoint any more. Blocks that are of no use without it are unused at once."""
         node.is_kept = False
+        node.owners.clear()
         self._unkeep_blocks(SLIDING, self.window(node))
         fallback = self._kept_before(node)
         if fallback is not None:  # whoever would have used `node` will use this one
@@ -248,6 +270,7 @@ class PrefixIndex:
         for node, counts in expected.items():
             assert counts == [node.num_children, node.num_users], "wrong counts in the prefix tree"
             assert node.is_kept or not node.is_idle_leaf, "a node that nobody needs"
+            assert node.is_kept == bool(node.owners), "a checkpoint of nobody's"
             assert not node.is_kept or node in self._queues[SLIDING] or not self._window_blocks
             assert not (node.is_kept and node.is_idle_leaf) or node in self._queues[GLOBAL]
         kept = {GLOBAL: dict.fromkeys(self._nodes, 1), SLIDING: windows}

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest
 
+Owner = tuple[str, str] | None  # tenant and session; None: no session
+
 
 class FinishReason(enum.Enum):
     """Why a request ended; every accepted request ends with exactly one of these."""
@@ -83,16 +85,23 @@ class Request:
     seed: int
     max_tokens: int  # resolved against the context length
     tenant: str = "default"
+    session: str | None = None  # the kept conversation that it is a turn of
     output_ids: list[int] = field(default_factory=list)  # may start filled: a resumed request
     arrival_s: float = field(default_factory=time.monotonic)
     deadline_s: float | None = None  # on time.monotonic's clock
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of these, found cached at the first start
+    num_fetched_tokens: int = 0  # of the cached ones, those that only the store had
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as hashed
     num_preemptions: int = 0
     asks_store: bool = False  # once more: it gave way, and may have lost what was cached
     finish_reason: FinishReason | None = None
+
+    @property
+    def owner(self) -> Owner:
+        """For whom its checkpoints are kept."""
+        return None if self.session is None else (self.tenant, self.session)
 
     @property
     def num_tokens(self) -> int:

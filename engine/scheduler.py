@@ -206,6 +206,7 @@ class Scheduler:
             if self._ask_store(request):
                 return False
         fetched = self.store.fetched(request) or NOTHING_FETCHED
+        in_memory = self.kv.find_prefix(request)
         if not (self._start(request, fetched) or (fetched and self._start(request))):
             return False
         self.store.release(request)
@@ -213,7 +214,7 @@ class Scheduler:
         self.running.append(request)
         request.state = RequestState.RUNNING
         if request.num_preemptions == 0:
-            self._count_prefix(request)
+            self._count_prefix(request, in_memory.num_blocks * self.kv.block_size)
         return True
 
     def _start(self, request: Request, fetched: Fetched = NOTHING_FETCHED) -> bool:
@@ -235,8 +236,9 @@ class Scheduler:
         request.num_computed_tokens = prefix.num_blocks * self.kv.block_size
         return True
 
-    def _count_prefix(self, request: Request) -> None:
+    def _count_prefix(self, request: Request, num_in_memory: int) -> None:
         request.num_cached_tokens = request.num_computed_tokens
+        request.num_fetched_tokens = max(0, request.num_cached_tokens - num_in_memory)
         use = self.prefix_use[request.tenant]
         use.num_queries += 1
         use.num_hits += request.num_cached_tokens > 0

@@ -17,6 +17,7 @@ from engine.token_bytes import token_to_bytes
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 TURN_CLOSE = "<turn|>"  # ends every turn in Gemma 4's chat format
 MARK = "\udc00"  # half a surrogate pair: no character, so no text that a user sends can hold it
+ANSWER = "\udc01"  # the same; stands in a rendered conversation for an answer that is known as ids
 
 
 class Tokenizer:
@@ -65,7 +66,7 @@ class Tokenizer:
             raise CheckpointError(f"{model_dir} has no tokenizer.json.")
         try:
             hf_tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+        except Exception as error:  # at the start; for a broken file the library raises a bare one
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(
                 f"The tokenizer in {model_dir} can't be read: {reason}"
@@ -83,6 +84,11 @@ class Tokenizer:
             ids.insert(0, self.bos_id)
         return ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing counts as a control token."""
+        _check_text(text)
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of token ids, special tokens skipped; U+FFFD for bytes that are no character."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
@@ -94,7 +100,27 @@ class Tokenizer:
         All of it is plain text to the model, `<|turn>` too. Raises InvalidRequest for a
         conversation that the template can't express.
         """
+        return self._join(self._render(_checked_messages(messages)).split(MARK), int)
+
+    def extend_chat(
+        self, messages: Sequence[Mapping[str, Any]], num_known: int, known_ids: Sequence[int]
+    ) -> list[int]:
+        """The same for a conversation of which the first `num_known` messages, the last of them an
+        answer of the model's, are known as ids, without the token that ended that answer.
+
+        What follows is appended to exactly these ids, whatever the template would write for the
+        answer now; where it would leave it out, the whole conversation goes through the template.
+        """
         turns = _checked_messages(messages)
+        answered = turns.copy()
+        answered[num_known - 1] = {"role": turns[num_known - 1]["role"], "content": ANSWER}
+        _, *after = self._render(answered).split(ANSWER)
+        if len(after) != 1:
+            return self.apply_chat_template(messages)
+        return [*known_ids, *self._join(after[0].split(MARK), int)]
+
+    def _render(self, turns: Sequence[Mapping[str, Any]]) -> str:
+        """The template's text, its control tokens marked; it has written BOS."""
         if self._template is None:
             raise InvalidRequest("This model has no chat template; ask for a completion instead.")
         try:
@@ -106,9 +132,9 @@ class Tokenizer:
                 **self._variables,
             )
         except (TemplateError, TypeError, ValueError) as error:
-            reason = str(error).replace(MARK, "")
+            reason = str(error).replace(MARK, "").replace(ANSWER, "")
             raise InvalidRequest(f"The chat template refuses the messages: {reason}") from error
-        return self._join(text.split(MARK), int)  # the template has written BOS
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text; none for special and unknown ids."""
@@ -131,12 +157,8 @@ class Tokenizer:
         """
         ids: list[int] = []
         for index, piece in enumerate(pieces):
-            ids += [control_id(piece)] if index % 2 else self._encode_plain(piece)
+            ids += [control_id(piece)] if index % 2 else self.encode_plain(piece)
         return ids
-
-    def _encode_plain(self, text: str) -> list[int]:
-        _check_text(text)
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _marked_template(self) -> str | None:
         """The chat template with its control tokens marked: `MARK`, the id, `MARK`."""
@@ -160,7 +182,7 @@ class Tokenizer:
     def _check_plain(self) -> None:
         """No text gives a control token, but for the one that means unknown characters."""
         for token, token_id in self._control_ids.items():
-            if token_id in self._encode_plain(token) and token_id != self._hf.unk_token_id:
+            if token_id in self.encode_plain(token) and token_id != self._hf.unk_token_id:
                 raise CheckpointError(
                     f"The tokenizer gives {token!r} for plain text, so any user could write it."
                 )

@@ -36,8 +36,8 @@ PROGRAMS = 4  # per multiprocessor, that splits are made for
 class _Tiles:
     """Tiles of queries with the same number of rows."""
 
-    tiles: Tensor  # [num_tiles, 4] int32, as the kernel wants them
-    tokens: Tensor  # of the batch, those in the tiles
+    tiles: Tensor  # [num_tiles, 5] int32, as the kernel wants them
+    tokens: Tensor  # of the batch, those in the tiles, in order
     num_rows: int
     num_keys: int  # of the longest
 
@@ -82,13 +82,14 @@ class TritonAttention:
     def _tiles(self, spans: list[QuerySpan], num_rows: int, num_tokens: int) -> _Tiles:
         """The spans cut in tiles of at most `num_tokens`."""
         device = self._table.device
-        tiles = [
-            (span.request, span.start + i, min(num_tokens, span.length - i), span.position + i)
-            for span in spans
-            for i in range(0, span.length, num_tokens)
-        ]
-        tokens = [start + i for _, start, length, _ in tiles for i in range(length)]
-        longest = max(position + length for _, _, length, position in tiles)
+        tiles: list[tuple[int, ...]] = []
+        tokens: list[int] = []
+        for span in spans:
+            for i in range(0, span.length, num_tokens):
+                length, start = min(num_tokens, span.length - i), span.start + i
+                tiles.append((span.request, start, span.position + i, length, len(tokens)))
+                tokens += range(start, start + length)
+        longest = max(span.position + span.length for span in spans)
         return _Tiles(
             torch.tensor(tiles, dtype=torch.int32).to(device, non_blocking=True),
             torch.tensor(tokens).to(device, non_blocking=True),
@@ -97,14 +98,12 @@ class TritonAttention:
         )
 
     def _attend(self, tiles: _Tiles, query: Tensor, kv: KVTensors, out: Tensor) -> None:
-        num_tokens, num_heads, head_dim = query.shape
-        _, _, num_kv_heads, _ = kv.value.shape
+        num_outs, num_heads, head_dim = len(tiles.tokens), *query.shape[1:]
+        num_kv_heads = kv.value.shape[2]
         num_keys = KEYS[query.dtype.itemsize]
         num_splits = _num_splits(len(tiles.tiles) * num_kv_heads, tiles.num_keys, query.device)
-        parts = out[None]
-        if num_splits > 1:
-            parts = query.new_empty(num_splits, *query.shape, dtype=torch.float32)
-        log_sums = query.new_empty(num_splits, num_tokens, num_heads, dtype=torch.float32)
+        log_sums = query.new_empty(num_splits, num_outs, num_heads, dtype=torch.float32)
+        parts = log_sums.new_empty(*log_sums.shape, head_dim)
         weight, angles, rotating = kv.value, (kv.value,) * 4, MIN_ROWS
         if kv.one_row is not None:
             weight, rotating = kv.one_row.weight, num_pairs(kv.one_row.rotary)
@@ -119,7 +118,7 @@ class TritonAttention:
             tiles.tiles,
             parts,
             log_sums,
-            num_tokens,
+            num_outs,
             num_kv_heads,
             self._table.shape[1],
             self._window or 0,
@@ -133,10 +132,8 @@ class TritonAttention:
             num_warps=8,
             num_stages=2,
         )
-        if num_splits > 1:
-            shares = log_sums[:, tiles.tokens].softmax(0)[..., None]
-            joined = (parts[:, tiles.tokens] * shares).sum(0)
-            out.index_copy_(0, tiles.tokens, joined.to(out.dtype))
+        joined = (parts * log_sums.softmax(0)[..., None]).sum(0) if num_splits > 1 else parts[0]
+        out.index_copy_(0, tiles.tokens, joined.to(out.dtype))
 
     def _rotations(self, rotary: Rotary, num_keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """cos and sin of a key block's offsets, and of the blocks' first positions."""

@@ -24,10 +24,10 @@ def attend(
     block_cos,  # [num_key_blocks, ROTATING], of their first positions
     block_sin,
     tables,  # [num_requests, table_width] int64
-    tiles,  # [num_tiles, 4] int32: request, first token, tokens, position of the first
-    out,  # [num_splits, num_tokens, num_heads, HEAD_DIM]
-    log_sums,  # [num_splits, num_tokens, num_heads] fp32
-    num_tokens,
+    tiles,  # [num_tiles, 5] int32: request, first token, its position, tokens, first row of out
+    out,  # [num_splits, num_outs, num_heads, HEAD_DIM] fp32
+    log_sums,  # [num_splits, num_outs, num_heads] fp32
+    num_outs,
     num_kv_heads,
     table_width,
     window,  # 0: none
@@ -40,17 +40,19 @@ def attend(
     ONE_ROW: tl.constexpr,
 ):
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    request = tl.load(tiles + tile * 4).to(tl.int64)
-    first_token = tl.load(tiles + tile * 4 + 1)
-    tile_tokens = tl.load(tiles + tile * 4 + 2)
-    first_position = tl.load(tiles + tile * 4 + 3)
+    request = tl.load(tiles + tile * 5).to(tl.int64)
+    first_token = tl.load(tiles + tile * 5 + 1)
+    first_position = tl.load(tiles + tile * 5 + 2)
+    tile_tokens = tl.load(tiles + tile * 5 + 3)
+    first_out = tl.load(tiles + tile * 5 + 4)
 
     row, dim = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
     token = row // GROUP
     is_row = token < tile_tokens
     position = first_position + token  # [ROWS]
     heads = num_kv_heads * GROUP
-    at = (first_token + token).to(tl.int64) * heads + kv_head * GROUP + row % GROUP
+    head = kv_head * GROUP + row % GROUP
+    at = (first_token + token).to(tl.int64) * heads + head
     q = tl.load(query + at[:, None] * HEAD_DIM + dim, mask=is_row[:, None], other=0.0)
 
     if ONE_ROW:
@@ -106,7 +108,7 @@ def attend(
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         best = new_best
 
-    row_at = split * num_tokens * heads + at
+    to = (split * num_outs + first_out + token).to(tl.int64) * heads + head
     some = tl.where(total > 0, total, 1.0)  # a row may see nothing of this split
-    tl.store(out + row_at[:, None] * HEAD_DIM + dim, acc / some[:, None], mask=is_row[:, None])
-    tl.store(log_sums + row_at, best + tl.log(some), mask=is_row)
+    tl.store(out + to[:, None] * HEAD_DIM + dim, acc / some[:, None], mask=is_row[:, None])
+    tl.store(log_sums + to, best + tl.log(some), mask=is_row)

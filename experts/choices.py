@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cluster.native import declare, native_library
+from cluster.native_build import declare, native_library
 from cluster.placement import ExpertGroups
 from experts.kernels import Slots, sum_partials
 
@@ -69,6 +69,7 @@ class Choices:
 
     def __init__(self, cut: GroupCut, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Shapes: topk_ids int64 and topk_weights [num_tokens, k]."""
+        assert topk_ids.dtype is torch.int64
         self.experts = topk_ids.cpu().contiguous()
         self.weights = topk_weights.float().cpu().contiguous()
         self.num_tokens = len(self.experts)

@@ -66,6 +66,7 @@ class Handle:
     # By host and group: why it didn't compute this.
     refusals: dict[tuple[str, int], str] = field(default_factory=dict)
     dispatched_s: float = 0.0
+    compute_s: float = 0.0  # the slowest host's own time
 
 
 class ExpertRouter:
@@ -156,7 +157,7 @@ class ExpertRouter:
             if handle.orphans:
                 self._retry(handle)
         self._stats.count_combine(
-            hidden_s=start - handle.dispatched_s, waited_s=time.perf_counter() - start
+            start - handle.dispatched_s, handle.compute_s, time.perf_counter() - start
         )
         nothing = handle.hidden_states[:0]
         rows = [handle.rows.get(group_id, nothing) for group_id in range(self._cut.num_groups)]
@@ -269,6 +270,7 @@ class ExpertRouter:
         # time mustn't count, so the host's own time stands for it.
         waited_s = time.perf_counter() - start
         latency_s = min(start - sent.sent_s, reply.compute_s) + waited_s
+        handle.compute_s = max(handle.compute_s, reply.compute_s)
         self._stats.count_call(latency_s, reply.compute_s)
         if self._observer is not None:
             self._observer.answered(sent.peer.host_id, latency_s)

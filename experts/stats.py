@@ -28,13 +28,17 @@ class CallStats:
     # asked for it, the host's own time and the time to take it in.
     latency_s: float = 0.0
     compute_s: float = 0.0  # of it, the hosts' own time
-    hidden_s: float = 0.0  # between dispatch and combine
+    # Of each dispatch/combine pair: other work in between, at most the slowest host's own time
+    # (when an early answer came isn't known, and work done after that hides nothing).
+    hidden_s: float = 0.0
     waited_s: float = 0.0  # inside combine
     latency_counts: list[int] = field(default_factory=lambda: [0] * (len(CALL_BUCKETS) + 1))
 
     @property
     def hidden_share(self) -> float:
-        """The share of the time from dispatch to result in which other work was done."""
+        """Of the time that the hosts took, the part that passed while this process did other work:
+        the dense MLP, the other micro-batch.
+        """
         total_s = self.hidden_s + self.waited_s
         return self.hidden_s / total_s if total_s else 0.0
 
@@ -54,7 +58,9 @@ class CallStats:
         self.compute_s += compute_s
         self.latency_counts[bisect.bisect_left(CALL_BUCKETS, latency_s)] += 1
 
-    def count_combine(self, hidden_s: float, waited_s: float) -> None:
-        """Add one dispatch/combine pair."""
-        self.hidden_s += hidden_s
+    def count_combine(self, between_s: float, compute_s: float, waited_s: float) -> None:
+        """Add one dispatch/combine pair: the time between the two, the slowest host's own, and the
+        time inside combine.
+        """
+        self.hidden_s += min(between_s, compute_s)
         self.waited_s += waited_s

@@ -17,10 +17,11 @@ ITEM_SIZES = {"bf16": 2, "fp32": 4}
 POINTERS = {name: "*fp32" for name in ("offset_cos", "offset_sin", "block_cos", "block_sin")} | {
     "tables": "*i64",
     "tiles": "*i32",
+    "out": "*fp32",
     "log_sums": "*fp32",
 }
-CACHE = ("query", "key", "value", "weight", "out")
-SIZES = ("num_tokens", "num_kv_heads", "table_width", "window")
+CACHE = ("query", "key", "value", "weight")
+SIZES = ("num_outs", "num_kv_heads", "table_width", "window")
 
 
 def shared_bytes(dtype: str, num_rows: int, one_row: bool) -> int:

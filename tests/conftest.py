@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.native import native_kernels, native_library
+from cluster.native import native_kernels
+from cluster.native_build import native_library
 
 os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: tests need no GPU
 

@@ -171,7 +171,9 @@ def test_an_error_may_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFix
 class FullContext:
     """A client whose model takes one message and no more."""
 
-    def chat(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[Generation]:
+    def chat(
+        self, messages: Sequence[Message], sampling: Sampling, session: str
+    ) -> Iterator[Generation]:
         if len(messages) > 1:
             raise InvalidRequest("The prompt is too long.")
         yield Generation(text="Hello!", token_ids=[1])

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file, save_file
 
 from cluster.config import DEMO_MODEL_DIR, Config
 from cluster.errors import Unavailable
@@ -115,6 +116,27 @@ def test_only_the_engine_may_interrupt_others(client: Client, running: Running) 
     for pid in session_pids(running):
         expected = os.SCHED_OTHER if pid in engine else os.SCHED_BATCH
         assert os.sched_getscheduler(pid) == expected, name_of(pid)
+
+
+def test_a_host_that_finds_a_tensor_missing_ends_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Late: Ray runs, and the replica of a host reads the checkpoint."""
+    model, missing = tmp_path / "model", "model.layers.2.experts.down_proj"
+    shutil.copytree(DEMO_MODEL_DIR, model)
+    tensors = load_file(model / "model.safetensors")
+    del tensors[missing]
+    save_file(tensors, model / "model.safetensors")
+    file = tmp_path / "config.yaml"
+    state_dir = tmp_path / "state"
+    settings = {**SETTINGS, "model": str(model), "state_dir": str(state_dir)}
+    file.write_text(json.dumps(settings))  # which is YAML too
+    assert cli.main(["up", "--config", str(file)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error:") and "Traceback" not in said
+    assert missing in "".join(said.split())
+    assert lifecycle.find_running(state_dir) is None
+    assert not (state_dir / "running.json").exists()
 
 
 def test_the_cluster_says_what_the_engine_alone_says(config: Config, client: Client) -> None:

@@ -89,6 +89,16 @@ def test_remote_equals_local_bit_for_bit(
         assert 0 < stats.hidden_share < 1
 
 
+def test_what_comes_after_the_answer_hides_nothing(shared_swarm: Swarm) -> None:
+    with shared_swarm.router() as router:
+        router.wait_ready(5)
+        handle = router.dispatch(0, *random_topk(SPEC, 5, 1))
+        time.sleep(0.5)  # long work of the decoder's; the hosts' is short
+        router.combine(handle)
+        stats = router.stats()
+        assert 0 < stats.hidden_s <= stats.compute_s < 0.25
+
+
 def test_two_micro_batches_in_flight_find_their_answers(
     shared_swarm: Swarm, local: LocalExperts
 ) -> None:

@@ -27,6 +27,7 @@ from cluster.config import GatewayConfig
 from cluster.errors import LinkError, Overloaded, PortTaken, Unavailable
 from cluster.links import Endpoint, Listener, connect
 from cluster.metrics import Metrics
+from cluster.sessions import Sessions
 from cluster.spec import AttentionKind
 from deployments.decoder_link import (
     HELLO,
@@ -40,6 +41,7 @@ from deployments.meters import EngineMeter
 from deployments.step_loop import StepLoop
 from deployments.streams import MAX_BUFFERED_TOKENS, Streams
 from engine.batch import Batch
+from engine.block_hash import BlockHasher
 from engine.core import EngineCore, SpecLimits
 from engine.kv_cache import KVCacheConfig
 from engine.token_bytes import byte_level
@@ -99,20 +101,30 @@ def make_tokenizer() -> Tokenizer:
 class Decoder:
     """Everything of a decoder but the model, with a listener that gateways can find."""
 
-    def __init__(self, tokenizer: Tokenizer, max_queue: int = 8, max_num_seqs: int = 4) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_queue: int = 8,
+        max_num_seqs: int = 4,
+        store: Any = None,
+        num_blocks: int = 200,
+    ) -> None:
         self.runner = CountingRunner()
+        self.registry = CollectorRegistry()
         self.ready = True
         self.engine = EngineCore(
             self.runner,
-            KVCacheConfig(16, {kind: 200 for kind in AttentionKind}),
+            KVCacheConfig(16, dict.fromkeys(AttentionKind, num_blocks)),
             spec_limits=SpecLimits(CONTEXT, 64, 256, ()),
             max_num_batched_tokens=256,
             max_num_seqs=max_num_seqs,
             max_queue=max_queue,
+            store=store,
+            hasher=None if store is None else BlockHasher(16, "counter"),
             tokenizer=tokenizer,
         )
-        meter = EngineMeter(Metrics(CollectorRegistry()), "counter")
-        self.loop = StepLoop(self.engine, meter, self._fill_status)
+        meter = EngineMeter(Metrics(self.registry), "counter")
+        self.loop = StepLoop(self.engine, meter, self._fill_status, store)
         self.open()
 
     def open(self) -> None:
@@ -141,16 +153,21 @@ class Decoder:
 
 @contextmanager
 def running_gateway(
-    tokenizer: Tokenizer, find: Callable[[], Endpoint], **config: Any
+    tokenizer: Tokenizer,
+    find: Callable[[], Endpoint],
+    kept: Sessions | None = None,
+    registry: CollectorRegistry | None = None,
+    **config: Any,
 ) -> Iterator[Gateway]:
     """A gateway on a free port, on an asyncio loop in a thread."""
+    metrics = Metrics(registry or CollectorRegistry())
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
     async def start() -> Gateway:
         settings = GatewayConfig(**{"port": 0, **config})
-        gateway = Gateway(settings, tokenizer, find, SECRET, Metrics(CollectorRegistry()))
+        gateway = Gateway(settings, tokenizer, find, SECRET, metrics, kept=kept)
         await gateway.start()
         return gateway
 

@@ -228,6 +228,22 @@ def test_what_redis_missed_is_written_at_the_next_turn(
         assert deployment.ask([*turn, 6]) == 112
 
 
+def test_what_somebody_removed_is_written_at_the_next_turn_once_that_is_told(
+    address: RedisAddress, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(address)
+    deployment.ask(PROMPT)
+    removed = deployment.stored()
+    prefix = tenant_prefix("default") + b"kv:"
+    deployment.redis.delete(*(prefix + key for key in removed))
+    deployment.blocks.forget("default", removed)
+    turn = PROMPT + deployment.cold(PROMPT)
+    assert deployment.ask([*turn, 5]) == 104  # from memory
+    deployment.start()
+    turn += [5, *deployment.cold([*turn, 5])]
+    assert deployment.ask([*turn, 6]) == 112
+
+
 def test_tenants_share_only_where_both_opted_in(
     address: RedisAddress, deploy: Callable[..., Deployment]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -37,6 +38,28 @@ def test_a_scrape_shows_the_load_of_now() -> None:
     host.expert_load = [[3, 1], [0, 2]]
     assert shown() == [4, 2]
     assert shown() == [4, 2]
+
+
+def test_a_scrape_that_another_overtakes_shows_what_it_read() -> None:
+    class SlowHost(Host):
+        """Another scrape comes and goes between the first one's look at the load and its answer."""
+
+        def stats(self) -> Any:
+            read = Host(expert_load=self.expert_load)
+            if self.expert_load[0][0] == 10:
+                self.expert_load = [[20, 0], [0, 0]]
+                with ThreadPoolExecutor(1) as pool:
+                    overtaking.append(pool.submit(shown).result())
+            return read
+
+    host, overtaking = SlowHost(expert_load=[[10, 0], [0, 0]]), list[float | None]()
+    registry = HostMeter(cast(ExpertHost, host), "m").registry
+
+    def shown() -> float | None:
+        layer = {"model": "m", "host": "host0", "layer": "0"}
+        return registry.get_sample_value("briolette_expert_tokens_total", layer)
+
+    assert (shown(), overtaking, shown()) == (10, [20], 20)
 
 
 def test_what_was_found_cached_is_counted_by_tenant() -> None:

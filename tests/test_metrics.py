@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.errors import ConfigError, PortTaken
-from cluster.metrics import METRICS, Metrics, MetricSpec, start_metrics_server
+from cluster.metrics import LABELS, METRICS, Metrics, MetricSpec, start_metrics_server
 
 
 @pytest.fixture
@@ -29,6 +29,7 @@ def test_names_follow_the_conventions(spec: MetricSpec[Any]) -> None:
     assert spec.name.startswith("briolette_")
     assert spec.help and not spec.help.endswith(".")
     assert spec.labels, "without a label every process would show it"
+    assert set(spec.labels) <= set(LABELS)
     assert spec.name.endswith("_total") == (spec.kind is Counter)
     assert not spec.name.endswith(("_ms", "_us", "_s", "_mb", "_kb"))
     if spec.kind is Histogram:

@@ -6,14 +6,17 @@ import logging
 import os
 import platform
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from cluster import native_build
 from cluster.kernels import TorchKernels
-from cluster.native import FLAGS, SOURCE, NativeKernels, native_kernels
+from cluster.native import SOURCE, NativeKernels, native_kernels
+from cluster.native_build import FLAGS, native_library
 from engine.native_attention import NativeAttention
 from tests.test_attention import KIND, make_batch, make_kv
 
@@ -136,28 +139,101 @@ def test_equal_scores_go_to_the_lower_ids(kernels: NativeKernels) -> None:
     assert_close(weights, torch.full((1, 3), 1 / 3))
 
 
-def test_without_a_compiler_torch_does_the_work(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    native_kernels.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert native_kernels() is None and native_kernels() is None
-    finally:
-        native_kernels.cache_clear()
-    (record,) = caplog.records
-    assert "apt-get install g++" in record.getMessage()
-
-
-def test_it_is_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Where a library is kept that this test builds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    native_library.cache_clear()
+    yield tmp_path / "briolette"
+    native_library.cache_clear()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "one.cpp"
+    path.write_text('extern "C" int one() { return 1; }')
+    return path
+
+
+def test_a_library_is_built_once(cache: Path, source: Path) -> None:
     built = []
     for _ in range(2):
-        native_kernels.cache_clear()
-        assert native_kernels() is not None
-        (library,) = (tmp_path / "briolette").iterdir()
+        native_library.cache_clear()
+        functions = native_library(source)
+        assert functions is not None and functions.one() == 1
+        (library,) = cache.iterdir()
         built.append(library.stat().st_mtime_ns)
-    native_kernels.cache_clear()
     assert built[0] == built[1]
+
+
+def test_the_compiler_may_be_several_words(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, source: Path
+) -> None:
+    monkeypatch.setenv("CXX", "env LC_ALL=C g++")
+    assert native_library(source) is not None
+
+
+@pytest.mark.parametrize("base", ["", "relative"])
+def test_without_an_absolute_cache_home_the_users_own_is_taken(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, source: Path, tmp_path: Path, base: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("XDG_CACHE_HOME", base)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert native_library(source) is not None
+    assert len(list((tmp_path / "home/.cache/briolette").iterdir())) == 1
+    assert not list((tmp_path / "here").iterdir())
+
+
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", home)
+
+
+def open_quote(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "'g++")
+
+
+def endless_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_build, "LIMIT_S", 0.2)
+    monkeypatch.setenv("CXX", "sh -c 'exec sleep 60'")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (no_compiler, "apt-get install g++"),
+        (no_home, "home directory"),
+        (open_quote, "quotation"),
+        (endless_compiler, "timed out"),
+    ],
+)
+def test_what_cannot_be_built_is_done_without_and_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cache: Path,
+    source: Path,
+    spoil: Callable[[pytest.MonkeyPatch], None],
+    words: str,
+) -> None:
+    spoil(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        assert native_library(source) is None and native_library(source) is None
+    (record,) = caplog.records
+    assert words in record.getMessage()
+
+
+def test_a_wrong_dtype_never_reaches_the_cpp_side(kernels: NativeKernels) -> None:
+    with pytest.raises(AssertionError):
+        kernels.rms_norm(draw(3, 16).bfloat16(), None, 1e-6)
+    with pytest.raises(AssertionError):
+        kernels.linear(draw(3, 16), kernels.pack(draw(4, 16).double()))

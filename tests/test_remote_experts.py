@@ -48,6 +48,7 @@ class Handle:
                 "host_id": self.host.host_id,
                 "pid": os.getpid(),
                 "device": "cpu",
+                "kernels": "native",
                 "visible_devices": "",
                 "metrics_port": 1,
                 "group_ids": [0, 1],
@@ -66,7 +67,8 @@ class Cluster:
         assert placement is not None
         self.placement = placement
         self.handles = {host_id: Handle() for host_id in placement.host_ids}
-        meter = ExpertMeter(Metrics(CollectorRegistry()), "m")
+        self.registry = CollectorRegistry()
+        meter = ExpertMeter(Metrics(self.registry), "m")
         directory = HostDirectory(self.handles)
         self.experts = RemoteExperts(self.config, self.source, placement, directory, SECRET, meter)
 

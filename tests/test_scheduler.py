@@ -21,7 +21,7 @@ from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
 from engine.kv_cache import KVCache, KVCacheConfig
 from engine.kv_cache_group import IntArray
-from engine.request import FinishReason, Request, RequestState, SamplingParams
+from engine.request import FinishReason, Owner, Request, RequestState, SamplingParams
 from engine.scheduler import Scheduler, SchedulerOutput
 from tests.memory_store import MemoryStore
 
@@ -144,6 +144,7 @@ def evict_all(scheduler: Scheduler) -> None:
 
 SHARING = ("b", "c")
 TENANTS = ("a", "b", "c", "d")
+SESSIONS = (None, "s", "t")
 
 
 @dataclass
@@ -159,6 +160,7 @@ class Simulation:
     live: dict[Request, int | None] = field(default_factory=dict)  # computed tokens; None: waits
     num_refused: int = 0
     num_resumed: int = 0  # starts after a preemption that found something
+    num_dropped_bytes: int = 0
 
     @staticmethod
     def draw(seed: int) -> Simulation:
@@ -191,7 +193,7 @@ class Simulation:
             num_prompt = rng.randint(1, max(1, (max_model_len - 1) // rng.choice([1, 4])))
             max_tokens = rng.randint(1, max_model_len - num_prompt)
             request = make_request(f"r{index}", num_prompt, max_tokens)
-            request.tenant = rng.choice(TENANTS)
+            request.tenant, request.session = rng.choice(TENANTS), rng.choice(SESSIONS)
             num_shared = rng.choice([num_prompt, rng.randint(0, num_prompt)])
             request.prompt_ids[:num_shared] = rng.choice(texts)[:num_shared]
             if rng.random() < 0.2:  # resumed
@@ -220,12 +222,21 @@ class Simulation:
                     self.finish(request, FinishReason.ABORT)
             if self.store is not None and self.rng.random() < 0.2:
                 evict_all(self.scheduler)
+            if self.rng.random() < 0.05:
+                self.drop((self.rng.choice(TENANTS), "s"))
             self.step()
             if not pending and not self.live:
                 break
         assert not self.live, "a request without an end"
         assert all(group.pool.num_used == 0 for group in self.scheduler.kv.groups.values())
         assert self.store is None or not self.store.on_their_way
+
+    def drop(self, owner: Owner) -> None:
+        kept = self.scheduler.kv.index.kept_blocks()
+        kept.pop(owner, None)
+        self.num_dropped_bytes += self.scheduler.kv.drop(owner)
+        self.scheduler.check_integrity()
+        assert self.scheduler.kv.index.kept_blocks() == kept, "others have lost something"
 
     def add(self, request: Request) -> None:
         try:
@@ -317,6 +328,7 @@ def test_the_simulation_reaches_what_it_is_for() -> None:
         counts["preemptions"] += scheduler.num_preemptions
         counts["refused"] += simulation.num_refused
         counts["resumed after a preemption"] += simulation.num_resumed
+        counts["bytes dropped with a session"] += simulation.num_dropped_bytes
         counts["hits"] += sum(use.num_hits for use in scheduler.prefix_use.values())
         for kind, num_evicted in scheduler.kv.index.num_evicted.items():
             counts[f"evicted {kind.value}"] += num_evicted
@@ -324,7 +336,7 @@ def test_the_simulation_reaches_what_it_is_for() -> None:
             counts["blocks loaded"] += simulation.store.num_loaded
         for _, request in simulation.arrivals:
             counts[str(request.finish_reason)] += 1
-    assert len(counts) == 11 and min(counts.values()) >= 3, counts
+    assert len(counts) == 12 and min(counts.values()) >= 3, counts
 
 
 def test_a_long_prompt_is_cut_into_chunks_and_shares_steps_with_decodes() -> None:

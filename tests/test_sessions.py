@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cluster.config import StoreConfig
-from cluster.errors import InvalidRequest, StoreFull, Unavailable, UnknownSession
+from cluster.errors import InvalidRequest, SessionInUse, StoreFull, Unavailable, UnknownSession
 from cluster.kv_store import KVStore
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
@@ -49,9 +49,16 @@ def put(store: KVStore, *keys: bytes, tenant: str = "t") -> None:
 
 
 def save(
-    sessions: Sessions, name: str, *keys: bytes, content: object = None, tenant: str = "t"
+    sessions: Sessions,
+    name: str,
+    *keys: bytes,
+    content: object = None,
+    tenant: str = "t",
+    version: str = "",
+    traces: tuple[bytes, ...] = (),
 ) -> list[bytes]:
-    return sessions.save(tenant, name, content, keys, fingerprint="abc", num_tokens=7)
+    facts = {"fingerprint": "abc", "version": version}
+    return sessions.save(tenant, name, content, keys, num_tokens=7, traces=traces, **facts)
 
 
 def there(store: KVStore, *keys: bytes, tenant: str = "t") -> list[bool]:
@@ -96,10 +103,10 @@ def test_pinned_values_neither_expire_nor_give_way(store: KVStore, sessions: Ses
 def test_saving_again_lets_go_of_what_is_not_needed(store: KVStore, sessions: Sessions) -> None:
     put(store, b"a", b"b", b"c")
     save(sessions, "s", b"a", b"b")
-    created = sessions.load("t", "s").created
+    first = sessions.load("t", "s")
     time.sleep(0.01)
-    save(sessions, "s", b"b", b"c", content="more")
-    assert sessions.load("t", "s").created == created
+    save(sessions, "s", b"b", b"c", content="more", version=first.version)
+    assert sessions.load("t", "s").created == first.created
     time.sleep(0.6)
     assert there(store, b"a") == [False], "an ordinary value again"
     assert there(store, b"b", b"c") == [True, True]
@@ -120,6 +127,53 @@ def test_deleting_leaves_nothing(address: RedisAddress, store: KVStore, sessions
     assert set(client.keys("*")) - before == set()
 
 
+def test_of_two_who_go_on_from_one_version_the_second_is_refused(sessions: Sessions) -> None:
+    save(sessions, "s", b"a", content="one")
+    with pytest.raises(SessionInUse, match="'s' was changed"):
+        save(sessions, "s", b"b", content="another new one")
+    version = sessions.load("t", "s").version
+    save(sessions, "s", b"b", content="one, two", version=version)
+    with pytest.raises(SessionInUse):
+        save(sessions, "s", b"c", content="one, three", version=version)
+    kept = sessions.load("t", "s")
+    assert kept.content == "one, two" and kept.block_keys == (b"b",) and kept.version != version
+    sessions.delete("t", "s")
+    with pytest.raises(SessionInUse):
+        save(sessions, "s", b"b", content="one, two, four", version=kept.version)
+    assert sessions.list("t") == []
+
+
+def test_what_a_session_left_on_its_way_goes_with_it(
+    address: RedisAddress, store: KVStore, sessions: Sessions
+) -> None:
+    put(store, b"a", b"window 1", b"window 2", b"trace", b"not its own")
+    save(sessions, "s", b"a", b"window 1", traces=(b"trace", b"never put"))
+    save(sessions, "s", b"a", b"window 2", version=sessions.load("t", "s").version)
+    save(sessions, "other", b"window 1")
+    removed = sessions.delete("t", "s")
+    assert {b"a", b"window 2", b"trace"} <= set(removed) and b"window 1" not in removed
+    expected = [False, True, False, False, True]
+    assert there(store, b"a", b"window 1", b"window 2", b"trace", b"not its own") == expected
+    assert not [key for key in address.client().keys("*") if key.endswith(b":s")]
+
+
+def test_one_session_is_shown_with_what_it_lacks(store: KVStore, sessions: Sessions) -> None:
+    put(store, b"a")
+    save(sessions, "s", b"a", b"gone", content=MESSAGES)
+    info = sessions.info("t", "s")
+    assert [info] == sessions.list("t")
+    assert (info.num_missing, info.num_tokens) == (1, 7) and SIZE < info.num_bytes < 2 * SIZE
+
+
+def test_an_unknown_name_is_answered_with_a_near_one(sessions: Sessions) -> None:
+    save(sessions, "holiday")
+    for call in (sessions.load, sessions.info, sessions.delete):
+        with pytest.raises(UnknownSession, match="no session 'hollyday'; did you mean 'holiday'"):
+            call("t", "hollyday")
+    with pytest.raises(UnknownSession, match=r"no session 'xyz'\.$"):
+        sessions.load("t", "xyz")
+
+
 def test_a_session_that_does_not_fit_changes_nothing(
     address: RedisAddress, store: KVStore, sessions: Sessions
 ) -> None:
@@ -129,7 +183,8 @@ def test_a_session_that_does_not_fit_changes_nothing(
     with pytest.raises(StoreFull, match="budget is 100,000"):
         save(sessions, "big", *keys, content="x" * 50_000)
     with pytest.raises(StoreFull):
-        save(sessions, "s", *keys, content="x" * 50_000)
+        version = sessions.load("t", "s").version
+        save(sessions, "s", *keys, content="x" * 50_000, version=version)
     assert [session.name for session in sessions.list("t")] == ["s"]
     assert sessions.load("t", "s").block_keys == tuple(keys[:4])
     time.sleep(0.6)

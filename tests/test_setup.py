@@ -1,7 +1,10 @@
-"""scripts/setup with a fake pip and a fake nvidia-smi: which torch it asks for, and when."""
+"""scripts/setup with a fake pip and a fake nvidia-smi: which torch it asks for, and when; .ci/run
+with a fake make: where it runs what.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -112,3 +115,29 @@ def test_a_python_without_venv_is_said(checkout: Checkout) -> None:
     assert failed.returncode == 1
     (said,) = failed.stderr.splitlines()
     assert "python3-venv" in said
+
+
+@pytest.mark.parametrize("is_red", [False, True])
+def test_ci_runs_in_a_clean_clone_and_removes_it(tmp_path: Path, is_red: bool) -> None:
+    checkout, fakes, temporary = tmp_path / "checkout", tmp_path / "fakes", tmp_path / "tmp"
+    for folder in (checkout / ".ci", fakes, temporary):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / ".ci/run", checkout / ".ci/run")
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(checkout))
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
+        subprocess.run([*git, *command], check=True)
+    (checkout / "left-over").touch()
+    make = fakes / "make"
+    fails = "[ $1 != test ]" if is_red else "true"
+    make.write_text(f'#!/bin/bash\necho "$1 in $PWD, with" $(ls -A)\n{fails}\n')
+    make.chmod(0o755)
+    env = {"PATH": f"{fakes}:{os.environ['PATH']}", "TMPDIR": str(temporary)}
+    ran = subprocess.run(
+        [checkout / ".ci/run"], env=env, capture_output=True, text=True, cwd=tmp_path
+    )
+    *targets, took = ran.stdout.splitlines()
+    assert (ran.returncode != 0) == is_red
+    assert [line.split()[0] for line in targets] == ["check", "test", "demo"][: 2 if is_red else 3]
+    assert all(f"in {temporary}/" in line and "left-over" not in line for line in targets)
+    assert "took 0 min" in took
+    assert not list(temporary.iterdir())

@@ -57,7 +57,7 @@ def test_no_other_distribution_owns_our_names() -> None:
         assert set(owners.get(package, [])) <= {"briolette"}, package
 
 
-@pytest.mark.parametrize("package", [*PACKAGES, "tests"])
+@pytest.mark.parametrize("package", [*PACKAGES, "scripts", "tests"])
 def test_every_file_tells_its_subject(package: str) -> None:
     for path in modules_of(package):
         docstring = ast.get_docstring(ast.parse(path.read_text()))

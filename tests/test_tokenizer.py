@@ -339,6 +339,36 @@ def test_what_is_typed_is_encoded_in_one_piece(tokenizer: Tokenizer, reference: 
     assert token_ids == [2, turn, *plain(f"user\n{typed}"), end, *answer]
 
 
+@every_chat
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_an_extended_conversation_begins_with_exactly_what_is_known(
+    tokenizer: Tokenizer, reference: Any, data: st.DataObject
+) -> None:
+    """Any tokens that the model wrote, also those that the template or the tokenizer wouldn't."""
+    first, text, question = (data.draw(contents) for _ in range(3))
+    assume(not any(holds_control_token(said) for said in (first, text, question)))
+    messages = [
+        {"role": role, "content": content}
+        for role, content in (("user", first), ("assistant", text), ("user", question))
+    ]
+    answer_ids = data.draw(st.lists(st.integers(6, 200), max_size=12))
+    known_ids = tokenizer.apply_chat_template(messages[:1]) + answer_ids
+    extended = tokenizer.extend_chat(messages, 2, known_ids)
+    assert extended[: len(known_ids)] == known_ids
+    whole = tokenizer.apply_chat_template(messages)
+    # <turn|> of the answer, the turn of the question, and the one that the model is to write
+    close = [i for i, token_id in enumerate(whole) if control_ids([token_id])][-4]
+    assert extended[len(known_ids) :] == whole[close:]
+
+
+def test_a_template_that_leaves_the_answer_out_is_followed() -> None:
+    template = "{% for m in messages if m.role == 'user' %}<|turn>{{ m.content }}{% endfor %}"
+    tokenizer = wrap(byte_level_backend(), template)
+    messages = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    assert tokenizer.extend_chat(messages, 2, [9, 9]) == tokenizer.apply_chat_template(messages)
+
+
 def test_no_template_can_put_a_control_token_together() -> None:
     template = (
         "{% for m in messages %}<|turn>{{ m.role }}\n{% for part in m.content %}"

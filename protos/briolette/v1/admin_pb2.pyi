@@ -51,6 +51,7 @@ class ClusterStatus(_message.Message):
     EXPERT_CALLS_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    KV_FINGERPRINT_FIELD_NUMBER: _builtins.int
     KV_STORE_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """a token can be produced"""
@@ -63,6 +64,8 @@ class ClusterStatus(_message.Message):
     """the model_type of config.json"""
     experts: _builtins.str
     """in one phrase: "16 experts, top 4, in 4 groups" """
+    kv_fingerprint: _builtins.str
+    """of all that KV values depend on but the tokens; empty: no store"""
     @_builtins.property
     def gateway(self) -> Global___Part: ...
     @_builtins.property
@@ -96,11 +99,12 @@ class ClusterStatus(_message.Message):
         expert_calls: Global___ExpertCalls | None = ...,
         kind: _builtins.str = ...,
         experts: _builtins.str = ...,
+        kv_fingerprint: _builtins.str = ...,
         kv_store: Global___KvStore | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decoder", b"decoder", "expert_calls", b"expert_calls", "gateway", b"gateway", "kv_store", b"kv_store", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decoder", b"decoder", "expert_calls", b"expert_calls", "expert_hosts", b"expert_hosts", "experts", b"experts", "gateway", b"gateway", "kind", b"kind", "kv_store", b"kv_store", "load", b"load", "model", b"model", "ready", b"ready", "reason", b"reason", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decoder", b"decoder", "expert_calls", b"expert_calls", "expert_hosts", b"expert_hosts", "experts", b"experts", "gateway", b"gateway", "kind", b"kind", "kv_fingerprint", b"kv_fingerprint", "kv_store", b"kv_store", "load", b"load", "model", b"model", "ready", b"ready", "reason", b"reason", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -163,20 +167,24 @@ class Part(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     METRICS_PORT_FIELD_NUMBER: _builtins.int
+    KERNELS_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     device: _builtins.str
     metrics_port: _builtins.int
     """0: none"""
+    kernels: _builtins.str
+    """native or PyTorch; empty where nothing is computed"""
     def __init__(
         self,
         *,
         pid: _builtins.int = ...,
         device: _builtins.str = ...,
         metrics_port: _builtins.int = ...,
+        kernels: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "metrics_port", b"metrics_port", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "kernels", b"kernels", "metrics_port", b"metrics_port", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
