@@ -17,8 +17,7 @@ from cluster.links import Listener
 from cluster.metrics import Metrics, start_metrics_server
 from deployments.decoder_link import GatewayLinks, verify_gateway
 from deployments.host_directory import HostDirectory
-from deployments.kv_block_store import KVBlockStore
-from deployments.kv_copies import kv_tensors
+from deployments.kv_block_store import KVBlockStore, kv_tensors
 from deployments.layout import decoder_threads, expert_groups, place_experts, transports
 from deployments.loading import (
     Source,

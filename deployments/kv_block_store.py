@@ -28,6 +28,7 @@ from deployments.kv_values import GLOBAL, SLIDING, BlockRun, ValueLayout
 from engine.block_store import StoredBlock
 from engine.prefix import NOTHING_FETCHED, Fetched
 from engine.request import Request
+from engine.runner import ModelRunner
 
 READING_BYTES = 2 << 30  # of memory for what is read; a single request may take more
 MAX_KNOWN = 1 << 16  # keys of a tenant
@@ -301,6 +302,15 @@ class KVBlockStore:
         kinds = sorted((kind.value, copier.layout) for kind, copier in self._copiers.items())
         facts = (fingerprint, self._block_size, self._layout.run_blocks, kinds)
         return blake2b(repr(facts).encode(), digest_size=16).digest()
+
+
+def kv_tensors(runner: ModelRunner) -> dict[AttentionKind, list[Tensor]]:
+    """What holds a runner's keys and values, each [num_blocks, ...], by kind."""
+    tensors: dict[AttentionKind, list[Tensor]] = {}
+    for layer in runner.model.spec.layers:
+        if layer.owns_kv:
+            tensors.setdefault(layer.kind, []).extend(runner.kv_tensors[layer.layer_idx].stored)
+    return tensors
 
 
 @dataclass(slots=True)

@@ -12,9 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.spec import AttentionKind
-from engine.runner import ModelRunner
-
 WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # copying longer ones is faster
 STAGED_BYTES = 32 << 20  # on the card, on the way into the tensors
 
@@ -85,12 +82,3 @@ class BlockCopier:
 def as_bytes(memory: Tensor) -> memoryview:
     """Rows of plain memory as bytes that a socket can read or fill."""
     return memory.numpy().data.cast("B")
-
-
-def kv_tensors(runner: ModelRunner) -> dict[AttentionKind, list[Tensor]]:
-    """What holds a runner's keys and values, each [num_blocks, ...], by kind."""
-    tensors: dict[AttentionKind, list[Tensor]] = {}
-    for layer in runner.model.spec.layers:
-        if layer.owns_kv:
-            tensors.setdefault(layer.kind, []).extend(runner.kv_tensors[layer.layer_idx].stored)
-    return tensors

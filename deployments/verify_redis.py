@@ -19,8 +19,7 @@ from cluster.kv_store import KVStore
 from cluster.metrics import Metrics
 from cluster.redis import REDIS_ERRORS, RedisAddress
 from cluster.redis_server import RedisServer
-from deployments.kv_block_store import KVBlockStore
-from deployments.kv_copies import kv_tensors
+from deployments.kv_block_store import KVBlockStore, kv_tensors
 from deployments.loading import Source, fingerprint
 from deployments.store import problem_of
 from engine.block_store import BlockStore

@@ -19,9 +19,9 @@ from cluster.kv_rates import Rates
 from cluster.kv_store import KVStore
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
-from cluster.spec import AttentionKind
-from deployments.kv_block_store import KVBlockStore
-from deployments.kv_copies import BlockCopier, kv_tensors
+from cluster.spec import AttentionKind, KVRows
+from deployments.kv_block_store import KVBlockStore, kv_tensors
+from deployments.kv_copies import BlockCopier
 from engine.block_hash import BlockHasher
 from engine.core import EngineCore, SpecLimits
 from engine.kv_cache import KVCacheConfig
@@ -143,12 +143,14 @@ def deploy(subjects: dict[str, Subject]) -> Iterator[Callable[..., Deployment]]:
         deployment.close()
 
 
-@pytest.mark.parametrize("name", ["26b", "e2b"])
+@pytest.mark.parametrize(
+    ("name", "kv_rows"), [("26b", "v"), ("26b", "raw"), ("26b", "split"), ("e2b", "v")]
+)
 def test_warm_from_redis_equals_cold(
-    subjects: dict[str, Subject], address: RedisAddress, name: str
+    subjects: dict[str, Subject], address: RedisAddress, name: str, kv_rows: KVRows
 ) -> None:
     deployment = Deployment(subjects[name], address)
-    tally = WarmCold(deployment.runner, deployment.connect).run(10)
+    tally = WarmCold(deployment.runner, deployment.connect, kv_rows).run(10)
     assert tally.num_rows > 100 and tally.num_unequal == 0, tally
     assert min(tally.num_hits, tally.num_evicted, tally.num_restarts) > 2, tally
     assert deployment.count("reads", outcome="ok") > 10
