@@ -71,7 +71,7 @@ def cache_contents(dtype: str) -> list[bytes]:
     drive(engine, [prompt], 1)
     contents = []
     for layer in engine.runner.kv_tensors.values():
-        for tensor in layer:
+        for tensor in layer.stored:
             written = tensor[tensor.flatten(1).ne(0).any(1)]  # [num_blocks, block_size, heads, dim]
             contents.append(written.contiguous().view(torch.uint8).numpy().tobytes())
     return contents

@@ -103,7 +103,7 @@ class StoreConfig:
     max_bytes: int = _setting(4 << 30, "memory of our own server", "bytes", 16 << 20)
     tenant_bytes: int = _setting(2 << 30, "budget of each tenant", "bytes", 1 << 20)
     ttl_s: float = _setting(7 * 86400.0, "an unused value is forgotten after this", "s", 1)
-    queue_bytes: int = _setting(256 << 20, "that may wait to be written", "bytes", 1 << 20)
+    queue_bytes: int = _setting(1 << 30, "that may wait to be written", "bytes", 1 << 20)
     connections: int = _setting(2, "for reading, each with a thread", "", 1, 64)
     timeout_s: float = _setting(2.0, "without an answer counts as a failure", "s", 0.01, 60)
 
