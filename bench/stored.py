@@ -16,8 +16,7 @@ from bench.ours import bench_config
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
 from cluster.spec import AttentionKind
-from deployments.kv_block_store import KVBlockStore
-from deployments.kv_copies import kv_tensors
+from deployments.kv_block_store import KVBlockStore, kv_tensors
 from deployments.loading import Source, fingerprint, load_engine, load_local_experts
 from deployments.store import open_kv_store
 from engine.core import EngineCore
