@@ -600,9 +600,10 @@ def test_an_old_rate_is_measured_anew() -> None:
 def test_a_cancelled_read_tells_the_rate_too(
     address: RedisAddress, stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.kv_rates.LEAST_BYTES", 1)
     store = stores(address, connections=1)
     put_all(store)
+    read_all(store, KEYS[:1])  # so that it is connected before the server pauses
+    monkeypatch.setattr("cluster.kv_rates.LEAST_BYTES", 1)
     pause(address, 1.0)
     read = store.read("t", [(key, [bytearray(SIZE)]) for key in KEYS])
     wait_until(lambda: read._num_under_way)
