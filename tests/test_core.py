@@ -117,6 +117,8 @@ def drain(core: EngineCore, max_steps: int = 2000) -> dict[str, list[RequestOutp
         for output in core.step():
             outputs.setdefault(output.request_id, []).append(output)
         core.check_integrity()
+        if core.waits_for_blocks:
+            time.sleep(0.001)
     assert not core.has_work, "requests without an end"
     assert set(core.stats().num_used_blocks.values()) == {0}
     for of_request in outputs.values():

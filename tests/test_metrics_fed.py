@@ -56,7 +56,7 @@ class Parts:
 def parts() -> Iterator[Parts]:
     tokenizer, registry = make_tokenizer(), CollectorRegistry()
     decoder = Decoder(tokenizer, num_blocks=NUM_BLOCKS)
-    with running_gateway(tokenizer, decoder.find, registry) as gateway:
+    with running_gateway(tokenizer, decoder.find, registry=registry) as gateway:
         wait_for(lambda: serving(gateway))
         with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
             yield Parts(decoder, InferenceStub(channel), registry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
@@ -108,7 +109,7 @@ def test_narrower_vectors_give_the_same_bits(kernels: NativeKernels, tmp_path: P
     library = tmp_path / "narrow.so"
     narrow = [*FLAGS, "-mno-avx512f", "-shared", str(SOURCE), "-o", str(library)]
     subprocess.run([os.environ.get("CXX", "g++"), *narrow], check=True)
-    others = NativeKernels(library)
+    others = NativeKernels(ctypes.CDLL(str(library)))
     x, gate = draw(9, 100), draw(9, 40) * 5
     batch = make_batch([1, 9, 70], [130, 40, 90])
     query = draw(batch.num_tokens, 6, 144) * 144**-0.5

@@ -325,7 +325,7 @@ def test_a_control_token_in_a_message_is_plain_text(
 
 
 def control_ids(token_ids: list[int]) -> list[int]:
-    return [token_id for token_id in token_ids if token_id <= 5]
+    return [token_id for token_id in token_ids if token_id < 5]
 
 
 @every_chat
