@@ -85,17 +85,17 @@ class NativeKernels:
         self._functions.linear(
             _pointer(x),
             *x.shape,
-            _pointer(weight.panels),
+            weight.panels.data_ptr(),
             weight.num_outputs,
             _pointer(bias),
-            _pointer(y),
+            y.data_ptr(),
             torch.get_num_threads(),
         )
         return y
 
     def gated_gelu(self, gate: Tensor, up: Tensor) -> Tensor:
         gate, up, y = gate.contiguous(), up.contiguous(), torch.empty_like(up)
-        self._functions.gated_gelu(_pointer(gate), _pointer(up), up.numel(), _pointer(y))
+        self._functions.gated_gelu(_pointer(gate), _pointer(up), up.numel(), y.data_ptr())
         return y
 
     def gated_mlp(self, x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
@@ -104,11 +104,11 @@ class NativeKernels:
         self._functions.gated_mlp(
             _pointer(x),
             *x.shape,
-            _pointer(gate_up.panels),
+            gate_up.panels.data_ptr(),
             gate_up.num_outputs,
-            _pointer(down.panels),
+            down.panels.data_ptr(),
             down.num_outputs,
-            _pointer(y),
+            y.data_ptr(),
             torch.get_num_threads(),
         )
         return y
@@ -140,7 +140,7 @@ class NativeKernels:
             eps,
             _pointer(residual),
             _pointer(scale),
-            _pointer(y),
+            y.data_ptr(),
             torch.get_num_threads(),
         )
         return y
@@ -170,7 +170,7 @@ class NativeKernels:
             _pointer(cos),
             _pointer(sin),
             _pointer(slots, torch.int64),
-            _pointer(query),
+            query.data_ptr(),
             _pointer(keys),
             _pointer(values),
             torch.get_num_threads(),
@@ -233,8 +233,8 @@ class NativeKernels:
             num_experts,
             k,
             _pointer(per_expert_scale),
-            _pointer(ids, torch.int64),
-            _pointer(weights),
+            ids.data_ptr(),
+            weights.data_ptr(),
         )
         return ids, weights
 
@@ -264,13 +264,13 @@ class NativeKernels:
             _pointer(experts, torch.int64),
             _pointer(weights),
             len(tokens),
-            _pointer(gate_up.panels),
-            _pointer(down.panels),
+            gate_up.panels.data_ptr(),
+            down.panels.data_ptr(),
             len(expert_to_group),
             gate_up.num_outputs,
             _pointer(expert_to_group, torch.int64),
             num_groups,
-            _pointer(partials),
+            partials.data_ptr(),
             torch.get_num_threads(),
         )
         return partials
@@ -301,13 +301,13 @@ class NativeKernels:
             _pointer(slot_table, torch.int32),
             slot_table.shape[1],
             _pointer(expert_to_row, torch.int64),
-            _pointer(gate_up.panels),
-            _pointer(down.panels),
+            gate_up.panels.data_ptr(),
+            down.panels.data_ptr(),
             len(expert_to_group),
             gate_up.num_outputs,
             _pointer(expert_to_group, torch.int64),
             num_groups,
-            _pointer(rows),
+            rows.data_ptr(),
             torch.get_num_threads(),
         )
         return None if num_rows < 0 else rows[:num_rows]
@@ -318,13 +318,14 @@ def _panels(weight: Tensor, width: int) -> Tensor:
 
     The last panel is filled up with zeros.
     """
+    assert weight.dtype is torch.float32
     *stack, num_outputs, num_inputs = weight.shape
     padded = torch.nn.functional.pad(weight, (0, 0, 0, -num_outputs % width))
     return padded.view(*stack, -1, width, num_inputs).transpose(-1, -2).contiguous()
 
 
 def _pointer(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
-    """The address for the C++ side, which believes it whatever lies there."""
+    """The address of an argument for the C++ side, which believes it whatever lies there."""
     if tensor is None:
         return None
     assert tensor.dtype is dtype
