@@ -80,7 +80,7 @@ def stored_engine(
                 source.spec.sliding_window,
                 fingerprint(config, source),
                 lambda whole: open_kv_store(config, address, whole, metrics),
-                lambda: meter.tokens_per_s if knows_rates else None,
+                meter.seconds if knows_rates else lambda start, stop: None,
             )
         return blocks
 

@@ -13,21 +13,15 @@ LEAST_BYTES = 256 << 10  # a shorter read measures the latency, not the rate
 
 
 def worth_fetching(
-    num_bytes: int,
-    num_tokens: int,
-    read_bytes_per_s: float | None,
-    prefill_tokens_per_s: float | None,
-    latency_s: float,
+    num_bytes: int, compute_s: float | None, read_bytes_per_s: float | None, latency_s: float
 ) -> bool:
-    """Whether reading KV of `num_tokens` tokens is expected to end before computing them would.
+    """Whether reading so many bytes of KV is expected to end before computing them would.
 
-    A rate that nobody has measured yet (None) speaks for fetching, which then measures it.
+    What nobody has measured yet (None) speaks for fetching, which then measures it.
     """
-    if num_tokens == 0:
-        return False
-    if read_bytes_per_s is None or prefill_tokens_per_s is None:
+    if read_bytes_per_s is None or compute_s is None:
         return True
-    return latency_s + num_bytes / read_bytes_per_s < num_tokens / prefill_tokens_per_s
+    return latency_s + num_bytes / read_bytes_per_s < compute_s
 
 
 @dataclass(frozen=True, slots=True)

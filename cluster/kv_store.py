@@ -169,14 +169,12 @@ class KVStore:
             read.stop()
         return read
 
-    def worth_fetching(
-        self, num_bytes: int, num_tokens: int, prefill_tokens_per_s: float | None
-    ) -> bool:
-        """Decide, by the measured rates, between reading these bytes and computing the tokens."""
+    def worth_fetching(self, num_bytes: int, compute_s: float | None) -> bool:
+        """Decide, by the measured rates, between reading these bytes and computing for so long;
+        None where nobody knows how long.
+        """
         rates = self._meter.rates
-        fetch = worth_fetching(
-            num_bytes, num_tokens, rates.read_bytes_per_s, prefill_tokens_per_s, rates.latency_s
-        )
+        fetch = worth_fetching(num_bytes, compute_s, rates.read_bytes_per_s, rates.latency_s)
         self._count_decision("fetch" if fetch else "recompute")
         return fetch
 

@@ -115,7 +115,7 @@ class DecoderReplica:
                 self._source.spec.sliding_window,
                 fingerprint(config, self._source),
                 lambda whole: open_kv_store(config, address, whole, self._metrics),
-                lambda: meter.tokens_per_s,
+                meter.seconds,
             )
         return self._store
 

@@ -40,9 +40,9 @@ class KVBlockStore:
     """The blocks of one model runner. Each tenant has values, and a budget, of its own.
 
     `tensors` are the KV tensors by kind, each [num_blocks, ...]. `connect` is given the fingerprint
-    that values shall have. `prefill_rate` says how many tokens computing does in a second, None
-    while nobody knows: a prefix is fetched only if that is expected to be faster, and given up when
-    it takes longer than computing would have.
+    that values shall have. `prefill_s(start, stop)` says how many seconds it takes to compute these
+    positions, None while nobody knows: a prefix is fetched only if that is expected to be faster,
+    and given up when it takes longer than computing would have.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class KVBlockStore:
         sliding_window: int,
         fingerprint: str,
         connect: Callable[[bytes], KVStore],
-        prefill_rate: Callable[[], float | None] = lambda: None,
+        prefill_s: Callable[[int, int], float | None] = lambda start, stop: None,
     ) -> None:
         self._copiers = {kind: BlockCopier(of_kind) for kind, of_kind in tensors.items()}
         self._layout = ValueLayout.of(
@@ -60,7 +60,7 @@ class KVBlockStore:
             -(-(sliding_window - 1) // block_size),
         )
         self._block_size = block_size
-        self._prefill_rate = prefill_rate
+        self._prefill_s = prefill_s
         self.fingerprint = self._fingerprint(fingerprint)
         self._store = connect(self.fingerprint)
         device = next(iter(tensors.values()))[0].device
@@ -75,8 +75,12 @@ class KVBlockStore:
     def fetch(self, request: Request, num_cached_tokens: int) -> bool:
         start = num_cached_tokens // self._block_size
         stop = (request.num_tokens - 1) // self._block_size
-        compute_s = self._compute_s(stop - start)
-        if start >= stop or not self._store.is_up or compute_s < self._store.rates.latency_s:
+        if start >= stop or not self._store.is_up:
+            return False
+        compute_s = self._compute_s(start, stop)
+        if compute_s is None:
+            compute_s = float("inf")
+        elif compute_s < self._store.rates.latency_s:
             return False
         candidates = self._layout.candidates(start, stop)
         keys = [run.key(request.block_hashes) for run in candidates]
@@ -185,10 +189,8 @@ class KVBlockStore:
                 known.add(key)
         stop, fetch.wanted = self._layout.choose(found, fetch.start, fetch.stop)
         num_bytes = sum(map(self._layout.num_bytes, fetch.wanted))
-        num_tokens = (stop - fetch.start) * self._block_size
-        if not fetch.wanted or not self._store.worth_fetching(
-            num_bytes, num_tokens, self._prefill_rate()
-        ):
+        compute_s = self._compute_s(fetch.start, stop)
+        if not fetch.wanted or not self._store.worth_fetching(num_bytes, compute_s):
             fetch.result = NOTHING_FETCHED
         else:
             self._read(request, fetch)
@@ -230,10 +232,9 @@ class KVBlockStore:
                 self._known_of(request).discard(run.key(request.block_hashes))
         return hashes
 
-    def _compute_s(self, num_blocks: int) -> float:
-        """How long computing takes; forever where nobody knows."""
-        rate = self._prefill_rate()
-        return float("inf") if rate is None else num_blocks * self._block_size / rate
+    def _compute_s(self, start: int, stop: int) -> float | None:
+        """How long it takes to compute the blocks [start, stop); None where nobody knows."""
+        return self._prefill_s(start * self._block_size, stop * self._block_size)
 
     # Saving
 

@@ -285,12 +285,13 @@ class EngineCore:
 
     def _update(self, output: SchedulerOutput, sampled: SamplerOutput, seconds: float) -> None:
         failed = {output.sampling[row] for row in sampled.errors}
+        chunks = output.prefill_chunks
         self.scheduler.update(output, failed)
         num_decode = sum(item.is_decode for item in output.scheduled)
         self._num_steps += 1
         self._num_decode_tokens += num_decode
         self._num_prefill_tokens += output.num_tokens - num_decode
-        self.prefill_meter.saw_step(output.num_tokens - num_decode, num_decode, seconds)
+        self.prefill_meter.saw_step(chunks, num_decode, seconds)
         rows = zip(output.sampling, sampled.token_ids, sampled.logprobs, strict=True)
         for row, (request, token_id, logprobs) in enumerate(rows):
             if row in sampled.errors:

@@ -1,31 +1,64 @@
-"""How fast prompts are computed, as measured in the steps that mostly did that."""
+"""How long prompts take to compute, as measured in the steps that mostly did that."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 LEAST_TOKENS = 16  # a step with fewer measures what every step costs
 LEAST_SHARE = 0.75  # of the step's tokens
 REMEMBERED_TOKENS = 32768  # older ones weigh half
+LEAST_SPREAD = 1e-3  # of depths; measured at one depth, the two parts can't be told apart
 
 
 class PrefillMeter:
-    """A mean over the prompt tokens computed last: long prompts slow down towards their end."""
+    """Seconds for a token and, as attention reads what came before, for each position before it.
+
+    A least squares fit over the steps of late, of seconds = per_token * tokens + per_pair * pairs,
+    where pairs are the sum of the tokens' positions; neither part is negative.
+    """
 
     def __init__(self) -> None:
-        self._num_tokens = 0.0
-        self._seconds = 0.0
+        # Sums over steps; `tt` is of tokens times tokens, `tp` of tokens times pairs, and so on.
+        self._num_tokens = self._tt = self._tp = self._pp = self._ts = self._ps = 0.0
 
-    @property
-    def tokens_per_s(self) -> float | None:
-        """None until a step has told."""
-        return self._num_tokens / self._seconds if self._seconds > 0 else None
+    def seconds(self, start: int, stop: int) -> float | None:
+        """How long the positions [start, stop) of one request take; None until a step has told."""
+        if self._num_tokens == 0:
+            return None
+        per_token, per_pair = self._fit()
+        return per_token * (stop - start) + per_pair * _num_pairs(start, stop)
 
-    def saw_step(self, num_prefill: int, num_decode: int, seconds: float) -> None:
-        """A step computed so many tokens of prompts, and so many others."""
+    def saw_step(self, chunks: Sequence[tuple[int, int]], num_decode: int, seconds: float) -> None:
+        """A step computed these [start, stop) of prompts, and so many other tokens."""
+        num_prefill = sum(stop - start for start, stop in chunks)
         num_tokens = num_prefill + num_decode
         if num_prefill < LEAST_TOKENS or num_prefill < LEAST_SHARE * num_tokens:
             return
-        self._num_tokens += num_tokens
-        self._seconds += seconds
         if self._num_tokens > REMEMBERED_TOKENS:
-            self._num_tokens /= 2
-            self._seconds /= 2
+            self._num_tokens, self._tt, self._tp, self._pp, self._ts, self._ps = (
+                total / 2
+                for total in (self._num_tokens, self._tt, self._tp, self._pp, self._ts, self._ps)
+            )
+        num_pairs = sum(_num_pairs(start, stop) for start, stop in chunks)
+        self._num_tokens += num_tokens
+        self._tt += num_tokens * num_tokens
+        self._tp += num_tokens * num_pairs
+        self._pp += num_pairs * num_pairs
+        self._ts += num_tokens * seconds
+        self._ps += num_pairs * seconds
+
+    def _fit(self) -> tuple[float, float]:
+        """Seconds for a token and for a pair."""
+        determinant = self._tt * self._pp - self._tp * self._tp
+        if determinant > LEAST_SPREAD * self._tt * self._pp:
+            per_token = (self._ts * self._pp - self._ps * self._tp) / determinant
+            per_pair = (self._ps * self._tt - self._ts * self._tp) / determinant
+            if per_token >= 0 and per_pair >= 0:
+                return per_token, per_pair
+            if per_token < 0:
+                return 0.0, self._ps / self._pp
+        return self._ts / self._tt, 0.0
+
+
+def _num_pairs(start: int, stop: int) -> float:
+    return (stop * (stop - 1) - start * (start - 1)) / 2

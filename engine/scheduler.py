@@ -41,6 +41,15 @@ class SchedulerOutput:
         return sum(item.num_new_tokens for item in self.scheduled)
 
     @property
+    def prefill_chunks(self) -> list[tuple[int, int]]:
+        """The positions [start, stop) of prompts, before `update` counts them as computed."""
+        return [
+            (start := item.request.num_computed_tokens, start + item.num_new_tokens)
+            for item in self.scheduled
+            if not item.is_decode
+        ]
+
+    @property
     def sampling(self) -> list[Request]:
         """The requests that get a token, in the order of the batch's logits."""
         return [item.request for item in self.scheduled if item.samples]

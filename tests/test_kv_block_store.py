@@ -78,8 +78,11 @@ class Deployment:
         block_size = next(iter(tensors.values()))[0].shape[1]
         window = self.subject.model.spec.sliding_window
         return KVBlockStore(
-            tensors, block_size, window, "m", lambda _: self.kv_store, lambda: self.prefill_rate
+            tensors, block_size, window, "m", lambda _: self.kv_store, self.prefill_s
         )
+
+    def prefill_s(self, start: int, stop: int) -> float | None:
+        return None if self.prefill_rate is None else (stop - start) / self.prefill_rate
 
     def start(self, **options: Any) -> None:
         """An engine that remembers nothing, before what Redis holds."""

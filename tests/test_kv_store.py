@@ -567,11 +567,11 @@ def test_over_tls(tmp_path: Path, stores: Stores) -> None:
 
 
 def test_fetch_where_that_is_sooner() -> None:
-    assert worth_fetching(1_000_000, 1000, 1e9, 1e4, 0.001)
-    assert not worth_fetching(1_000_000_000, 1000, 1e9, 1e4, 0.001)
-    assert not worth_fetching(1_000, 10, 1e9, 1e4, latency_s=0.002)
-    assert not worth_fetching(0, 0, None, None, 0.0)
-    assert worth_fetching(1_000_000_000, 1, None, 1e4, 0.0), "unknown rates are to be measured"
+    assert worth_fetching(1_000_000, 0.1, 1e9, 0.001)
+    assert not worth_fetching(1_000_000_000, 0.1, 1e9, 0.001)
+    assert not worth_fetching(1_000, 0.001, 1e9, latency_s=0.002)
+    assert worth_fetching(1_000_000_000, 1e-4, None, 0.0), "unknown rates are to be measured"
+    assert worth_fetching(1_000_000_000, None, 1e9, 0.0)
 
 
 def test_a_slow_read_weighs_as_long_as_it_takes() -> None:
@@ -633,8 +633,8 @@ def test_decisions_rest_on_what_reads_reached(
     store.look_up("t", KEYS).result(5)
     read_all(store)
     assert store.rates.read_bytes_per_s and store.rates.latency_s > 0
-    assert store.worth_fetching(SIZE, 100_000, 1.0)
-    assert not store.worth_fetching(10**15, 1, 1e6)
+    assert store.worth_fetching(SIZE, 100_000.0)
+    assert not store.worth_fetching(10**15, 1e-6)
     for choice in ("fetch", "recompute"):
         labels = {"model": "m", "choice": choice}
         name = "briolette_kv_store_decisions_total"
