@@ -25,6 +25,8 @@ class AttentionKind(enum.Enum):
     SLIDING = "sliding_attention"
     GLOBAL = "full_attention"
 
+    __hash__ = object.__hash__  # Enum's own is a Python function, and members are singletons
+
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:

@@ -46,15 +46,16 @@ def test_a_restore_is_held_to_the_link() -> None:
         "cold_ms": [1000.0],
         "memory_ms": [19.0],
         "step_ms": 10.0,
+        "memory_steps": 1.0,
         "redis_ms": [42.0],
         "redis_bytes": [10e6],  # 10 ms
     }
     results = {"raw_bytes_per_s": 1e9, "lengths": {str(restore.CONTEXT): one}}
     found = restore.checks(results)
     assert found[0].target == pytest.approx(1.3 * 10 + 30)
-    assert verdicts(found) == [True, True, True]
+    assert verdicts(found) == [True, True, True, True]
     results["lengths"][str(restore.CONTEXT)] = one | {"redis_ms": [300.0]}
-    assert verdicts(restore.checks(results)) == [False, True, False]
+    assert verdicts(restore.checks(results)) == [False, True, True, False]
     assert verdicts(restore.checks({"not_measured": "it did not start"})) == [None]
 
 
