@@ -90,7 +90,7 @@ class KVBlockStore:
             candidates,
             keys,
             self._store.look_up(request.tenant, keys),
-            give_up_at=time.monotonic() + compute_s,
+            compute_s,
         )
         return True
 
@@ -166,6 +166,8 @@ class KVBlockStore:
 
     def _go_on(self, request: Request, fetch: _Fetch) -> None:
         """Take the next step towards a result, if it can be taken."""
+        if fetch.give_up_at is None:  # now, since a long step may lie before the first question
+            fetch.give_up_at = time.monotonic() + fetch.compute_s
         if fetch.wanted is None and fetch.lookup.done():
             self._decide(request, fetch)
         elif fetch.wanted is not None and fetch.read is None:
@@ -259,7 +261,7 @@ class KVBlockStore:
             return
         block_ids = self._global_blocks.find(request.block_hashes[run.start : run.stop])
         if block_ids is not None and self._store.takes(self._layout.num_bytes(run)):
-            self._put(request, trace, [key], [self._copiers[GLOBAL].read(block_ids)])
+            self._put(request, trace, [key], GLOBAL, block_ids, is_one=True)
 
     def _put_sliding(self, request: Request, trace: Trace, blocks: Sequence[StoredBlock]) -> None:
         """Store the blocks that aren't there yet, each as a value."""
@@ -270,12 +272,27 @@ class KVBlockStore:
             if key not in known:
                 new[key] = block.block_id
         if new and self._store.takes(len(new) * self._layout.block_bytes[SLIDING]):
-            rows = self._copiers[SLIDING].read(list(new.values()))
-            self._put(request, trace, list(new), rows.unbind())
+            self._put(request, trace, list(new), SLIDING, list(new.values()))
 
     def _put(
-        self, request: Request, trace: Trace, keys: Sequence[bytes], values: Sequence[Tensor]
+        self,
+        request: Request,
+        trace: Trace,
+        keys: Sequence[bytes],
+        kind: AttentionKind,
+        block_ids: Sequence[int],
+        *,
+        is_one: bool = False,
     ) -> None:
+        """Store blocks under a key each, or all of them as one value; or not, where there is no
+        memory for the copy.
+        """
+        try:
+            rows = self._copiers[kind].read(block_ids)
+        except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors among them
+            log.warning("%d blocks can't be copied for the KV store: %s", len(block_ids), error)
+            return
+        values = [rows] if is_one else rows.unbind()
         self._known_of(request).update(keys)
         trace.keys += keys
         self._landing.put(request.tenant, keys, values)
@@ -323,7 +340,8 @@ class _Fetch:
     candidates: list[BlockRun]
     keys: list[bytes]  # of the candidates
     lookup: Lookup
-    give_up_at: float  # on time.monotonic's clock: by then it would have been computed
+    compute_s: float  # what computing takes, as far as known
+    give_up_at: float | None = None  # on time.monotonic's clock: by then it would be computed
     wanted: list[BlockRun] | None = None
     memory: dict[AttentionKind, Tensor] = field(default_factory=dict)  # rows of blocks
     first_block: dict[AttentionKind, int] = field(default_factory=dict)  # in the first row

@@ -6,14 +6,14 @@ order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # copying longer ones is faster
-STAGED_BYTES = 32 << 20  # on the card, on the way into the tensors
+STAGED_BYTES = 32 << 20  # on the card, on the way into the tensors and out of them
 
 
 class BlockCopier:
@@ -46,21 +46,28 @@ class BlockCopier:
         """Rows of bytes [num_blocks, block_bytes] in plain memory; from a card they come with the
         stream, before anything that is asked of it later.
         """
-        ids = torch.tensor(block_ids, device=self._device)
-        rows = torch.cat([column.index_select(0, ids) for column in self._columns], 1)
         if self._device.type == "cpu":
-            return rows.view(torch.uint8)
+            return self._gathered(block_ids).view(torch.uint8)
         memory = self.memory(len(block_ids))
-        memory.view(self._word).copy_(rows, non_blocking=True)
+        for part in self._parts(len(block_ids)):
+            rows = self._gathered(block_ids[part])
+            memory[part].view(self._word).copy_(rows, non_blocking=True)
         return memory
 
     def write(self, block_ids: Sequence[int], memory: Tensor, rows: Sequence[int]) -> None:
         """Fill blocks from some rows of memory; on a card before anything that is asked later."""
-        at_once = max(1, STAGED_BYTES // self.block_bytes)
-        for first in range(0, len(block_ids), at_once):
-            part = slice(first, first + at_once)
+        for part in self._parts(len(block_ids)):
             ids = torch.tensor(block_ids[part], device=self._device)
             self._scatter(ids, self._staged(memory, rows[part]))
+
+    def _parts(self, num_blocks: int) -> Iterator[slice]:
+        """So many blocks, a few at a time."""
+        at_once = max(1, STAGED_BYTES // self.block_bytes)
+        return (slice(first, first + at_once) for first in range(0, num_blocks, at_once))
+
+    def _gathered(self, block_ids: Sequence[int]) -> Tensor:
+        ids = torch.tensor(block_ids, device=self._device)
+        return torch.cat([column.index_select(0, ids) for column in self._columns], 1)
 
     def _staged(self, memory: Tensor, rows: Sequence[int]) -> Tensor:
         """The rows on the tensors' device; a stretch of them isn't copied for that."""

@@ -30,6 +30,8 @@ from experts.local import LocalExperts
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+NUMERICS = 1  # of our own code: raise it with a change of any bit of keys or values
+
 Connect = Callable[[ModelRunner, PrefillMeter], BlockStore | None]
 
 
@@ -218,7 +220,10 @@ def make_hasher(config: Config, source: Source) -> BlockHasher | None:
 def fingerprint(config: Config, source: Source) -> str:
     """Names all that the bits of keys and values depend on beside the tokens."""
     facts = (
+        NUMERICS,
         source.checkpoint.fingerprint,
+        source.device.type,
+        source.kernels,
         source.dtype,
         config.batch_invariant,
         config.experts.num_groups,

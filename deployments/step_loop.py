@@ -273,6 +273,7 @@ class StepLoop:
     def _fail_all(self, sentence: str) -> None:
         for request_id, served in list(self._served.items()):
             self._engine.abort(request_id, FinishReason.ERROR)
+            self._leave_trace(served)
             self._refuse(served.gateway_id, request_id, "INTERNAL", sentence)
         self._served.clear()
 

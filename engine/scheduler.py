@@ -152,6 +152,7 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step and allocate its blocks; empty when nothing can be computed."""
+        self._look_for_blocks()
         output = SchedulerOutput()
         budget = self.max_num_batched_tokens
         queue = deque(self.policy.order(self.running))
@@ -168,7 +169,7 @@ class Scheduler:
         if budget == 0 or output.preempted or not self._has_room():
             return output
         for request in self.policy.order(self.waiting):
-            if not self._is_ready(request):
+            if request.state is RequestState.WAITING_FOR_BLOCKS:
                 continue
             if budget == 0 or not self._has_room() or not self._admit(request):
                 break  # nobody overtakes the first that doesn't fit, else it could wait forever
@@ -208,11 +209,12 @@ class Scheduler:
     def _has_room(self) -> bool:
         return bool(self.waiting) and len(self.running) < self.max_num_seqs
 
-    def _is_ready(self, request: Request) -> bool:
-        is_waiting = request.state is RequestState.WAITING_FOR_BLOCKS
-        if is_waiting and self.store.fetched(request) is not None:
-            request.state = RequestState.WAITING
-        return request.state is RequestState.WAITING
+    def _look_for_blocks(self) -> None:
+        """Ask the store how far it is, also while there is no room: it goes on when asked."""
+        for request in self.waiting:
+            is_waiting = request.state is RequestState.WAITING_FOR_BLOCKS
+            if is_waiting and self.store.fetched(request) is not None:
+                request.state = RequestState.WAITING
 
     def _admit(self, request: Request) -> bool:
         """Start it behind what is cached or fetched of it, if it fits."""

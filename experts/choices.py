@@ -118,6 +118,7 @@ class Choices:
         """The groups' rows added in fp32 in the groups' order: [num_tokens, hidden], in the dtype
         of the rows. Shape: of each group [num_rows, hidden], as `count_rows` says, contiguous.
         """
+        assert len(group_rows) == self._cut.num_groups
         first = group_rows[0]
         native = self._cut.native if first.dtype in NATIVE_DTYPES else None
         if native is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -404,3 +404,42 @@ def test_what_is_faster_to_compute_than_to_ask_for_is_not_asked_for(
     deployment.start()
     assert deployment.ask(PROMPT) == 0
     assert sum(deployment.count("decisions", choice=c) for c in ("fetch", "recompute")) == 0
+
+
+def test_a_request_reads_from_redis_while_it_waits_for_others(
+    address: RedisAddress, deploy: Callable[..., Deployment]
+) -> None:
+    """For longer than computing it would take: that clock doesn't run before anybody has looked."""
+    deployment = deploy(address)
+    deployment.ask(PROMPT)
+    deployment.start(max_num_seqs=1)
+    deployment.core.add(request_id="first", prompt_ids=[9] * 40, sampling=GREEDY)
+    deployment.core.step()
+    deployment.prefill_rate = 1000.0  # a tenth of a second
+    request = deployment.add(PROMPT)
+    time.sleep(0.3)
+    assert deployment.finish(request) == 100
+    assert deployment.count("decisions", choice="given_up") == 0
+
+
+def test_blocks_that_cannot_be_copied_are_not_stored(
+    address: RedisAddress,
+    deploy: Callable[..., Deployment],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def no_memory(self: BlockCopier, block_ids: Sequence[int]) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    deployment = deploy(address)
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockCopier, "read", no_memory)
+        assert deployment.ask(PROMPT) == 0
+        deployment.add([*PROMPT, *PROMPT])
+        deployment.core.step()
+        deployment.core.abort("r")
+        drain(deployment.core)
+    assert "can't be copied for the KV store" in caplog.text
+    assert not deployment.stored()
+    assert deployment.ask([*PROMPT, *PROMPT]) > 0  # from memory, and now it is stored
+    assert deployment.stored()

@@ -184,7 +184,7 @@ def test_a_hash_is_computed_once_and_follows_the_output() -> None:
     assert request.block_hashes == whole.block_hashes and len(before) == 2
 
 
-def test_the_configuration_says_what_changes_the_bits() -> None:
+def test_the_configuration_says_what_changes_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     def last_hash(**overrides: Any) -> bytes | None:
         config = Config.load(None, overrides)
         hasher = make_hasher(config, Source.open(config))
@@ -204,6 +204,9 @@ def test_the_configuration_says_what_changes_the_bits() -> None:
     ]
     assert len({last_hash(), *(last_hash(**other) for other in others)}) == 6
     assert last_hash(engine={"prefix_caching": False}) is None
+    with_these_kernels = last_hash()
+    monkeypatch.setattr(Source, "kernels", "others")
+    assert last_hash() != with_these_kernels
 
 
 # What is kept, and what goes first
