@@ -183,7 +183,7 @@ class KVStore:
         self._count_decision("given_up")
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that was put is written or given up; whether that came in time."""
+        """Wait until all that was put before is written or given up; whether that came in time."""
         return self._writer.flush(timeout_s)
 
     def close(self) -> None:

@@ -45,6 +45,7 @@ class Writer:
     `on_outcome(outcome, value)` is called once for each value that was put, `on_used(tenant,
     bytes)` with what a tenant uses after a write, `on_memory` after each batch. A value
     that is being sent when the connection breaks is lost; those that wait behind it are sent later.
+    When the server is full, those that wait are given up.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Writer:
         self._changed = threading.Condition()
         self._queue: deque[Value] = deque()
         self._queue_bytes = 0  # of what waits and of what is being sent
+        self._num_put = self._num_settled = 0  # values are settled in the order of their puts
         self._is_closing = False
         self._connection: BulkConnection | None = None
         self._thread = threading.Thread(target=self._run, name="kv-writer", daemon=True)
@@ -101,15 +103,17 @@ class Writer:
             if refusal is None:
                 self._queue.append(value)
                 self._queue_bytes += value.num_bytes
+                self._num_put += 1
                 self._changed.notify_all()
         if refusal is not None:
             self._on_outcome(refusal, value)
         return refusal is None
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that was put is written or given up; whether that came in time."""
+        """Wait until all that was put before is written or given up; whether that came in time."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._queue_bytes == 0, timeout_s)
+            num_put = self._num_put
+            return self._changed.wait_for(lambda: self._num_settled >= num_put, timeout_s)
 
     def close(self) -> None:
         """Give up what still waits."""
@@ -173,10 +177,23 @@ class Writer:
         except REDIS_ERRORS as error:
             self._hang_up()
             self._reach.failed(str(error))
-        for value, outcome in zip(batch, outcomes, strict=True):
+        self._settled(batch, outcomes)
+        if self._writing.retry_in_s > 0:
+            self._give_up_queue()
+
+    def _give_up_queue(self) -> None:
+        """Nothing is put either while a full server is left alone."""
+        with self._changed:
+            values = list(self._queue)
+            self._queue.clear()
+        self._settled(values, ["server_full"] * len(values))
+
+    def _settled(self, values: Sequence[Value], outcomes: Sequence[str]) -> None:
+        for value, outcome in zip(values, outcomes, strict=True):
             self._on_outcome(outcome, value)
         with self._changed:
-            self._queue_bytes -= sum(value.num_bytes for value in batch)
+            self._queue_bytes -= sum(value.num_bytes for value in values)
+            self._num_settled += len(values)
             self._changed.notify_all()
 
     def _send(
@@ -212,7 +229,7 @@ class Writer:
                 under_way.append(i)
             while under_way and (i is None or len(under_way) > 1):
                 done = under_way.popleft()
-                outcomes[done], error = self._settle(connection, batch[done])
+                outcomes[done], error = self._read_outcome(connection, batch[done])
                 refusal = refusal or error
         return refusal
 
@@ -270,7 +287,7 @@ class Writer:
             b"\r\n$2\r\nPX\r\n$%d\r\n%s\r\n" % (len(ttl), ttl) + book + packed([b"EXEC"]),
         ]
 
-    def _settle(
+    def _read_outcome(
         self, connection: BulkConnection, value: Value
     ) -> tuple[str, redis.ResponseError | None]:
         """Read the four replies to a transaction: what became of the value, and the refusal."""
