@@ -409,6 +409,9 @@ def test_on_a_full_server_the_queue_is_given_up(
         assert store.flush(4) and time.monotonic() - start_s < 2, "not after the pause"
         assert count(registry, "writes", "server_full") == len(KEYS)
         assert store.status.queue_bytes == 0 and not store.status.is_writable
+        assert not store.put("t", b"later", [b"v"])
+        assert store.take_lost() == [("t", key) for key in [*KEYS, b"later"]]
+        assert store.take_lost() == []
 
 
 def gauge(registry: CollectorRegistry, name: str) -> float | None:
