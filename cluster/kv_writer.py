@@ -205,9 +205,7 @@ class Writer:
         absent = [i for i, outcome in enumerate(outcomes) if outcome != "present"]
         refusal = self._send_these(connection, batch, outcomes, absent)
         if isinstance(refusal, redis.OutOfMemoryError):
-            refused = [i for i in absent if outcomes[i] == "server_full"]
-            if self._make_room(connection, [batch[i] for i in refused]):
-                refusal = self._send_these(connection, batch, outcomes, refused)
+            refusal = self._send_again(connection, batch, outcomes, refusal)
         if refusal is not None:
             self._writing.failed(f"Redis refuses to store: {refusal}")
         elif absent:
@@ -233,17 +231,33 @@ class Writer:
                 refusal = refusal or error
         return refusal
 
-    def _make_room(self, connection: BulkConnection, values: Sequence[Value]) -> bool:
-        """On a full server tenants write over the oldest of their own; whether all could."""
+    def _send_again(
+        self,
+        connection: BulkConnection,
+        batch: Sequence[Value],
+        outcomes: list[str],
+        refusal: redis.ResponseError,
+    ) -> redis.ResponseError | None:
+        """Send what a full server refused of those that can make room. Returns the refusal where
+        that helped none: a tenant that can't is no reason to stop writing for the others.
+        """
+        refused = [i for i, outcome in enumerate(outcomes) if outcome == "server_full"]
+        with_room = self._make_room(connection, [batch[i] for i in refused])
+        again = [i for i in refused if batch[i].tenant in with_room]
+        refusal = self._send_these(connection, batch, outcomes, again) or refusal
+        return refusal if all(outcomes[i] == "server_full" for i in refused) else None
+
+    def _make_room(self, connection: BulkConnection, values: Sequence[Value]) -> set[str]:
+        """On a full server tenants write over the oldest of their own; which could."""
         by_tenant: dict[str, int] = {}
         for value in values:
             num_bytes = value.num_bytes + HEADER_BYTES + OVERHEAD_BYTES
             by_tenant[value.tenant] = by_tenant.get(value.tenant, 0) + num_bytes
-        freed = [
-            connection.command(*self._script(MAKE_ROOM, tenant), num_bytes)
+        return {
+            tenant
             for tenant, num_bytes in by_tenant.items()
-        ]
-        return all(freed)
+            if connection.command(*self._script(MAKE_ROOM, tenant), num_bytes)
+        }
 
     def _present(self, connection: BulkConnection, batch: Sequence[Value]) -> list[int]:
         """Which of the values Redis has already, at least by their length."""

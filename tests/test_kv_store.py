@@ -396,6 +396,23 @@ def test_a_full_server_stops_writing_for_a_while_and_is_still_read(
         assert len(lines) == 2 and "maxmemory" in lines[0] and lines[1].endswith("works again")
 
 
+def test_a_tenant_without_room_stops_no_others(
+    tmp_path: Path, stores: Stores, registry: CollectorRegistry
+) -> None:
+    with redis_server(tmp_path, "--maxmemory", "8mb") as address:
+        store = stores(address)
+        put_all(store, [b"k%d" % i for i in range(30)])
+        client = address.client()
+        client.config_set("maxmemory", client.info("memory")["used_memory"])
+        pause(address, 0.4)  # so that both are in one batch
+        store.put("t", b"first", [b"v"])
+        assert store.put("poor", KEYS[0], [payload(KEYS[0])])  # has nothing to give up
+        assert store.put("t", KEYS[0], [payload(KEYS[0])]) and store.flush(5)
+        assert store.look_up("t", KEYS[:1]).result(5) == [SIZE]
+        assert count(registry, "writes", "server_full") == 1 and store.status.is_writable
+        assert store.take_lost() == [("poor", KEYS[0])]
+
+
 def test_on_a_full_server_the_queue_is_given_up(
     tmp_path: Path, stores: Stores, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
