@@ -8,7 +8,9 @@ answer, and never an exception from here. The calls that a decoder's step makes 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cluster.breaker import Breaker
@@ -19,6 +21,8 @@ from cluster.kv_value import Buffer, short_fingerprint
 from cluster.kv_writer import FULL_RETRY_S, Memory, Value, Writer
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
+
+MAX_LOST = 1 << 16  # keys that are kept for a caller of `take_lost`
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class KVStore:
         self._address = address
         self._reach, self._writing = reach, writing
         self._memory = Memory(0, 0)
+        self._lost: deque[tuple[str, bytes]] = deque(maxlen=MAX_LOST)
         self._writer = Writer(
             address,
             fingerprint,
@@ -128,6 +133,14 @@ class KVStore:
         views = [memoryview(part).cast("B") for part in parts]
         return self._writer.put(Value(tenant, key, views, sum(map(len, views))))
 
+    def take_lost(self) -> list[tuple[str, bytes]]:
+        """Tenants and keys of values that were put and didn't get to Redis, each told once."""
+        lost = []
+        with suppress(IndexError):  # another thread may take some, too
+            while True:
+                lost.append(self._lost.popleft())
+        return lost
+
     def look_up(
         self,
         tenant: str,
@@ -183,7 +196,7 @@ class KVStore:
         self._count_decision("given_up")
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that was put is written or given up; whether that came in time."""
+        """Wait until all that was put before is written or given up; whether that came in time."""
         return self._writer.flush(timeout_s)
 
     def close(self) -> None:
@@ -209,6 +222,8 @@ class KVStore:
         self._metrics.kv_store_writes_total(self._model, outcome).inc()
         if outcome == "written":
             self._metrics.kv_store_bytes_total(self._model, "written").inc(value.num_bytes)
+        elif outcome != "present":
+            self._lost.append((value.tenant, value.key))
 
     def _count_read(self, read: Read) -> None:
         for outcome in read.outcomes:

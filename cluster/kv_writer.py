@@ -45,6 +45,7 @@ class Writer:
     `on_outcome(outcome, value)` is called once for each value that was put, `on_used(tenant,
     bytes)` with what a tenant uses after a write, `on_memory` after each batch. A value
     that is being sent when the connection breaks is lost; those that wait behind it are sent later.
+    When the server is full, those that wait are given up.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Writer:
         self._changed = threading.Condition()
         self._queue: deque[Value] = deque()
         self._queue_bytes = 0  # of what waits and of what is being sent
+        self._num_put = self._num_settled = 0  # values are settled in the order of their puts
         self._is_closing = False
         self._connection: BulkConnection | None = None
         self._thread = threading.Thread(target=self._run, name="kv-writer", daemon=True)
@@ -101,15 +103,17 @@ class Writer:
             if refusal is None:
                 self._queue.append(value)
                 self._queue_bytes += value.num_bytes
+                self._num_put += 1
                 self._changed.notify_all()
         if refusal is not None:
             self._on_outcome(refusal, value)
         return refusal is None
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that was put is written or given up; whether that came in time."""
+        """Wait until all that was put before is written or given up; whether that came in time."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._queue_bytes == 0, timeout_s)
+            num_put = self._num_put
+            return self._changed.wait_for(lambda: self._num_settled >= num_put, timeout_s)
 
     def close(self) -> None:
         """Give up what still waits."""
@@ -173,10 +177,23 @@ class Writer:
         except REDIS_ERRORS as error:
             self._hang_up()
             self._reach.failed(str(error))
-        for value, outcome in zip(batch, outcomes, strict=True):
+        self._settled(batch, outcomes)
+        if self._writing.retry_in_s > 0:
+            self._give_up_queue()
+
+    def _give_up_queue(self) -> None:
+        """Nothing is put either while a full server is left alone."""
+        with self._changed:
+            values = list(self._queue)
+            self._queue.clear()
+        self._settled(values, ["server_full"] * len(values))
+
+    def _settled(self, values: Sequence[Value], outcomes: Sequence[str]) -> None:
+        for value, outcome in zip(values, outcomes, strict=True):
             self._on_outcome(outcome, value)
         with self._changed:
-            self._queue_bytes -= sum(value.num_bytes for value in batch)
+            self._queue_bytes -= sum(value.num_bytes for value in values)
+            self._num_settled += len(values)
             self._changed.notify_all()
 
     def _send(
@@ -188,9 +205,7 @@ class Writer:
         absent = [i for i, outcome in enumerate(outcomes) if outcome != "present"]
         refusal = self._send_these(connection, batch, outcomes, absent)
         if isinstance(refusal, redis.OutOfMemoryError):
-            refused = [i for i in absent if outcomes[i] == "server_full"]
-            if self._make_room(connection, [batch[i] for i in refused]):
-                refusal = self._send_these(connection, batch, outcomes, refused)
+            refusal = self._send_again(connection, batch, outcomes, refusal)
         if refusal is not None:
             self._writing.failed(f"Redis refuses to store: {refusal}")
         elif absent:
@@ -212,21 +227,37 @@ class Writer:
                 under_way.append(i)
             while under_way and (i is None or len(under_way) > 1):
                 done = under_way.popleft()
-                outcomes[done], error = self._settle(connection, batch[done])
+                outcomes[done], error = self._read_outcome(connection, batch[done])
                 refusal = refusal or error
         return refusal
 
-    def _make_room(self, connection: BulkConnection, values: Sequence[Value]) -> bool:
-        """On a full server tenants write over the oldest of their own; whether all could."""
+    def _send_again(
+        self,
+        connection: BulkConnection,
+        batch: Sequence[Value],
+        outcomes: list[str],
+        refusal: redis.ResponseError,
+    ) -> redis.ResponseError | None:
+        """Send what a full server refused of those that can make room. Returns the refusal where
+        that helped none: a tenant that can't is no reason to stop writing for the others.
+        """
+        refused = [i for i, outcome in enumerate(outcomes) if outcome == "server_full"]
+        with_room = self._make_room(connection, [batch[i] for i in refused])
+        again = [i for i in refused if batch[i].tenant in with_room]
+        refusal = self._send_these(connection, batch, outcomes, again) or refusal
+        return refusal if all(outcomes[i] == "server_full" for i in refused) else None
+
+    def _make_room(self, connection: BulkConnection, values: Sequence[Value]) -> set[str]:
+        """On a full server tenants write over the oldest of their own; which could."""
         by_tenant: dict[str, int] = {}
         for value in values:
             num_bytes = value.num_bytes + HEADER_BYTES + OVERHEAD_BYTES
             by_tenant[value.tenant] = by_tenant.get(value.tenant, 0) + num_bytes
-        freed = [
-            connection.command(*self._script(MAKE_ROOM, tenant), num_bytes)
+        return {
+            tenant
             for tenant, num_bytes in by_tenant.items()
-        ]
-        return all(freed)
+            if connection.command(*self._script(MAKE_ROOM, tenant), num_bytes)
+        }
 
     def _present(self, connection: BulkConnection, batch: Sequence[Value]) -> list[int]:
         """Which of the values Redis has already, at least by their length."""
@@ -270,7 +301,7 @@ class Writer:
             b"\r\n$2\r\nPX\r\n$%d\r\n%s\r\n" % (len(ttl), ttl) + book + packed([b"EXEC"]),
         ]
 
-    def _settle(
+    def _read_outcome(
         self, connection: BulkConnection, value: Value
     ) -> tuple[str, redis.ResponseError | None]:
         """Read the four replies to a transaction: what became of the value, and the refusal."""

@@ -122,6 +122,7 @@ class KVBlockStore:
             fetch.read.cancel()
 
     def save(self, request: Request, blocks: Sequence[StoredBlock]) -> None:
+        self._forget_lost()
         self._global_blocks.update(blocks)
         trace = self._trace(request)
         for start, stop in self._stretches(trace, blocks):
@@ -239,6 +240,11 @@ class KVBlockStore:
         return self._prefill_s(start * self._block_size, stop * self._block_size)
 
     # Saving
+
+    def _forget_lost(self) -> None:
+        """What didn't get to Redis is to be written again."""
+        for tenant, key in self._store.take_lost():
+            self.forget(tenant, [key])
 
     def _stretches(self, trace: Trace, blocks: Sequence[StoredBlock]) -> Iterator[tuple[int, int]]:
         """Global blocks to be stored: a run that is whole now, and where a window ends all before

@@ -247,6 +247,25 @@ def test_what_somebody_removed_is_written_at_the_next_turn_once_that_is_told(
     assert deployment.ask([*turn, 6]) == 112
 
 
+def test_what_a_full_server_refused_is_written_at_the_next_turn(
+    address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.kv_store.FULL_RETRY_S", 0.1)
+    monkeypatch.setattr("deployments.kv_values.MAX_RUN_BLOCKS", 4)
+    deployment = deploy(address)
+    deployment.redis.config_set("maxmemory", 1)
+    deployment.ask(PROMPT)
+    assert deployment.stored() == set()
+    deployment.redis.config_set("maxmemory", 0)
+    wait_until(lambda: deployment.kv_store.takes(1))
+    turn = PROMPT + deployment.cold(PROMPT)
+    assert deployment.ask([*turn, 5]) == 104  # from memory
+    assert deployment.count("writes", outcome="server_full") > 0
+    deployment.start()
+    turn += [5, *deployment.cold([*turn, 5])]
+    assert deployment.ask([*turn, 6]) == 112
+
+
 def test_tenants_share_only_where_both_opted_in(
     address: RedisAddress, deploy: Callable[..., Deployment]
 ) -> None:

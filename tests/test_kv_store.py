@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -26,6 +27,7 @@ from cluster.kv_keys import OVERHEAD_BYTES, tenant_prefix, value_name
 from cluster.kv_rates import RATE_LIFE_S, RateMeter, Rates, worth_fetching
 from cluster.kv_store import KVStore
 from cluster.kv_value import HEADER_BYTES
+from cluster.kv_writer import Value
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
 from tests.redis_servers import redis_server, wait_until
@@ -175,6 +177,24 @@ def test_a_full_queue_drops_and_counts(
         assert store.flush(5) and store.takes(2 * SIZE)
         assert count(registry, "writes", "queue_full") == taken.count(False)
         assert count(registry, "writes", "written") == taken.count(True)
+
+
+def test_flush_waits_only_for_what_was_put_before(
+    address: RedisAddress, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another tenant puts a value whenever one of its own is written: the queue is never empty."""
+    store, numbers = stores(address), itertools.count()
+
+    def put_another(outcome: str, value: Value) -> None:
+        if outcome == "written" and value.tenant == "other":
+            store.put("other", b"%d" % next(numbers), [b"v"])
+
+    monkeypatch.setattr(store._writer, "_on_outcome", put_another)
+    store.put("other", b"first", [b"v"])
+    for key in KEYS:
+        assert store.put("t", key, [payload(key)]) and store.flush(2)
+        assert store.look_up("t", [key]).result(5) == [SIZE]
+    assert store.status.queue_bytes > 0
 
 
 def pause(address: RedisAddress, seconds: float) -> None:
@@ -374,6 +394,41 @@ def test_a_full_server_stops_writing_for_a_while_and_is_still_read(
         assert gauge(registry, "writable") == 1
         lines = [record.message for record in caplog.records]
         assert len(lines) == 2 and "maxmemory" in lines[0] and lines[1].endswith("works again")
+
+
+def test_a_tenant_without_room_stops_no_others(
+    tmp_path: Path, stores: Stores, registry: CollectorRegistry
+) -> None:
+    with redis_server(tmp_path, "--maxmemory", "8mb") as address:
+        store = stores(address)
+        put_all(store, [b"k%d" % i for i in range(30)])
+        client = address.client()
+        client.config_set("maxmemory", client.info("memory")["used_memory"])
+        pause(address, 0.4)  # so that both are in one batch
+        store.put("t", b"first", [b"v"])
+        assert store.put("poor", KEYS[0], [payload(KEYS[0])])  # has nothing to give up
+        assert store.put("t", KEYS[0], [payload(KEYS[0])]) and store.flush(5)
+        assert store.look_up("t", KEYS[:1]).result(5) == [SIZE]
+        assert count(registry, "writes", "server_full") == 1 and store.status.is_writable
+        assert store.take_lost() == [("poor", KEYS[0])]
+
+
+def test_on_a_full_server_the_queue_is_given_up(
+    tmp_path: Path, stores: Stores, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.kv_writer.BATCH_VALUES", 1)
+    with redis_server(tmp_path, "--maxmemory", "1") as address:
+        store = stores(address)
+        pause(address, 0.4)
+        for key in KEYS:
+            assert store.put("t", key, [payload(key)])
+        start_s = time.monotonic()
+        assert store.flush(4) and time.monotonic() - start_s < 2, "not after the pause"
+        assert count(registry, "writes", "server_full") == len(KEYS)
+        assert store.status.queue_bytes == 0 and not store.status.is_writable
+        assert not store.put("t", b"later", [b"v"])
+        assert store.take_lost() == [("t", key) for key in [*KEYS, b"later"]]
+        assert store.take_lost() == []
 
 
 def gauge(registry: CollectorRegistry, name: str) -> float | None:
