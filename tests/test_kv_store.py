@@ -462,7 +462,7 @@ def test_a_server_that_goes_and_comes_back(
             store = stores(address)
             put_all(store)
         assert read_all(store) == [None] * len(KEYS)
-        assert not store.is_up and gauge(registry, "up") == 0
+        wait_until(lambda: not store.is_up and gauge(registry, "up") == 0)
         start_s = time.perf_counter()
         for _ in range(50):
             assert not store.put("t", b"k", [b"v"])
