@@ -75,7 +75,7 @@ class RedisServer:
         self.address = RedisAddress(f"unix://{self._socket}")
         self._is_closing = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._ended_with: int | None = None
+        self._failure: str | None = None  # the last: how it ended, or why it couldn't be started
         # The thread lives as long as this object: a server ends with the thread that started it.
         self._thread = threading.Thread(target=self._supervise, name="redis", daemon=True)
         self._thread.start()
@@ -115,16 +115,24 @@ class RedisServer:
         pause_s = FIRST_PAUSE_S
         while not self._is_closing.is_set():
             started_s = time.monotonic()
-            self._process = self._start()
-            if self._is_closing.is_set():  # `close` may have looked before there was a process
-                self._process.terminate()
-            status = self._process.wait()
-            self._process, self._ended_with = None, status
+            failure = self._failure = self._run()
             if self._is_closing.is_set():
                 return
             pause_s = FIRST_PAUSE_S if time.monotonic() - started_s > START_S else pause_s * 2
-            log.warning("The Redis server ended with status %d; it is started again.", status)
+            log.warning("The Redis server %s; it is started again.", failure)
             self._is_closing.wait(min(pause_s, LONGEST_PAUSE_S))
+
+    def _run(self) -> str:
+        """Start it and wait until it ends; what became of it."""
+        try:
+            self._process = self._start()
+        except OSError as error:  # no memory, processes or files left: that may pass
+            return f"couldn't be started ({error})"
+        if self._is_closing.is_set():  # `close` may have looked before there was a process
+            self._process.terminate()
+        status = self._process.wait()
+        self._process = None
+        return f"ended with status {status}"
 
     def _start(self) -> subprocess.Popen[bytes]:
         server = [str(server_binary()), *self._options()]
@@ -161,8 +169,11 @@ class RedisServer:
     def _wait_until_it_answers(self, start_s: float) -> None:
         give_up_at = time.monotonic() + start_s
         while not self._answers():
-            if self._ended_with is not None or time.monotonic() > give_up_at:
-                raise Unavailable(f"The Redis server didn't start: {self._last_line()}")
+            if self._failure is not None or time.monotonic() > give_up_at:
+                failure = self._failure or "doesn't answer"
+                raise Unavailable(
+                    f"The Redis server didn't start: it {failure}. {self._last_line()}"
+                )
             time.sleep(POLL_S)
 
     def _answers(self) -> bool:

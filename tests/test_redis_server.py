@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -61,6 +62,33 @@ def test_a_killed_server_is_started_again_with_its_data(tmp_path: Path) -> None:
         wait_until(lambda: server.pid not in (None, killed) and server._answers())
         assert server.address.client().get("key") == b"value"
         assert not list(tmp_path.glob("temp-*")), "what the killed one left"
+
+
+def test_where_it_can_not_be_started_again_at_once_that_is_tried_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RedisServer(tmp_path, MAX_BYTES) as server, caplog.at_level(logging.WARNING):
+        start, killed = server._start, server.pid
+        failures = [OSError("no processes left"), OSError("no files left")]
+
+        def start_later() -> subprocess.Popen[bytes]:
+            if failures:
+                raise failures.pop()
+            return start()
+
+        monkeypatch.setattr(server, "_start", start_later)
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: server.pid not in (None, killed) and server._answers())
+    assert not failures and "couldn't be started (no processes left)" in caplog.text
+
+
+def test_where_it_can_not_be_started_at_all_the_owner_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.redis_server.sys.executable", str(tmp_path / "nothing"))
+    with pytest.raises(Unavailable, match=r"couldn't be started .*nothing"):
+        RedisServer(tmp_path, MAX_BYTES)
 
 
 OWNER = """
