@@ -222,7 +222,7 @@ class KVStore:
         self._metrics.kv_store_writes_total(self._model, outcome).inc()
         if outcome == "written":
             self._metrics.kv_store_bytes_total(self._model, "written").inc(value.num_bytes)
-        elif outcome != "present":
+        elif outcome not in ("present", "over_budget"):  # the latter would be refused again
             self._lost.append((value.tenant, value.key))
 
     def _count_read(self, read: Read) -> None:
