@@ -267,7 +267,7 @@ class KVBlockStore:
             return
         block_ids = self._global_blocks.find(request.block_hashes[run.start : run.stop])
         if block_ids is not None and self._store.takes(self._layout.num_bytes(run)):
-            self._put(request, trace, [key], GLOBAL, block_ids, is_one=True)
+            self._put(request, trace, [key], GLOBAL, block_ids)
 
     def _put_sliding(self, request: Request, trace: Trace, blocks: Sequence[StoredBlock]) -> None:
         """Store the blocks that aren't there yet, each as a value."""
@@ -287,18 +287,16 @@ class KVBlockStore:
         keys: Sequence[bytes],
         kind: AttentionKind,
         block_ids: Sequence[int],
-        *,
-        is_one: bool = False,
     ) -> None:
-        """Store blocks under a key each, or all of them as one value; or not, where there is no
-        memory for the copy.
+        """Store blocks under a key each, or under the one key all of them as one value; or not,
+        where there is no memory for the copy.
         """
         try:
             rows = self._copiers[kind].read(block_ids)
         except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors among them
             log.warning("%d blocks can't be copied for the KV store: %s", len(block_ids), error)
             return
-        values = [rows] if is_one else rows.unbind()
+        values = [rows] if len(keys) == 1 else rows.unbind()
         self._known_of(request).update(keys)
         trace.keys += keys
         self._landing.put(request.tenant, keys, values)
