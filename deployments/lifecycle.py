@@ -213,16 +213,21 @@ def _end(pid: int) -> bool:
 
 
 def _kill_session(session_id: int) -> None:
-    """Kill until none is left: a process may have started another while the list was made."""
-    for _ in range(10):
+    """Kill until two looks in a row find none: one process may start another and end while the
+    list is made, so that neither is on it.
+    """
+    num_empty = 0
+    for _ in range(20):
         left = [process for process in psutil.process_iter() if _is_left(process, session_id)]
-        if not left:
+        num_empty = 0 if left else num_empty + 1
+        if num_empty == 2:
             return
         for process in left:
             log.info("Killing %d, which is left over.", process.pid)
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=KILL_S)
+        time.sleep(0.05)
 
 
 def _is_left(process: psutil.Process, session_id: int) -> bool:

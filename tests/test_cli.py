@@ -198,9 +198,11 @@ def test_a_full_conversation_starts_over(
 
 
 def in_session(pid: int, session_id: int) -> bool:
+    """Whether a process of the session runs; one that is dead and not yet reaped doesn't."""
     try:
-        return os.getsid(pid) == session_id
-    except ProcessLookupError:
+        is_dead = psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return not is_dead and os.getsid(pid) == session_id
+    except (ProcessLookupError, psutil.NoSuchProcess):
         return False
 
 
