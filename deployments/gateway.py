@@ -18,12 +18,15 @@ from cluster.errors import PortTaken
 from cluster.links import Endpoint
 from cluster.metrics import Metrics
 from cluster.sessions import Sessions
+from cluster.tenancy import Admission, OpenAdmission
 from deployments import health, inference, sessions
+from deployments.answers import Answers
+from deployments.call import Call
 from deployments.conversations import ChatTokenizer, Conversations
 from deployments.health import Health
 from deployments.inference import Inference
 from deployments.remote_decoder import RemoteDecoder
-from deployments.rpc import Context, Methods
+from deployments.rpc import Methods
 from deployments.sessions import SessionService
 from protos.briolette.v1 import admin_pb2
 from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest, Part
@@ -48,11 +51,12 @@ class Gateway:
         bind_deadline_s: float = 0.0,
         on_status: Callable[[ClusterStatus], None] = lambda status: None,
         kept: Sessions | None = None,
+        admission: Admission | None = None,
     ) -> None:
         """`metrics_port` is where they are shown, for the status; 0 for nowhere.
 
         `on_status` is told what clients are, whenever that is new. `kept` are the sessions, where
-        there is a store.
+        there is a store. Without an `admission` everybody is one tenant.
         """
         self.port = config.port
         self._config = config
@@ -64,8 +68,8 @@ class Gateway:
         self._kept = kept
         conversations = Conversations(kept, self._decoder, tokenizer)
         self._server = self._make_server(
-            Methods(metrics),
-            Inference(self._decoder, tokenizer, conversations),
+            Methods(metrics, admission or OpenAdmission()),
+            Inference(Answers(self._decoder, tokenizer, conversations)),
             SessionService(conversations, self._decoder),
         )
 
@@ -99,7 +103,7 @@ class Gateway:
         status.gateway.CopyFrom(self._part)
         return status
 
-    async def _get_status(self, _: GetStatusRequest, __: Context) -> ClusterStatus:
+    async def _get_status(self, _: GetStatusRequest, __: Call) -> ClusterStatus:
         return self._status()
 
     def _make_server(

@@ -1,177 +1,37 @@
-"""The service `briolette.v1.Inference`: check a request, tokenize, stream the answer."""
+"""The service `briolette.v1.Inference`."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
-
 import grpc
 
-from cluster.errors import ContextTooLong, InvalidRequest, UnknownModel
-from deployments.conversations import ChatTokenizer, Conversations, to_turns
-from deployments.messages import to_sampling_params
-from deployments.remote_decoder import RemoteDecoder
-from deployments.rpc import Context, Methods, tenant_of
-from deployments.streams import merge
+from deployments.answers import Answers
+from deployments.rpc import Methods
 from protos.briolette.v1 import inference_pb2
 from protos.briolette.v1.inference_pb2 import (
-    FINISH_REASON_UNSPECIFIED,
     ChatRequest,
     CompleteRequest,
-    Generation,
     ListModelsRequest,
-    ListModelsResponse,
-    Message,
-    Model,
     TokenizeRequest,
-    TokenizeResponse,
 )
-from protos.briolette.v1.stream_pb2 import Add, Output
 
 NAME: str = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
 
 class Inference:
-    """The methods, on top of a decoder that may come and go."""
+    """The methods by their names."""
 
-    def __init__(
-        self, decoder: RemoteDecoder, tokenizer: ChatTokenizer, conversations: Conversations
-    ) -> None:
-        self._decoder = decoder
-        self._tokenizer = tokenizer
-        self._conversations = conversations
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
 
     def handler(self, methods: Methods) -> grpc.GenericRpcHandler:
         """What a gRPC server calls."""
-        streamed, unary = methods.streamed, methods.unary
+        streamed, unary, answers = methods.streamed, methods.unary, self._answers
         by_name = {
-            "Chat": streamed("Chat", self._generate, ChatRequest),
-            "ChatOnce": unary("ChatOnce", self._whole, ChatRequest),
-            "Complete": streamed("Complete", self._generate, CompleteRequest),
-            "CompleteOnce": unary("CompleteOnce", self._whole, CompleteRequest),
-            "Tokenize": unary("Tokenize", self._tokenize, TokenizeRequest),
-            "ListModels": unary("ListModels", self._list_models, ListModelsRequest),
+            "Chat": streamed("Chat", answers.generate, ChatRequest),
+            "ChatOnce": unary("ChatOnce", answers.whole, ChatRequest),
+            "Complete": streamed("Complete", answers.generate, CompleteRequest),
+            "CompleteOnce": unary("CompleteOnce", answers.whole, CompleteRequest),
+            "Tokenize": unary("Tokenize", answers.tokenize, TokenizeRequest),
+            "ListModels": unary("ListModels", answers.list_models, ListModelsRequest),
         }
         return grpc.method_handlers_generic_handler(NAME, by_name)
-
-    async def _generate(
-        self, request: ChatRequest | CompleteRequest, context: Context
-    ) -> AsyncGenerator[Generation, None]:
-        """The pieces of one answer; leaving early aborts the request in the decoder."""
-        started = time.monotonic()
-        self._check_model(request.model)
-        if isinstance(request, ChatRequest) and request.session:
-            outputs = self._turn(request, context, started)
-        else:
-            outputs = self._answer(await self._encode(request), request, context, started)
-        async with aclosing(outputs):
-            async for output in outputs:
-                yield output.generation
-
-    async def _answer(
-        self,
-        prompt_ids: list[int],
-        request: ChatRequest | CompleteRequest,
-        context: Context,
-        started: float,
-        session: str = "",
-    ) -> AsyncGenerator[Output, None]:
-        self._check_length(prompt_ids)
-        to_sampling_params(request.sampling)  # refused here: a huge list would hold up every step
-        add = Add(
-            prompt_ids=prompt_ids,
-            sampling=request.sampling,
-            tenant=tenant_of(context),
-            session=session,
-            timeout_s=context.time_remaining(),  # what is left of the client's deadline
-        )
-        ttft_s = None
-        async with aclosing(self._decoder.generate(add)) as outputs:
-            async for output in outputs:
-                piece, elapsed_s = output.generation, time.monotonic() - started
-                if ttft_s is None:
-                    ttft_s = elapsed_s
-                    piece.request_id = add.request_id
-                self._name_alternatives(piece)
-                if piece.finish_reason != FINISH_REASON_UNSPECIFIED:
-                    piece.timings.ttft_s = ttft_s
-                    piece.timings.total_s = elapsed_s
-                yield output
-
-    async def _turn(
-        self, request: ChatRequest, context: Context, started: float
-    ) -> AsyncGenerator[Output, None]:
-        """An answer in a session. Its last piece comes once the turn is kept and the session free
-        for the next one.
-        """
-        tenant, conversations = tenant_of(context), self._conversations
-        answer = Generation()
-        async with conversations.hold(tenant, request.session):
-            before = await conversations.load_or_begin(tenant, request.session)
-            prompt_ids = await conversations.prompt(before, request.messages)
-            outputs = self._answer(prompt_ids, request, context, started, request.session)
-            async with aclosing(outputs):
-                async for output in outputs:
-                    merge(answer, output.generation)
-                    if output.generation.finish_reason == FINISH_REASON_UNSPECIFIED:
-                        yield output
-            keys = output.block_keys
-            await conversations.keep(before, request.messages, prompt_ids, answer, keys)
-        yield output
-
-    async def _whole(self, request: ChatRequest | CompleteRequest, context: Context) -> Generation:
-        """One answer in one piece."""
-        answer = Generation()
-        async with aclosing(self._generate(request, context)) as pieces:
-            async for piece in pieces:
-                merge(answer, piece)
-        return answer
-
-    async def _tokenize(self, request: TokenizeRequest, _: Context) -> TokenizeResponse:
-        self._check_model(request.model)
-        if request.messages:
-            return TokenizeResponse(token_ids=await self._encode_chat(request.messages))
-        ids = await asyncio.to_thread(self._tokenizer.encode, request.text)
-        return TokenizeResponse(token_ids=ids)
-
-    async def _list_models(self, _: ListModelsRequest, __: Context) -> ListModelsResponse:
-        status = self._decoder.status
-        if not status.model:
-            return ListModelsResponse()
-        model = Model(
-            id=status.model, context_tokens=status.context_tokens, vocab_size=status.vocab_size
-        )
-        return ListModelsResponse(models=[model])
-
-    async def _encode(self, request: ChatRequest | CompleteRequest) -> list[int]:
-        if isinstance(request, ChatRequest):
-            return await self._encode_chat(request.messages)
-        if request.WhichOneof("prompt") == "token_ids":
-            return list(request.token_ids.ids)
-        if not request.text:
-            raise InvalidRequest("The prompt is empty.")
-        return await asyncio.to_thread(self._tokenizer.encode, request.text)
-
-    async def _encode_chat(self, messages: Iterable[Message]) -> list[int]:
-        return await asyncio.to_thread(self._tokenizer.apply_chat_template, to_turns(messages))
-
-    def _check_model(self, model: str) -> None:
-        served = self._decoder.status.model
-        if model and served and model != served:
-            raise UnknownModel(f"No model {model!r} here; this cluster serves {served}.")
-
-    def _check_length(self, prompt_ids: list[int]) -> None:
-        """Here already: in the decoder, a huge prompt would hold up everybody's step."""
-        limit = self._decoder.status.context_tokens
-        if limit and len(prompt_ids) >= limit:
-            raise ContextTooLong(
-                f"The prompt has {len(prompt_ids)} tokens; the context holds {limit}, "
-                "and the answer needs at least one."
-            )
-
-    def _name_alternatives(self, piece: Generation) -> None:
-        for token in piece.logprobs:
-            for alternative in token.alternatives:
-                alternative.text = self._tokenizer.decode([alternative.token_id])

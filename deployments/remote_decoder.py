@@ -66,15 +66,14 @@ class RemoteDecoder:
         return None if self._link.is_alive else "The link to the decoder has no thread any more."
 
     async def generate(self, add: Add) -> AsyncGenerator[Output, None]:
-        """The pieces of one answer; leaving early aborts the request. Gives `add` its id.
+        """The pieces of one answer; leaving early aborts the request.
 
         Raises Unavailable while the decoder isn't ready.
         """
         if not self.status.ready:
             raise Unavailable(self.status.reason)
-        stream = self._streams.open()
+        stream = self._streams.open(add.request_id)
         try:
-            add.request_id = stream.request_id
             self._link.send(ToDecoder(adds=[add]))
             is_last = False
             while not is_last:

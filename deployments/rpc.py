@@ -13,6 +13,8 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.errors import BrioletteError, InvalidRequest, Overloaded
 from cluster.metrics import Metrics
+from cluster.tenancy import Admission
+from deployments.call import Call
 
 STALL_S = 20.0  # a client that takes no message for so long is not reading
 
@@ -28,21 +30,22 @@ class StalledClient(Overloaded):
 class Methods:
     """Makes gRPC handlers of methods that take parsed requests and raise our errors."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, admission: Admission) -> None:
         self._metrics = metrics
+        self._admission = admission
 
     def streamed(
         self,
         name: str,
-        method: Callable[[Any, Context], AsyncGenerator[Message, None]],
+        method: Callable[[Any, Call], AsyncGenerator[Message, None]],
         request_type: type[Message],
     ) -> Handler:
         """A server-streaming method."""
 
         async def handle(data: bytes, context: Context) -> None:
-            async with self._answering(name, context):
+            async with self._answering(name, context) as call:
                 request = parse(request_type, data)
-                async with aclosing(method(request, context)) as messages:
+                async with aclosing(method(request, call)) as messages:
                     async for message in messages:
                         await write(context, message)
 
@@ -51,25 +54,26 @@ class Methods:
     def unary(
         self,
         name: str,
-        method: Callable[[Any, Context], Awaitable[Message]],
+        method: Callable[[Any, Call], Awaitable[Message]],
         request_type: type[Message],
     ) -> Handler:
         """A method with one message each way."""
 
         async def handle(data: bytes, context: Context) -> Message | None:
-            async with self._answering(name, context):
-                return await method(parse(request_type, data), context)
+            async with self._answering(name, context) as call:
+                return await method(parse(request_type, data), call)
             return None  # never reached: an error has ended in a status
 
         return grpc.unary_unary_rpc_method_handler(handle, None, serialize)
 
     @asynccontextmanager
-    async def _answering(self, name: str, context: Context) -> AsyncIterator[None]:
-        """Turns every error into a status and a sentence."""
-        status, tenant = "OK", tenant_of(context)
+    async def _answering(self, name: str, context: Context) -> AsyncIterator[Call]:
+        """Lets a call in and turns every error into a status and a sentence."""
+        call = Call(self._admission.admit(None), context.time_remaining())
+        status, tenant = "OK", call.tenant
         self._metrics.gateway_streams(tenant, name).inc()
         try:
-            yield
+            yield call
         except BrioletteError as error:
             status = error.status
             if isinstance(error, StalledClient):
@@ -93,11 +97,6 @@ class Methods:
         finally:
             self._metrics.gateway_streams(tenant, name).dec()
             self._metrics.gateway_requests_total(tenant, name, status).inc()
-
-
-def tenant_of(_: Context) -> str:
-    """Whose call it is. There are no keys yet, so everybody is one tenant."""
-    return "default"
 
 
 def parse(request_type: type[Message], data: bytes) -> Message:

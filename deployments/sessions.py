@@ -11,9 +11,10 @@ import grpc
 
 from cluster.errors import Unavailable
 from cluster.sessions import SessionInfo
+from deployments.call import Call
 from deployments.conversations import Conversations
 from deployments.remote_decoder import RemoteDecoder
-from deployments.rpc import Context, Methods, tenant_of
+from deployments.rpc import Methods
 from protos.briolette.v1 import sessions_pb2
 from protos.briolette.v1.inference_pb2 import Message, Sampling
 from protos.briolette.v1.sessions_pb2 import (
@@ -56,42 +57,41 @@ class SessionService:
         }
         return grpc.method_handlers_generic_handler(NAME, by_name)
 
-    async def _list(self, _: ListSessionsRequest, context: Context) -> ListSessionsResponse:
-        tenant = tenant_of(context)
+    async def _list(self, _: ListSessionsRequest, call: Call) -> ListSessionsResponse:
+        tenant = call.tenant
         infos = await asyncio.to_thread(self._conversations.sessions.list, tenant)
         in_memory = await self._in_memory(tenant)
         return ListSessionsResponse(sessions=[to_session(info, in_memory) for info in infos])
 
-    async def _get(self, request: GetSessionRequest, context: Context) -> GetSessionResponse:
-        tenant = tenant_of(context)
+    async def _get(self, request: GetSessionRequest, call: Call) -> GetSessionResponse:
+        tenant = call.tenant
         session = await self._session(tenant, request.name)
         kept = await self._conversations.load(tenant, request.name)
         messages = [Message(**message) for message in kept.messages]
         return GetSessionResponse(session=session, messages=messages)
 
-    async def _park(self, request: ParkSessionRequest, context: Context) -> ParkSessionResponse:
-        tenant = tenant_of(context)
+    async def _park(self, request: ParkSessionRequest, call: Call) -> ParkSessionResponse:
+        tenant = call.tenant
         async with self._conversations.hold(tenant, request.name):
             await self._session(tenant, request.name)
             freed_bytes = (await self._free(tenant, request.name)).freed_bytes
             session = await self._session(tenant, request.name)
             return ParkSessionResponse(session=session, freed_bytes=freed_bytes)
 
-    async def _resume(
-        self, request: ResumeSessionRequest, context: Context
-    ) -> ResumeSessionResponse:
-        tenant = tenant_of(context)
+    async def _resume(self, request: ResumeSessionRequest, call: Call) -> ResumeSessionResponse:
+        tenant = call.tenant
         async with self._conversations.hold(tenant, request.name):
             started = time.monotonic()
             kept = await self._conversations.load(tenant, request.name)
             prompt_ids = await self._conversations.whole(kept)
-            timeout_s = context.time_remaining()
             add = Add(
+                request_id=call.request_id,
                 prompt_ids=prompt_ids,
                 sampling=Sampling(temperature=0.0, max_tokens=1),  # which nobody is told of
                 tenant=tenant,
+                weight=call.lease.tenant.weight,
                 session=request.name,
-                timeout_s=timeout_s,
+                timeout_s=call.time_remaining_s,
             )
             async with aclosing(self._decoder.generate(add)) as outputs:
                 async for output in outputs:
@@ -103,10 +103,8 @@ class SessionService:
                 total_s=time.monotonic() - started,
             )
 
-    async def _delete(
-        self, request: DeleteSessionRequest, context: Context
-    ) -> DeleteSessionResponse:
-        tenant = tenant_of(context)
+    async def _delete(self, request: DeleteSessionRequest, call: Call) -> DeleteSessionResponse:
+        tenant = call.tenant
         async with self._conversations.hold(tenant, request.name):
             await self._session(tenant, request.name)
             # What waits to be written would come again after the deletion.

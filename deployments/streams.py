@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Callable
 
 from cluster.errors import BrioletteError, Overloaded, Unavailable
@@ -28,8 +27,8 @@ class Stream:
     however far behind it is, up to MAX_BUFFERED_TOKENS.
     """
 
-    def __init__(self) -> None:
-        self.request_id = uuid.uuid4().hex
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
         self.is_finished = False  # the decoder has nothing more for it
         self._pending: Output | None = None
         self._error: BrioletteError | None = None
@@ -89,9 +88,8 @@ class Streams:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def open(self) -> Stream:
-        stream = Stream()
-        self._streams[stream.request_id] = stream
+    def open(self, request_id: str) -> Stream:
+        stream = self._streams[request_id] = Stream(request_id)
         return stream
 
     def close(self, stream: Stream) -> None:

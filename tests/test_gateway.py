@@ -476,7 +476,7 @@ def test_a_slow_stream_is_bounded() -> None:
     async def behind() -> None:
         aborted: list[str] = []
         streams = Streams(aborted.append)
-        stream = streams.open()
+        stream = streams.open("one")
         piece = Generation(text="a", token_ids=[1])
         for _ in range(MAX_BUFFERED_TOKENS + 2):
             streams.push(Output(request_id=stream.request_id, generation=piece))

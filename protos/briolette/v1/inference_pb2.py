@@ -24,45 +24,53 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/briolette/v1/inference.proto\x12\x0c\x62riolette.v1\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd2\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\t \x01(\rH\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nmax_tokens\x18\x0c \x01(\rH\t\x88\x01\x01\x12\x12\n\nignore_eos\x18\r \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\r\n\x0b_max_tokens\"\x80\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.briolette.v1.Message\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.briolette.v1.Sampling\x12\x0f\n\x07session\x18\x04 \x01(\t\"\x91\x01\n\x0f\x43ompleteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.briolette.v1.TokenIdsH\x00\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.briolette.v1.SamplingB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x85\x02\n\nGeneration\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.briolette.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.briolette.v1.FinishReason\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.briolette.v1.Usage\x12&\n\x07timings\x18\x06 \x01(\x0b\x32\x15.briolette.v1.Timings\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x14\n\x0cmatched_stop\x18\x08 \x01(\t\"Q\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12/\n\x0c\x61lternatives\x18\x02 \x03(\x0b\x32\x19.briolette.v1.Alternative\">\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\"d\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x66\x65tched_tokens\x18\x04 \x01(\r\";\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"W\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\'\n\x08messages\x18\x03 \x03(\x0b\x32\x15.briolette.v1.Message\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.briolette.v1.Model\"?\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb7\x03\n\tInference\x12=\n\x04\x43hat\x12\x19.briolette.v1.ChatRequest\x1a\x18.briolette.v1.Generation0\x01\x12?\n\x08\x43hatOnce\x12\x19.briolette.v1.ChatRequest\x1a\x18.briolette.v1.Generation\x12\x45\n\x08\x43omplete\x12\x1d.briolette.v1.CompleteRequest\x1a\x18.briolette.v1.Generation0\x01\x12G\n\x0c\x43ompleteOnce\x12\x1d.briolette.v1.CompleteRequest\x1a\x18.briolette.v1.Generation\x12I\n\x08Tokenize\x12\x1d.briolette.v1.TokenizeRequest\x1a\x1e.briolette.v1.TokenizeResponse\x12O\n\nListModels\x12\x1f.briolette.v1.ListModelsRequest\x1a .briolette.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/briolette/v1/inference.proto\x12\x0c\x62riolette.v1\"{\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0f\n\x07thought\x18\x03 \x01(\t\x12*\n\ntool_calls\x18\x04 \x03(\x0b\x32\x16.briolette.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xab\x04\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\t \x01(\rH\t\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nmax_tokens\x18\x0c \x01(\rH\n\x88\x01\x01\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x0bjson_schema\x18\x0e \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x0f \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x10 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x11 \x01(\tH\x00\x42\x08\n\x06\x66ormatB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\r\n\x0b_max_tokens\"\x8d\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.briolette.v1.Message\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.briolette.v1.Sampling\x12\x0f\n\x07session\x18\x04 \x01(\t\x12!\n\x05tools\x18\x05 \x03(\x0b\x32\x12.briolette.v1.Tool\x12-\n\x0btool_choice\x18\x06 \x01(\x0e\x32\x18.briolette.v1.ToolChoice\x12\x15\n\rrequired_tool\x18\x07 \x01(\t\x12\x10\n\x08thinking\x18\x08 \x01(\x08\x12\x10\n\x08priority\x18\t \x01(\x05\"\xa3\x01\n\x0f\x43ompleteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.briolette.v1.TokenIdsH\x00\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.briolette.v1.Sampling\x12\x10\n\x08priority\x18\x05 \x01(\x05\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc7\x02\n\nGeneration\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.briolette.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.briolette.v1.FinishReason\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.briolette.v1.Usage\x12&\n\x07timings\x18\x06 \x01(\x0b\x32\x15.briolette.v1.Timings\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x14\n\x0cmatched_stop\x18\x08 \x01(\t\x12\x0f\n\x07thought\x18\t \x01(\t\x12/\n\ntool_calls\x18\n \x03(\x0b\x32\x1b.briolette.v1.ToolCallPiece\"K\n\rToolCallPiece\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"Q\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12/\n\x0c\x61lternatives\x18\x02 \x03(\x0b\x32\x19.briolette.v1.Alternative\">\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x95\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x66\x65tched_tokens\x18\x04 \x01(\r\x12\x16\n\x0ethought_tokens\x18\x05 \x01(\r\x12\x17\n\x0fsaved_prefill_s\x18\x06 \x01(\x01\";\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"W\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\'\n\x08messages\x18\x03 \x03(\x0b\x32\x15.briolette.v1.Message\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.briolette.v1.Model\"?\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r*o\n\nToolChoice\x12\x1b\n\x17TOOL_CHOICE_UNSPECIFIED\x10\x00\x12\x14\n\x10TOOL_CHOICE_AUTO\x10\x01\x12\x14\n\x10TOOL_CHOICE_NONE\x10\x02\x12\x18\n\x14TOOL_CHOICE_REQUIRED\x10\x03*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x32\xb7\x03\n\tInference\x12=\n\x04\x43hat\x12\x19.briolette.v1.ChatRequest\x1a\x18.briolette.v1.Generation0\x01\x12?\n\x08\x43hatOnce\x12\x19.briolette.v1.ChatRequest\x1a\x18.briolette.v1.Generation\x12\x45\n\x08\x43omplete\x12\x1d.briolette.v1.CompleteRequest\x1a\x18.briolette.v1.Generation0\x01\x12G\n\x0c\x43ompleteOnce\x12\x1d.briolette.v1.CompleteRequest\x1a\x18.briolette.v1.Generation\x12I\n\x08Tokenize\x12\x1d.briolette.v1.TokenizeRequest\x1a\x1e.briolette.v1.TokenizeResponse\x12O\n\nListModels\x12\x1f.briolette.v1.ListModelsRequest\x1a .briolette.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.briolette.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1715
-  _globals['_FINISHREASON']._serialized_end=1810
+  _globals['_TOOLCHOICE']._serialized_start=2359
+  _globals['_TOOLCHOICE']._serialized_end=2470
+  _globals['_FINISHREASON']._serialized_start=2472
+  _globals['_FINISHREASON']._serialized_end=2597
   _globals['_MESSAGE']._serialized_start=53
-  _globals['_MESSAGE']._serialized_end=93
-  _globals['_SAMPLING']._serialized_start=96
-  _globals['_SAMPLING']._serialized_end=562
-  _globals['_CHATREQUEST']._serialized_start=565
-  _globals['_CHATREQUEST']._serialized_end=693
-  _globals['_COMPLETEREQUEST']._serialized_start=696
-  _globals['_COMPLETEREQUEST']._serialized_end=841
-  _globals['_TOKENIDS']._serialized_start=843
-  _globals['_TOKENIDS']._serialized_end=866
-  _globals['_GENERATION']._serialized_start=869
-  _globals['_GENERATION']._serialized_end=1130
-  _globals['_TOKENLOGPROBS']._serialized_start=1132
-  _globals['_TOKENLOGPROBS']._serialized_end=1213
-  _globals['_ALTERNATIVE']._serialized_start=1215
-  _globals['_ALTERNATIVE']._serialized_end=1277
-  _globals['_USAGE']._serialized_start=1279
-  _globals['_USAGE']._serialized_end=1379
-  _globals['_TIMINGS']._serialized_start=1381
-  _globals['_TIMINGS']._serialized_end=1440
-  _globals['_TOKENIZEREQUEST']._serialized_start=1442
-  _globals['_TOKENIZEREQUEST']._serialized_end=1529
-  _globals['_TOKENIZERESPONSE']._serialized_start=1531
-  _globals['_TOKENIZERESPONSE']._serialized_end=1568
-  _globals['_LISTMODELSREQUEST']._serialized_start=1570
-  _globals['_LISTMODELSREQUEST']._serialized_end=1589
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1591
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1648
-  _globals['_MODEL']._serialized_start=1650
-  _globals['_MODEL']._serialized_end=1713
-  _globals['_INFERENCE']._serialized_start=1813
-  _globals['_INFERENCE']._serialized_end=2252
+  _globals['_MESSAGE']._serialized_end=176
+  _globals['_TOOL']._serialized_start=178
+  _globals['_TOOL']._serialized_end=239
+  _globals['_TOOLCALL']._serialized_start=241
+  _globals['_TOOLCALL']._serialized_end=296
+  _globals['_SAMPLING']._serialized_start=299
+  _globals['_SAMPLING']._serialized_end=854
+  _globals['_CHATREQUEST']._serialized_start=857
+  _globals['_CHATREQUEST']._serialized_end=1126
+  _globals['_COMPLETEREQUEST']._serialized_start=1129
+  _globals['_COMPLETEREQUEST']._serialized_end=1292
+  _globals['_TOKENIDS']._serialized_start=1294
+  _globals['_TOKENIDS']._serialized_end=1317
+  _globals['_GENERATION']._serialized_start=1320
+  _globals['_GENERATION']._serialized_end=1647
+  _globals['_TOOLCALLPIECE']._serialized_start=1649
+  _globals['_TOOLCALLPIECE']._serialized_end=1724
+  _globals['_TOKENLOGPROBS']._serialized_start=1726
+  _globals['_TOKENLOGPROBS']._serialized_end=1807
+  _globals['_ALTERNATIVE']._serialized_start=1809
+  _globals['_ALTERNATIVE']._serialized_end=1871
+  _globals['_USAGE']._serialized_start=1874
+  _globals['_USAGE']._serialized_end=2023
+  _globals['_TIMINGS']._serialized_start=2025
+  _globals['_TIMINGS']._serialized_end=2084
+  _globals['_TOKENIZEREQUEST']._serialized_start=2086
+  _globals['_TOKENIZEREQUEST']._serialized_end=2173
+  _globals['_TOKENIZERESPONSE']._serialized_start=2175
+  _globals['_TOKENIZERESPONSE']._serialized_end=2212
+  _globals['_LISTMODELSREQUEST']._serialized_start=2214
+  _globals['_LISTMODELSREQUEST']._serialized_end=2233
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2235
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2292
+  _globals['_MODEL']._serialized_start=2294
+  _globals['_MODEL']._serialized_end=2357
+  _globals['_INFERENCE']._serialized_start=2600
+  _globals['_INFERENCE']._serialized_end=3039
 # @@protoc_insertion_point(module_scope)

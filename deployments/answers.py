@@ -1,0 +1,158 @@
+"""Answers to requests, whoever brought them: check, tokenize, stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+
+from cluster.errors import ContextTooLong, InvalidRequest, UnknownModel
+from deployments.call import Call
+from deployments.conversations import ChatTokenizer, Conversations, to_turns
+from deployments.messages import to_sampling_params
+from deployments.remote_decoder import RemoteDecoder
+from deployments.streams import merge
+from protos.briolette.v1.inference_pb2 import (
+    FINISH_REASON_UNSPECIFIED,
+    ChatRequest,
+    CompleteRequest,
+    Generation,
+    ListModelsRequest,
+    ListModelsResponse,
+    Message,
+    Model,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from protos.briolette.v1.stream_pb2 import Add, Output
+
+
+class Answers:
+    """What gRPC and HTTP offer, on top of a decoder that may come and go."""
+
+    def __init__(
+        self, decoder: RemoteDecoder, tokenizer: ChatTokenizer, conversations: Conversations
+    ) -> None:
+        self._decoder = decoder
+        self._tokenizer = tokenizer
+        self._conversations = conversations
+
+    async def generate(
+        self, request: ChatRequest | CompleteRequest, call: Call
+    ) -> AsyncGenerator[Generation, None]:
+        """The pieces of one answer; leaving early aborts the request in the decoder."""
+        self._check_model(request.model)
+        if isinstance(request, ChatRequest) and request.session:
+            outputs = self._turn(request, call)
+        else:
+            outputs = self._answer(await self._encode(request), request, call)
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output.generation
+
+    async def _answer(
+        self,
+        prompt_ids: list[int],
+        request: ChatRequest | CompleteRequest,
+        call: Call,
+        session: str = "",
+    ) -> AsyncGenerator[Output, None]:
+        self._check_length(prompt_ids)
+        to_sampling_params(request.sampling)  # refused here: a huge list would hold up every step
+        add = Add(
+            prompt_ids=prompt_ids,
+            sampling=request.sampling,
+            request_id=call.request_id,
+            tenant=call.tenant,
+            weight=call.lease.tenant.weight,
+            priority=request.priority,
+            session=session,
+            timeout_s=call.time_remaining_s,
+        )
+        ttft_s = None
+        async with aclosing(self._decoder.generate(add)) as outputs:
+            async for output in outputs:
+                piece, elapsed_s = output.generation, time.monotonic() - call.started
+                if ttft_s is None:
+                    ttft_s = elapsed_s
+                    piece.request_id = add.request_id
+                self._name_alternatives(piece)
+                if piece.finish_reason != FINISH_REASON_UNSPECIFIED:
+                    piece.timings.ttft_s = ttft_s
+                    piece.timings.total_s = elapsed_s
+                yield output
+
+    async def _turn(self, request: ChatRequest, call: Call) -> AsyncGenerator[Output, None]:
+        """An answer in a session. Its last piece comes once the turn is kept and the session free
+        for the next one.
+        """
+        tenant, conversations = call.tenant, self._conversations
+        answer = Generation()
+        async with conversations.hold(tenant, request.session):
+            before = await conversations.load_or_begin(tenant, request.session)
+            prompt_ids = await conversations.prompt(before, request.messages)
+            outputs = self._answer(prompt_ids, request, call, request.session)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    merge(answer, output.generation)
+                    if output.generation.finish_reason == FINISH_REASON_UNSPECIFIED:
+                        yield output
+            keys = output.block_keys
+            await conversations.keep(before, request.messages, prompt_ids, answer, keys)
+        yield output
+
+    async def whole(self, request: ChatRequest | CompleteRequest, call: Call) -> Generation:
+        """One answer in one piece."""
+        answer = Generation()
+        async with aclosing(self.generate(request, call)) as pieces:
+            async for piece in pieces:
+                merge(answer, piece)
+        return answer
+
+    async def tokenize(self, request: TokenizeRequest, _: Call) -> TokenizeResponse:
+        self._check_model(request.model)
+        if request.messages:
+            return TokenizeResponse(token_ids=await self._encode_chat(request.messages))
+        ids = await asyncio.to_thread(self._tokenizer.encode, request.text)
+        return TokenizeResponse(token_ids=ids)
+
+    async def list_models(self, _: ListModelsRequest, __: Call) -> ListModelsResponse:
+        status = self._decoder.status
+        if not status.model:
+            return ListModelsResponse()
+        model = Model(
+            id=status.model, context_tokens=status.context_tokens, vocab_size=status.vocab_size
+        )
+        return ListModelsResponse(models=[model])
+
+    async def _encode(self, request: ChatRequest | CompleteRequest) -> list[int]:
+        if isinstance(request, ChatRequest):
+            return await self._encode_chat(request.messages)
+        if request.WhichOneof("prompt") == "token_ids":
+            return list(request.token_ids.ids)
+        if not request.text:
+            raise InvalidRequest("The prompt is empty.")
+        return await asyncio.to_thread(self._tokenizer.encode, request.text)
+
+    async def _encode_chat(self, messages: Iterable[Message]) -> list[int]:
+        return await asyncio.to_thread(self._tokenizer.apply_chat_template, to_turns(messages))
+
+    def _check_model(self, model: str) -> None:
+        served = self._decoder.status.model
+        if model and served and model != served:
+            raise UnknownModel(f"No model {model!r} here; this cluster serves {served}.")
+
+    def _check_length(self, prompt_ids: list[int]) -> None:
+        """Here already: in the decoder, a huge prompt would hold up everybody's step."""
+        limit = self._decoder.status.context_tokens
+        if limit and len(prompt_ids) >= limit:
+            raise ContextTooLong(
+                f"The prompt has {len(prompt_ids)} tokens; the context holds {limit}, "
+                "and the answer needs at least one."
+            )
+
+    def _name_alternatives(self, piece: Generation) -> None:
+        for token in piece.logprobs:
+            for alternative in token.alternatives:
+                alternative.text = self._tokenizer.decode([alternative.token_id])
