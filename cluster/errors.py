@@ -8,10 +8,12 @@ from typing import ClassVar
 class BrioletteError(Exception):
     """Base of every error that reaches a user: one sentence that says what to change.
 
-    `status` is the name of the gRPC status code (`grpc.StatusCode`) that the gateway answers with.
+    `status` is the name of the gRPC status code (`grpc.StatusCode`) that the gateway answers with;
+    `retry_after_s` is told to the client where waiting helps.
     """
 
     status: ClassVar[str] = "INTERNAL"
+    retry_after_s: float | None = None
 
 
 class InvalidRequest(BrioletteError):
@@ -28,6 +30,24 @@ class UnknownModel(BrioletteError):
     """The request names a model that this cluster doesn't serve."""
 
     status = "NOT_FOUND"
+
+
+class Unauthenticated(BrioletteError):
+    """The call shows no key, or one that isn't valid."""
+
+    status = "UNAUTHENTICATED"
+
+
+class PermissionDenied(BrioletteError):
+    """The key is valid, but not for this."""
+
+    status = "PERMISSION_DENIED"
+
+
+class QuotaExceeded(BrioletteError):
+    """The tenant has used up what it may: `retry_after_s` says when it may go on."""
+
+    status = "RESOURCE_EXHAUSTED"
 
 
 class Overloaded(BrioletteError):
