@@ -157,10 +157,12 @@ class Scheduler:
         output = SchedulerOutput()
         budget = self.max_num_batched_tokens
         queue = deque(self.policy.order(self.running))
+        is_closed = False  # what is free is needed by one of them
         while queue and budget > 0:
             request = queue.popleft()
             while (num_new := self._num_new_tokens(request, budget)) == 0 and queue:
                 self._preempt(queue.pop(), output)
+            is_closed |= num_new != min(request.num_pending_tokens, budget)
             if num_new is None:
                 continue
             if num_new == 0:
@@ -168,10 +170,8 @@ class Scheduler:
                 break
             budget -= self._take(request, num_new, output)
 
-        # Blocks that ran out just now wouldn't last for a newcomer either, and of those that are
-        # free a request that was cut short needs some.
-        is_cut_short = output.num_tokens < sum(r.num_pending_tokens for r in self.running)
-        if budget == 0 or output.preempted or is_cut_short or not self._has_room():
+        # Blocks that ran out just now wouldn't last for a newcomer either.
+        if budget == 0 or output.preempted or is_closed or not self._has_room():
             return output
         for request in self.policy.order(self.waiting):
             if request.state is RequestState.WAITING_FOR_BLOCKS:
@@ -182,7 +182,7 @@ class Scheduler:
             if num_new:
                 budget -= self._take(request, num_new, output)
             if num_new != request.num_pending_tokens:
-                break
+                break  # what is free is needed by it
         return output
 
     def update(self, output: SchedulerOutput, failed: Collection[Request] = ()) -> None:

@@ -180,6 +180,48 @@ def test_a_span_waits_for_a_step_with_room_and_holds_up_nobody_who_runs() -> Non
     assert blocked.num_preemptions == 0
 
 
+def test_a_span_is_admitted_when_its_step_fits_beside_the_others() -> None:
+    scheduler = make_scheduler(num_sliding=8, max_num_batched_tokens=20)
+    scheduler.add(request_with("runs", 12, max_tokens=6))
+    scheduler.add(request_with("image", 20, span(1, 18)))
+    finish(scheduler)
+    assert scheduler.num_preemptions == 0
+
+
+def finish(scheduler: Scheduler, request: Request | None = None) -> int:
+    """Run to the end, after adding the request if there is one; its tokens that were cached."""
+    if request is not None:
+        scheduler.add(request)
+    while scheduler.running or scheduler.waiting:
+        run_step(scheduler)
+        scheduler.check_integrity()
+    return 0 if request is None else request.num_cached_tokens
+
+
+@pytest.mark.parametrize("window", [1, 8])  # with 1, whatever is cached can be resumed
+def test_nobody_resumes_inside_a_span(window: int) -> None:
+    scheduler = make_scheduler(window=window, max_num_batched_tokens=32)
+    cached = [finish(scheduler, request_with("r", 28, span(10, 17))) for _ in range(2)]
+    assert cached == [0, 8]
+
+
+def test_no_window_is_kept_inside_a_span() -> None:
+    """The request ends where its last full block does."""
+    scheduler = make_scheduler(max_num_batched_tokens=32)
+    finish(scheduler, request_with("r", 26, span(10, 16), max_tokens=1))
+    assert scheduler.kv.index.kept_blocks() == {None: 2}
+
+
+def test_where_two_prompts_part_behind_an_image_a_window_is_kept_before_it() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=32)
+    cached = []
+    for token in (1, 2, 3):
+        request = request_with("r", 40, span(10, 16))
+        request.prompt_ids[26:] = [token] * 14
+        cached.append(finish(scheduler, request))
+    assert cached == [0, 0, 8]
+
+
 @st.composite
 def prompts(draw_from: st.DrawFn, longest: int) -> tuple[int, list[Span]]:
     """How many tokens, at most 82, and their spans."""
@@ -198,6 +240,7 @@ def test_no_step_cuts_a_span_and_everybody_is_answered(data: st.DataObject) -> N
     scheduler = make_scheduler(
         max_num_batched_tokens=budget,
         num_global=data.draw(st.integers(24, 60)),
+        window=data.draw(st.sampled_from([1, 8])),
         num_sliding=data.draw(st.integers(8, 40)),
         checkpoint_blocks=data.draw(st.sampled_from([0, 1, 3])),
     )
