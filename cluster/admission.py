@@ -78,7 +78,7 @@ class KeyAdmission:
         self._reach = Breaker("The tenants in Redis")
         self._refreshing = threading.Lock()
         self._is_closing = threading.Event()
-        self._try_to_refresh()
+        self.follow()
         self._thread = threading.Thread(target=self._watch, name="tenants", daemon=True)
         self._thread.start()
 
@@ -123,6 +123,14 @@ class KeyAdmission:
             self._use(found)
             self._write_copy()
 
+    def follow(self) -> None:
+        """Refresh; a Redis that is away is looked for again soon, and only the log tells of it."""
+        try:
+            self.refresh()
+            self._reach.succeeded()
+        except BrioletteError as error:
+            self._reach.failed(f"{error}; known keys work on.")
+
     def close(self) -> None:
         """End the thread and hang up."""
         self._is_closing.set()
@@ -131,14 +139,7 @@ class KeyAdmission:
 
     def _watch(self) -> None:
         while not self._is_closing.wait(POLL_S):
-            self._try_to_refresh()
-
-    def _try_to_refresh(self) -> None:
-        try:
-            self.refresh()
-            self._reach.succeeded()
-        except BrioletteError as error:
-            self._reach.failed(f"{error}; known keys work on.")
+            self.follow()
 
     def _use(self, directory: Directory) -> None:
         known: dict[str, _Known] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +13,9 @@ DEFAULT_TENANT = "default"  # everybody, where there are no keys; else who holds
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # also a label in the metrics
 MAX_MODELS = 32
 MOST_WEIGHT = 1000.0
-LEAST_KV_BYTES = 1 << 20
+MOST_COUNT = 2**32 - 1
+LEAST_KV_BYTES, MOST_KV_BYTES = 1 << 20, 1 << 60
+END_OF_TIME = 253_402_300_800.0  # the year 10,000, which no calendar writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,18 @@ class Tenant:
             raise InvalidRequest(f"The name {DEFAULT_TENANT!r} is the operator's own.")
         if not 0.001 <= self.weight <= MOST_WEIGHT:  # false for NaN too
             raise InvalidRequest(f"A weight is between 0.001 and {MOST_WEIGHT:g}.")
-        if any(limit is not None and limit < 1 for limit in limits):
-            raise InvalidRequest("A quota is at least 1; to keep a tenant out, disable it.")
-        if self.kv_bytes is not None and self.kv_bytes < LEAST_KV_BYTES:
-            raise InvalidRequest(f"A KV budget is at least {LEAST_KV_BYTES:,} bytes.")
+        if any(limit is not None and not 1 <= limit <= MOST_COUNT for limit in limits):
+            raise InvalidRequest(
+                f"A quota is from 1 to {MOST_COUNT:,}; to keep a tenant out, disable it."
+            )
+        if self.kv_bytes is not None and not LEAST_KV_BYTES <= self.kv_bytes <= MOST_KV_BYTES:
+            raise InvalidRequest(
+                f"A KV budget is between {LEAST_KV_BYTES:,} and {MOST_KV_BYTES:,} bytes."
+            )
         if len(self.models) > MAX_MODELS or not all(map(_is_model, self.models)):
             raise InvalidRequest(f"At most {MAX_MODELS} models, each named by 1 to 200 characters.")
-        if self.expires is not None and not math.isfinite(self.expires):
-            raise InvalidRequest("An expiry is a time.")
+        if self.expires is not None and not 0 <= self.expires < END_OF_TIME:
+            raise InvalidRequest("An expiry is a time before the year 10,000.")
         return self
 
     def check_model(self, model: str) -> None:

@@ -160,12 +160,13 @@ def test_requests_in_flight_are_counted(clock: Clock) -> None:
         ({"weight": 0.0}, "weight"),
         ({"weight": float("nan")}, "weight"),
         ({"weight": float("inf")}, "weight"),
-        ({"tokens_per_minute": 0}, "at least 1"),
-        ({"max_in_flight": -1}, "at least 1"),
-        ({"kv_bytes": 1000}, "1,048,576 bytes"),
+        ({"tokens_per_minute": 0}, "from 1 to"),
+        ({"max_in_flight": -1}, "from 1 to"),
+        ({"kv_bytes": 1000}, "1,048,576 and"),
         ({"models": ("",)}, "models"),
         ({"models": ("x",) * 33}, "32 models"),
         ({"expires": float("nan")}, "time"),
+        ({"expires": 1e12}, "time"),
     ],
 )
 def test_terms_that_cannot_be(terms: dict[str, Any], words: str) -> None:
