@@ -70,6 +70,8 @@ def up(config: Config, args: argparse.Namespace) -> int:
         return 0
     running = _start(config)
     console.print(f"Serving {escape(running.model)} on {running.address} (gRPC).")
+    if config.gateway.auth == "keys":
+        console.print("Everybody else needs a key: briolette keys create NAME")
     console.print('Try: briolette chat "What is 27 + 58?"     Stop it: briolette down')
     return 0
 

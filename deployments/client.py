@@ -16,6 +16,7 @@ from cluster.errors import (
     DeadlineExceeded,
     InvalidRequest,
     PermissionDenied,
+    QuotaExceeded,
     SessionInUse,
     StoreFull,
     Unauthenticated,
@@ -193,6 +194,11 @@ def _our_errors(not_found: type[BrioletteError] = BrioletteError) -> Iterator[No
         assert isinstance(error, grpc.Call)
         kind = {**ERRORS, "NOT_FOUND": not_found}.get(error.code().name, BrioletteError)
         sentence = error.details() or error.code().name
+        delay_s: Any = dict(error.trailing_metadata() or ()).get("retry-after-s")
+        if kind is StoreFull and delay_s is not None:  # of the two, what waiting helps against
+            kind = QuotaExceeded
         if kind is Unauthenticated:
             sentence += f" (briolette takes a key from --key or {KEY_VARIABLE}.)"
-        raise kind(sentence) from None
+        failure = kind(sentence)
+        failure.retry_after_s = None if delay_s is None else float(delay_s)
+        raise failure from None

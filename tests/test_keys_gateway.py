@@ -25,6 +25,7 @@ from cluster.config import GatewayConfig
 from cluster.errors import (
     ConfigError,
     PermissionDenied,
+    QuotaExceeded,
     Unauthenticated,
     Unavailable,
 )
@@ -46,6 +47,8 @@ from protos.briolette.v1.admin_pb2 import (
 from protos.briolette.v1.admin_pb2_grpc import AdminStub
 from protos.briolette.v1.inference_pb2 import (
     ListModelsRequest,
+    Message,
+    Sampling,
     TokenizeRequest,
 )
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
@@ -219,6 +222,11 @@ def test_over_quota_says_when_to_come_back(cluster: Cluster) -> None:
     assert 5 < info.retry_delay.ToNanoseconds() / 1e9 <= 10
     trailing = dict(error.trailing_metadata())
     assert float(trailing["retry-after-s"]) == pytest.approx(info.retry_delay.seconds, abs=1)
+    with Client(f"127.0.0.1:{cluster.gateway.port}", Access(key)) as client:
+        message = Message(role="user", content="x" * 20)
+        with pytest.raises(QuotaExceeded, match="try again in") as refused:
+            list(client.chat([message], Sampling(max_tokens=1)))
+    assert refused.value.retry_after_s is not None and refused.value.retry_after_s > 5
     code, sentence = cluster.refusal(key, "x" * 61)
     assert (code, "60 in a minute" in sentence) == ("INVALID_ARGUMENT", True)
     cluster.set("thrifty", tokens_per_minute=0)
