@@ -107,7 +107,9 @@ class Tenants:
         self._now = now
 
     def create(self, tenant: Tenant) -> str:
-        """A new tenant's key, to be shown once. Raises InvalidRequest, TenantExists."""
+        """A new tenant's key, to be shown once; it finds nothing of an earlier one of that name.
+        Raises InvalidRequest, TenantExists.
+        """
         key, kept = new_key(self._now())
         tenant.check()
 
@@ -116,6 +118,9 @@ class Tenants:
                 raise TenantExists(f"There is a tenant {tenant.name} already.")
             return Record(tenant, (kept,), self._now())
 
+        if self._run(self._client.hget, TENANTS, tenant.name) is None:
+            # Requests of another one of that name may have gone on after its deletion.
+            self._run(self._remove_values, tenant.name)
         self._change(tenant.name, create)
         return key
 
@@ -139,8 +144,8 @@ class Tenants:
         return key
 
     def delete(self, name: str) -> None:
-        """Remove a tenant with its sessions and values, so that the next one of that name finds
-        nothing of it. Raises UnknownTenant; broken off, it can be asked for again.
+        """Remove a tenant with its sessions and values. Raises UnknownTenant; broken off, it can be
+        asked for again.
         """
         self.update(name, lambda tenant: replace(tenant, is_disabled=True))
         self._run(self._remove_values, name)

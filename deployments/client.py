@@ -68,7 +68,7 @@ ERRORS: dict[str, type[BrioletteError]] = {
     )
 }
 QUICK_S = 10.0  # for calls that compute nothing
-PARK_S = 90.0  # for those that wait until the store has everything
+PARK_S = 90.0  # for those that wait until the store has, or is rid of, everything
 
 
 class Client:
@@ -133,7 +133,7 @@ class Client:
         """Its key. Raises TenantExists."""
         with _our_errors():
             request = CreateTenantRequest(tenant=tenant)
-            return self._admin.CreateTenant(request, timeout=QUICK_S).key
+            return self._admin.CreateTenant(request, timeout=PARK_S).key
 
     def update_tenant(self, tenant: Tenant, *fields: str) -> Tenant:
         """Raises UnknownTenant, as all that follow do."""

@@ -102,5 +102,5 @@ def _state(tenant: Tenant, now: float) -> str:
     elif 0 < tenant.expires <= now:
         states.append(f"expired {age(now - tenant.expires)}")
     elif tenant.expires:
-        states.append(f"until {datetime.fromtimestamp(tenant.expires):%Y-%m-%d %H:%M}")
+        states.append(f"until {datetime.fromtimestamp(tenant.expires):%Y-%m-%d}")
     return ", ".join(states) or "active"
