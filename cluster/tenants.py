@@ -182,7 +182,7 @@ class Tenants:
         """Put what `change` makes of a record in its place; None is no record."""
         for _ in range(MAX_TRIES):
             old: bytes = self._run(self._client.hget, TENANTS, name) or b""
-            record = change(Record.from_json(old) if old else None)
+            record = change(_record(name, old) if old else None)
             new = "" if record is None else record.to_json()
             words = (name, old, new, secrets.token_hex(8), MAX_TENANTS)
             outcome = self._run(self._client.eval, CHANGE, 1, TENANTS, *words)
@@ -222,16 +222,21 @@ def _sooner(first: float | None, second: float) -> float:
 
 
 def _directory(fields: list[bytes]) -> Directory:
-    """Of a hash as Redis lists it; a record that can't be read keeps nobody else out."""
+    """Of a hash as Redis lists it."""
     found = {name.decode(): text for name, text in zip(fields[::2], fields[1::2], strict=True)}
     lineage, version = found.pop("=lineage", b"").decode(), int(found.pop("=version", b"0"))
-    records = {}
-    for name, text in found.items():
-        try:
-            records[name] = Record.from_json(text)
-        except (ValueError, TypeError, KeyError):
-            log.error("The record of the tenant %s in Redis can't be read.", name)
+    read = {name: _record(name, text) for name, text in found.items()}
+    records = {name: record for name, record in read.items() if record is not None}
     return Directory(lineage, version, records)
+
+
+def _record(name: str, text: bytes) -> Record | None:
+    """None for one that can't be read: it keeps nobody else out, and may be made anew."""
+    try:
+        return Record.from_json(text)
+    except (ValueError, TypeError, KeyError):
+        log.error("The record of the tenant %s in Redis can't be read.", name)
+        return None
 
 
 TENANTS = "briolette:tenants"

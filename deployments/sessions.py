@@ -80,7 +80,9 @@ class SessionService:
             return ParkSessionResponse(session=session, freed_bytes=freed_bytes)
 
     async def _resume(self, request: ResumeSessionRequest, call: Call) -> ResumeSessionResponse:
-        tenant = call.tenant
+        tenant, model = call.tenant, self._decoder.status.model
+        if model:
+            call.lease.tenant.check_model(model)
         async with self._conversations.hold(tenant, request.name):
             started = time.monotonic()
             kept = await self._conversations.load(tenant, request.name)

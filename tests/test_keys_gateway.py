@@ -52,6 +52,8 @@ from protos.briolette.v1.inference_pb2 import (
     TokenizeRequest,
 )
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
+from protos.briolette.v1.sessions_pb2 import ResumeSessionRequest
+from protos.briolette.v1.sessions_pb2_grpc import SessionsStub
 from tests.certificates import Authority
 from tests.redis_servers import redis_server
 from tests.test_gateway import (
@@ -202,6 +204,9 @@ def test_only_allowed_models_are_seen_and_used(cluster: Cluster) -> None:
     tokenize = lambda: stub.Tokenize(TokenizeRequest(text="a"), metadata=metadata)  # noqa: E731
     assert failure(tokenize)[0] == "PERMISSION_DENIED"
     assert not stub.ListModels(ListModelsRequest(), metadata=metadata).models
+    sessions = SessionsStub(cluster.channel)
+    resume = lambda: sessions.ResumeSession(ResumeSessionRequest(name="x"), metadata=metadata)  # noqa: E731
+    assert failure(resume)[0] == "PERMISSION_DENIED"
     cluster.set("picky", models=["other", "counter"])
     assert cluster.complete(key)
     assert len(stub.ListModels(ListModelsRequest(), metadata=metadata).models) == 1
@@ -251,6 +256,25 @@ def test_what_an_overloaded_cluster_refuses_costs_nothing(cluster: Cluster) -> N
     cluster.decoder.loop.wake()
     wait_for(lambda: serving(cluster.gateway))
     assert cluster.complete(key, "x" * 60)
+
+
+def test_sessions_are_a_tenants_own_and_cost_it_tokens(cluster: Cluster) -> None:
+    keys = {name: cluster.create(name, tokens_per_minute=100) for name in ("kim", "lee")}
+    clients = {
+        name: Client(f"127.0.0.1:{cluster.gateway.port}", Access(key)) for name, key in keys.items()
+    }
+    message, sampling = Message(role="user", content="x" * 50), Sampling(max_tokens=8)
+    list(clients["kim"].chat([message], sampling, session="trip"))
+    assert [session.name for session in clients["kim"].list_sessions()] == ["trip"]
+    assert not clients["lee"].list_sessions()
+    with pytest.raises(QuotaExceeded, match="kim has used its 100 tokens"):
+        clients["kim"].resume_session("trip")
+    cluster.operator.delete_tenant("kim")
+    cluster.create("kim")
+    with Client(
+        f"127.0.0.1:{cluster.gateway.port}", Access(cluster.operator.rotate_key("kim", 0.0))
+    ) as again:
+        assert not again.list_sessions()
 
 
 def test_requests_in_flight_end_with_the_call(cluster: Cluster) -> None:

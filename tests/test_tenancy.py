@@ -376,6 +376,11 @@ def test_a_damaged_record_keeps_only_its_tenant_out(
         client.hincrby(TENANTS, "=version", 1)
     admission.refresh()
     assert is_let_in(admission, bob) and not is_let_in(admission, ann)
+    with pytest.raises(UnknownTenant):
+        tenants.rotate("ann")
+    again = tenants.create(ANN)
+    admission.refresh()
+    assert is_let_in(admission, again)
 
 
 def test_the_policy_is_known_without_config(tmp_path: Path) -> None:
