@@ -25,6 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import Config
 from cluster.errors import BrioletteError, Unavailable
+from deployments.access import local_target
 from deployments.lifecycle import Running, holding
 from deployments.preflight import check
 from deployments.priority import give_way
@@ -146,7 +147,7 @@ def wait_until_serving(config: Config, news: News) -> str:
             check_app()
             next_check = time.monotonic() + 1.0
         address = next((r.address for r in reports if r.part == "gateway" and r.address), None)
-        if address is not None and is_serving(address):
+        if address is not None and is_serving(local_target(config.state_dir, address)):
             return address
     raise Unavailable(
         f"The start made no progress for {config.ray.start_timeout_s:g} s (ray.start_timeout_s); "
@@ -154,9 +155,9 @@ def wait_until_serving(config: Config, news: News) -> str:
     )
 
 
-def is_serving(address: str) -> bool:
+def is_serving(target: str) -> bool:
     """What the gateway's health service says."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(target) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
