@@ -23,19 +23,14 @@ from cluster.redis import REDIS_ERRORS, BulkConnection, RedisAddress, packed
 AHEAD = 2  # values asked for at once on a connection; the server holds a copy of each
 KEYS_AT_ONCE = 1000  # in a look-up: the server does nothing else meanwhile
 
-OnDone = Callable[[], None] | None
-
 
 class Lookup:
     """Which keys are there. Poll `done`, then take `result`; any thread may."""
 
-    def __init__(
-        self, tenant: str, keys: Sequence[bytes], on_done: OnDone, *, is_use: bool
-    ) -> None:
+    def __init__(self, tenant: str, keys: Sequence[bytes], *, is_use: bool) -> None:
         self.tenant = tenant
         self.is_use = is_use
         self.keys = keys
-        self._on_done = on_done
         self._finished = threading.Event()
         self._sizes: list[int | None] = [None] * len(keys)
 
@@ -53,8 +48,6 @@ class Lookup:
         """For the reading thread: the answer; None where there was none."""
         self._sizes = sizes or self._sizes
         self._finished.set()
-        if self._on_done is not None:
-            self._on_done()
 
 
 class Read:

@@ -141,41 +141,21 @@ class KVStore:
                 lost.append(self._lost.popleft())
         return lost
 
-    def look_up(
-        self,
-        tenant: str,
-        keys: Sequence[bytes],
-        on_done: Callable[[], None] | None = None,
-        *,
-        is_use: bool = False,
-    ) -> Lookup:
+    def look_up(self, tenant: str, keys: Sequence[bytes], *, is_use: bool = False) -> Lookup:
         """Ask which keys are there and how long their payloads are. With `is_use` they count as
         used; reading values doesn't.
-
-        `on_done` is called by a thread of the store's when the answer can be taken.
         """
-        lookup = Lookup(tenant, keys, on_done, is_use=is_use)
+        lookup = Lookup(tenant, keys, is_use=is_use)
         self._reader.submit(lookup)
         return lookup
 
-    def read(
-        self,
-        tenant: str,
-        wanted: Sequence[tuple[bytes, Sequence[Buffer]]],
-        on_done: Callable[[], None] | None = None,
-    ) -> Read:
+    def read(self, tenant: str, wanted: Sequence[tuple[bytes, Sequence[Buffer]]]) -> Read:
         """Read values, in this order, each straight into writable memory as long as its payload.
 
         The memory of a value that didn't come, or came damaged, holds anything at all.
         """
-
-        def finish(read: Read) -> None:
-            self._count_read(read)
-            if on_done is not None:
-                on_done()
-
         views = [(key, [memoryview(part).cast("B") for part in parts]) for key, parts in wanted]
-        read = Read(tenant, views, finish)
+        read = Read(tenant, views, self._count_read)
         if views:
             self._reader.submit(read)
         else:

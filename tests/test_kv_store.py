@@ -114,15 +114,6 @@ def test_results_tell_which_keys_came(
     assert store.read("t", []).result(1) == []
 
 
-def test_callers_are_told_when_it_is_done(address: RedisAddress, stores: Stores) -> None:
-    store, told = stores(address), threading.Semaphore(0)
-    put_all(store, KEYS[:1])
-    store.look_up("t", KEYS, told.release)
-    assert told.acquire(timeout=5)
-    store.read("t", [(KEYS[0], [bytearray(SIZE)])], told.release)
-    assert told.acquire(timeout=5)
-
-
 def test_a_value_is_written_once(
     address: RedisAddress, stores: Stores, registry: CollectorRegistry
 ) -> None:
