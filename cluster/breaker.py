@@ -46,8 +46,8 @@ class Breaker:
         """Seconds until the next try is allowed; 0 while closed."""
         return 0.0 if self.is_closed else max(0.0, self._retry_at - self._clock())
 
-    def failed(self, reason: str) -> None:
-        """A call failed: hold off."""
+    def failed(self, reason: str, bug: Exception | None = None) -> None:
+        """A call failed: hold off. Of a `bug` the log says where it came from."""
         with self._lock:
             was_closed = self._pause_s is None
             if not was_closed and self.retry_in_s > 0:
@@ -56,7 +56,7 @@ class Breaker:
             self._pause_s = min(pause_s, LONGEST_RETRY_S)
             self._retry_at = self._clock() + self._pause_s
         if was_closed:
-            log.warning("%s: %s", self._what, reason)
+            log.warning("%s: %s", self._what, reason, exc_info=bug)
             self._on_change(False)
 
     def succeeded(self) -> None:

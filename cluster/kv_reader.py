@@ -18,7 +18,7 @@ from cluster.kv_value import (
     hasher,
     parse_header,
 )
-from cluster.redis import REDIS_ERRORS, BulkConnection, RedisAddress, packed
+from cluster.redis import BulkConnection, RedisAddress, packed, reason_of
 
 AHEAD = 2  # values asked for at once on a connection; the server holds a copy of each
 KEYS_AT_ONCE = 1000  # in a look-up: the server does nothing else meanwhile
@@ -188,11 +188,11 @@ class Reader:
                 if connection is None:
                     connection = self._address.connect()
                 self._do(connection, job)
-            except REDIS_ERRORS as error:
+            except Exception as error:  # the thread's border: a bug would end its reads for good
                 if connection is not None:
                     connection.close()
                 connection = None
-                self._reach.failed(str(error))
+                self._reach.failed(*reason_of(error))
                 _give_up(job)
         if connection is not None:
             connection.close()

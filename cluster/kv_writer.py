@@ -13,7 +13,7 @@ import redis
 from cluster.breaker import Breaker
 from cluster.kv_keys import BOOK_VALUE, LOOK_UP, MAKE_ROOM, OVERHEAD_BYTES, USE, tenant_prefix
 from cluster.kv_value import HEADER_BYTES, header_of
-from cluster.redis import REDIS_ERRORS, BulkConnection, RedisAddress, packed
+from cluster.redis import BulkConnection, RedisAddress, packed, reason_of
 
 BATCH_BYTES = 16 << 20
 BATCH_VALUES = 64
@@ -123,12 +123,17 @@ class Writer:
         self._thread.join()
 
     def _run(self) -> None:
-        self._probe()
-        while (batch := self._next_batch()) is not None:
-            if batch:
-                self._write(batch)
-            elif not self._reach.is_closed:
-                self._probe()
+        batch: list[Value] | None = []
+        while batch is not None:
+            try:
+                if batch:
+                    self._write(batch)
+                else:
+                    self._probe()
+            except Exception as error:  # the thread's border: a bug would end all writing for good
+                self._hang_up()
+                self._reach.failed(*reason_of(error))
+            batch = self._next_batch()
         self._hang_up()
 
     def _next_batch(self) -> list[Value] | None:
@@ -151,14 +156,9 @@ class Writer:
     def _probe(self) -> None:
         """See whether the server answers (again)."""
         self._hang_up()
-        try:
-            self._connected().command("PING")
-            self._look_at_memory()
-        except REDIS_ERRORS as error:
-            self._hang_up()
-            self._reach.failed(str(error))
-        else:
-            self._reach.succeeded()
+        self._connected().command("PING")
+        self._look_at_memory()
+        self._reach.succeeded()
 
     def _look_at_memory(self) -> None:
         """Ask the server how full it is, if it lets us."""
@@ -174,12 +174,10 @@ class Writer:
         try:
             self._send(self._connected(), batch, outcomes)
             self._look_at_memory()
-        except REDIS_ERRORS as error:
-            self._hang_up()
-            self._reach.failed(str(error))
-        self._settled(batch, outcomes)
-        if self._writing.retry_in_s > 0:
-            self._give_up_queue()
+        finally:
+            self._settled(batch, outcomes)
+            if self._writing.retry_in_s > 0:
+                self._give_up_queue()
 
     def _give_up_queue(self) -> None:
         """Nothing is put either while a full server is left alone."""
@@ -189,12 +187,14 @@ class Writer:
         self._settled(values, ["server_full"] * len(values))
 
     def _settled(self, values: Sequence[Value], outcomes: Sequence[str]) -> None:
-        for value, outcome in zip(values, outcomes, strict=True):
-            self._on_outcome(outcome, value)
-        with self._changed:
-            self._queue_bytes -= sum(value.num_bytes for value in values)
-            self._num_settled += len(values)
-            self._changed.notify_all()
+        try:
+            for value, outcome in zip(values, outcomes, strict=True):
+                self._on_outcome(outcome, value)
+        finally:
+            with self._changed:
+                self._queue_bytes -= sum(value.num_bytes for value in values)
+                self._num_settled += len(values)
+                self._changed.notify_all()
 
     def _send(
         self, connection: BulkConnection, batch: Sequence[Value], outcomes: list[str]

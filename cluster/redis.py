@@ -172,6 +172,13 @@ class BulkConnection:
         return count
 
 
+def reason_of(error: Exception) -> tuple[str, Exception | None]:
+    """What to tell a breaker: why a call failed and, where it wasn't for Redis, the bug itself."""
+    if isinstance(error, REDIS_ERRORS):
+        return str(error), None
+    return f"{type(error).__name__}: {error}", error
+
+
 def packed(words: Sequence[Buffer]) -> bytes:
     """A command of short words, packed as one piece."""
     head = b"*%d\r\n" % len(words)

@@ -492,6 +492,57 @@ def test_a_server_that_dies_mid_read(tmp_path: Path, stores: Stores) -> None:
         wait_until(lambda: store.is_up)
 
 
+@pytest.mark.parametrize("where", ["_present", "_look_at_memory", "_on_outcome"])
+def test_a_bug_in_the_writer_is_told_once_and_writing_goes_on(
+    address: RedisAddress,
+    stores: Stores,
+    registry: CollectorRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+) -> None:
+    store = stores(address)
+    put_all(store, KEYS[:1])
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(store._writer, where, broken)
+        assert store.put("t", KEYS[1], [payload(KEYS[1])]) and store.flush(5)
+        wait_until(lambda: caplog.records)
+        if where == "_present":
+            assert store.take_lost() == [("t", KEYS[1])]
+            assert count(registry, "writes", "unreachable") == 1
+        time.sleep(0.5)  # within which the server is tried again
+    wait_until(lambda: store.is_up)
+    put_all(store)
+    assert read_all(store) == [payload(key) for key in KEYS]
+    assert [bool(record.exc_info) for record in caplog.records] == [True, False]
+    assert "no such thing" in caplog.text
+
+
+def test_a_bug_in_a_reader_is_told_once_and_reading_goes_on(
+    address: RedisAddress,
+    stores: Stores,
+    registry: CollectorRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = stores(address, connections=1)
+    put_all(store)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr("cluster.kv_reader.parse_header", broken)
+        assert read_all(store) == [None] * len(KEYS)
+        wait_until(lambda: len(caplog.records) == 2)  # broken, and works again
+        patch.setattr(store._reader, "_look_up", broken)
+        assert store.look_up("t", KEYS).result(5) == [None] * len(KEYS)
+        wait_until(lambda: len(caplog.records) == 4)
+    assert count(registry, "reads", "unreachable") == len(KEYS)
+    assert read_all(store) == [payload(key) for key in KEYS]
+    assert "no such thing" in caplog.text
+
+
+def broken(*_: object) -> None:
+    raise KeyError("no such thing")
+
+
 class Cut:
     """Passes bytes between clients and the test's server, and hangs up within an answer."""
 
