@@ -20,6 +20,9 @@ from cluster.kv_value import Buffer
 # file that went away.
 REDIS_ERRORS: tuple[type[Exception], ...] = (redis.RedisError, OSError, ConfigError)
 
+# What a link must carry within the timeout: so much is sent at once, and the kernel takes no more
+# than that ahead, where it would take megabytes.
+PIECE_BYTES = 128 << 10
 SCRATCH_BYTES = 4096  # holds the longest line of a reply
 
 
@@ -83,6 +86,8 @@ class BulkConnection:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._socket: socket.socket = connection._get_socket()
+        if self._socket.family != socket.AF_UNIX:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE_BYTES)
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._ahead = self._scratch[:0]  # bytes that came with what was read last
 
@@ -92,8 +97,13 @@ class BulkConnection:
         return self.reply()
 
     def send(self, chunks: Iterable[Buffer]) -> None:
-        """Send packed commands, of which nothing is copied."""
-        self._connection.send_packed_command(list(chunks))
+        """Send packed commands, of which nothing is copied. In pieces, so that the timeout counts
+        silence: a slow link could never carry a long value.
+        """
+        for chunk in chunks:
+            rest = memoryview(chunk)
+            while rest:
+                rest = rest[self._socket.send(rest[:PIECE_BYTES]) :]
 
     def reply(self) -> Any:
         """The next reply. Raises redis.ResponseError where it is an error."""

@@ -544,13 +544,22 @@ def broken(*_: object) -> None:
 
 
 class Cut:
-    """Passes bytes between clients and the test's server, and hangs up within an answer."""
+    """Passes bytes between clients and the test's server, slowly where there is a `pause_s` after
+    each piece that clients send, and hangs up within an answer.
+    """
 
     def __init__(
-        self, directory: Path, after_bytes: int, tls: ssl.SSLContext | None = None
+        self,
+        directory: Path,
+        after_bytes: int,
+        tls: ssl.SSLContext | None = None,
+        pause_s: float = 0.0,
     ) -> None:
         self._server, self._left, self._tls = str(directory / "redis.sock"), after_bytes, tls
+        self._pause_s = pause_s
         self._listener = socket.create_server(("127.0.0.1", 0))
+        if pause_s:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
         scheme, port = "rediss" if tls else "redis", self._listener.getsockname()[1]
         self.address = RedisAddress(f"{scheme}://localhost:{port}", timeout_s=1.0)
         self._start(self._accept)
@@ -587,6 +596,8 @@ class Cut:
                     self._left -= len(data)
                     if self._left <= 0:
                         break
+                if not is_answer:
+                    time.sleep(self._pause_s)
                 sink.sendall(data)
         except OSError:
             pass  # the other direction has hung up
@@ -641,17 +652,40 @@ def test_over_tcp(tmp_path: Path, stores: Stores) -> None:
         assert read_all(store) == [payload(key) for key in KEYS]
 
 
-def test_over_tls(tmp_path: Path, stores: Stores) -> None:
-    """The server that comes with us has no TLS: a proxy that ends it stands before."""
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_a_slow_link_carries_long_values(
+    tmp_path: Path, stores: Stores, registry: CollectorRegistry, is_tls: bool
+) -> None:
+    """For longer than the timeout, which counts silence only."""
+    tls = certificate = None
+    if is_tls:
+        certificate, tls = make_certificate(tmp_path)
+    size, timeout_s = 3_000_000, 0.5
+    with redis_server(tmp_path), Cut(tmp_path, 1 << 40, tls, pause_s=0.005) as slow:
+        store = stores(RedisAddress(slow.address.url, ca_file=certificate, timeout_s=timeout_s))
+        start_s = time.perf_counter()
+        assert store.put("t", b"k", [payload(b"k", size)]) and store.flush(30)
+        assert time.perf_counter() - start_s > 2 * timeout_s, "the link wasn't slow"
+        assert count(registry, "writes", "written") == 1 and store.is_up
+
+
+def make_certificate(directory: Path) -> tuple[Path, ssl.SSLContext]:
+    """For localhost, and a server's context with it."""
     if shutil.which("openssl") is None:
         pytest.skip("there is no openssl to make a certificate")
+    certificate, key = directory / "cert.pem", directory / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     files = ["-out", str(certificate), "-keyout", str(key)]
     subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    return certificate, context
+
+
+def test_over_tls(tmp_path: Path, stores: Stores) -> None:
+    """The server that comes with us has no TLS: a proxy that ends it stands before."""
+    certificate, context = make_certificate(tmp_path)
     with redis_server(tmp_path), Cut(tmp_path, after_bytes=1 << 40, tls=context) as proxy:
         store = stores(RedisAddress(proxy.address.url, ca_file=certificate))
         put_all(store)
