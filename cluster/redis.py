@@ -16,9 +16,8 @@ from redis.retry import Retry
 from cluster.errors import ConfigError
 from cluster.kv_value import Buffer
 
-# What a server that is full, slow, gone, or of another opinion can cause; ConfigError: a password
-# file that went away.
-REDIS_ERRORS: tuple[type[Exception], ...] = (redis.RedisError, OSError, ConfigError)
+# What a server that is full, slow, gone, or of another opinion can cause.
+REDIS_ERRORS: tuple[type[Exception], ...] = (redis.RedisError, OSError)
 
 # What a link must carry within the timeout: so much is sent at once, and the kernel takes no more
 # than that ahead, where it would take megabytes.
@@ -48,9 +47,13 @@ class RedisAddress:
     def check(self) -> None:
         """Raises ConfigError when the address can't be used, whether or not a server is there."""
         self._pool()
+        if self.password_file is not None:
+            _first_line(self.password_file)
 
     def client(self) -> redis.Redis:
-        """A client for calls that may block. Raises ConfigError when the address can't be used."""
+        """A client for calls that may block, each of which raises one of REDIS_ERRORS. Raises
+        ConfigError when the address can't be used.
+        """
         return redis.Redis(connection_pool=self._pool())
 
     def connect(self) -> BulkConnection:
@@ -66,14 +69,17 @@ class RedisAddress:
             "socket_connect_timeout": self.timeout_s,
             "retry": Retry(NoBackoff(), 0),
         }
-        if self.password_file is not None:
-            options["password"] = _first_line(self.password_file)
         if self.ca_file is not None:
             options["ssl_ca_certs"] = str(self.ca_file)
         try:
-            return redis.ConnectionPool.from_url(self.url, **options)
+            pool = redis.ConnectionPool.from_url(self.url, **options)
         except ValueError as error:
             raise ConfigError(f"store.url can't be used: {error}.") from None
+        if self.password_file is not None:
+            user = pool.connection_kwargs.pop("username", None)
+            pool.connection_kwargs.pop("password", None)
+            pool.connection_kwargs["credential_provider"] = _Password(self.password_file, user)
+        return pool
 
 
 class BulkConnection:
@@ -193,6 +199,21 @@ def packed(words: Sequence[Buffer]) -> bytes:
     """A command of short words, packed as one piece."""
     head = b"*%d\r\n" % len(words)
     return head + b"".join(b"$%d\r\n%s\r\n" % (len(word), bytes(word)) for word in words)
+
+
+@dataclass(frozen=True, slots=True)
+class _Password(redis.CredentialProvider):
+    """Reads the file at each connect: it may have another password by then."""
+
+    path: Path
+    user: str | None
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        try:
+            password = _first_line(self.path)
+        except ConfigError as error:  # redis-py hangs up after errors of its own only
+            raise redis.AuthenticationError(str(error)) from None
+        return (password,) if self.user is None else (self.user, password)
 
 
 def _first_line(path: Path) -> str:

@@ -633,6 +633,34 @@ def test_passwords(tmp_path: Path, stores: Stores, caplog: pytest.LogCaptureFixt
     assert "password" in text and "right" not in text
 
 
+def test_a_new_password_holds_for_the_next_connection(tmp_path: Path, stores: Stores) -> None:
+    """Also for a user's, and in a client's pool."""
+    secret = tmp_path / "password"
+    secret.write_text("old\nand more\n")
+    with redis_server(tmp_path, "--requirepass", "old") as address:
+        socket_path = address.url.removeprefix("unix://")
+        admin = RedisAddress(f"unix://:old@{socket_path}").client()
+        admin.execute_command("ACL", "SETUSER", "me", "on", "allkeys", "+@all", ">old")
+        for url in (address.url, f"unix://me@{socket_path}"):
+            secret.write_text("old\nand more\n")
+            store = stores(RedisAddress(url, secret), connections=1)
+            client = RedisAddress(url, secret).client()
+            put_all(store, KEYS[:2])
+            assert client.ping() and read_all(store, KEYS[:1]) == [payload(KEYS[0])]
+            admin.config_set("requirepass", "new")
+            admin.execute_command("ACL", "SETUSER", "me", "resetpass", ">new")
+            admin.client_kill_filter(_type="normal", skipme=True)
+            secret.unlink()
+            with pytest.raises(redis.AuthenticationError, match="can't be read"):
+                client.ping()
+            secret.write_text("new\n")
+            assert client.ping() and read_all(store, KEYS[:1]) == [payload(KEYS[0])]
+            put_all(store, KEYS[1:2])
+            assert store.is_up
+            admin.config_set("requirepass", "old")
+            admin.execute_command("ACL", "SETUSER", "me", "resetpass", ">old")
+
+
 def test_logs_show_no_password() -> None:
     assert str(RedisAddress("rediss://me:secret@host:6380/1")) == "rediss://host:6380/1"
 
