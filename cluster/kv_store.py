@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from cluster.breaker import Breaker
 from cluster.config import StoreConfig
+from cluster.kv_queue import Value
 from cluster.kv_rates import RateMeter, Rates, worth_fetching
 from cluster.kv_reader import Lookup, Read, Reader
 from cluster.kv_value import Buffer, short_fingerprint
-from cluster.kv_writer import FULL_RETRY_S, Memory, Value, Writer
+from cluster.kv_writer import FULL_RETRY_S, Memory, Writer
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
 

@@ -1,4 +1,4 @@
-"""Write-behind: values wait in a bounded queue, and a thread of its own sends them to Redis."""
+"""Write-behind: a thread of its own sends to Redis what waits in the queue."""
 
 from __future__ import annotations
 
@@ -12,23 +12,12 @@ import redis
 
 from cluster.breaker import Breaker
 from cluster.kv_keys import BOOK_VALUE, LOOK_UP, MAKE_ROOM, OVERHEAD_BYTES, USE, tenant_prefix
+from cluster.kv_queue import Value, WriteQueue
 from cluster.kv_value import HEADER_BYTES, header_of
 from cluster.redis import BulkConnection, RedisAddress, packed, reason_of
 
-BATCH_BYTES = 16 << 20
-BATCH_VALUES = 64
 IDLE_S = 0.25  # then a look at whether a reader has found the server gone
 FULL_RETRY_S = 5.0  # a full server is asked again after this, then twice as long, and so on
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """One value on its way."""
-
-    tenant: str
-    key: bytes
-    parts: Sequence[memoryview]
-    num_bytes: int  # of the payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +29,7 @@ class Memory:
 
 
 class Writer:
-    """The queue and its thread.
+    """The thread.
 
     `on_outcome(outcome, value)` is called once for each value that was put, `on_used(tenant,
     bytes)` with what a tenant uses after a write, `on_memory` after each batch. A value
@@ -66,17 +55,12 @@ class Writer:
         self._fingerprint = fingerprint
         self._reach = reach
         self._writing = writing
-        self._max_queue_bytes = queue_bytes
         self._ttl_ms = ttl_ms
         self._budget_of = budget_of
         self._on_outcome = on_outcome
         self._on_used = on_used
         self._on_memory = on_memory
-        self._changed = threading.Condition()
-        self._queue: deque[Value] = deque()
-        self._queue_bytes = 0  # of what waits and of what is being sent
-        self._num_put = self._num_settled = 0  # values are settled in the order of their puts
-        self._is_closing = False
+        self._queue = WriteQueue(queue_bytes)
         self._connection: BulkConnection | None = None
         self._thread = threading.Thread(target=self._run, name="kv-writer", daemon=True)
         self._thread.start()
@@ -84,7 +68,7 @@ class Writer:
     @property
     def queue_bytes(self) -> int:
         """Bytes that wait or are being sent."""
-        return self._queue_bytes
+        return self._queue.num_bytes
 
     def refusal(self, num_bytes: int) -> str | None:
         """The outcome that a value of this size would have at once, if it can't be taken."""
@@ -92,34 +76,26 @@ class Writer:
             return "unreachable"
         if self._writing.retry_in_s > 0:
             return "server_full"
-        if self._queue_bytes + num_bytes > self._max_queue_bytes:
+        if not self._queue.has_room(num_bytes):
             return "queue_full"
         return None
 
     def put(self, value: Value) -> bool:
         """Queue a value; False where there is no place for it."""
-        with self._changed:
-            refusal = self.refusal(value.num_bytes)
-            if refusal is None:
-                self._queue.append(value)
-                self._queue_bytes += value.num_bytes
-                self._num_put += 1
-                self._changed.notify_all()
+        refusal = self.refusal(value.num_bytes)
+        if refusal is None and not self._queue.put(value):
+            refusal = "queue_full"
         if refusal is not None:
             self._on_outcome(refusal, value)
         return refusal is None
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was put before is written or given up; whether that came in time."""
-        with self._changed:
-            num_put = self._num_put
-            return self._changed.wait_for(lambda: self._num_settled >= num_put, timeout_s)
+        return self._queue.flush(timeout_s)
 
     def close(self) -> None:
         """Give up what still waits."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify_all()
+        self._queue.close()
         self._thread.join()
 
     def _run(self) -> None:
@@ -138,20 +114,15 @@ class Writer:
 
     def _next_batch(self) -> list[Value] | None:
         """Values to write; none when the server should be tried again; None at the end."""
-        with self._changed:
-            while not self._is_closing:
-                pause_s = max(self._reach.retry_in_s, self._writing.retry_in_s)
-                if pause_s == 0 and (self._queue or not self._reach.is_closed):
-                    return self._take_batch() if self._reach.is_closed else []
-                self._changed.wait(pause_s or IDLE_S)
+        while not self._queue.is_closed:
+            pause_s = max(self._reach.retry_in_s, self._writing.retry_in_s)
+            if pause_s > 0:
+                self._queue.rest(pause_s)
+            elif not self._reach.is_closed:
+                return []
+            elif batch := self._queue.take(IDLE_S):
+                return batch
         return None
-
-    def _take_batch(self) -> list[Value]:
-        batch, num_bytes = [self._queue.popleft()], 0
-        while self._queue and len(batch) < BATCH_VALUES and num_bytes < BATCH_BYTES:
-            num_bytes += self._queue[0].num_bytes
-            batch.append(self._queue.popleft())
-        return batch
 
     def _probe(self) -> None:
         """See whether the server answers (again)."""
@@ -181,9 +152,7 @@ class Writer:
 
     def _give_up_queue(self) -> None:
         """Nothing is put either while a full server is left alone."""
-        with self._changed:
-            values = list(self._queue)
-            self._queue.clear()
+        values = self._queue.take_if(lambda value: True)
         self._settled(values, ["server_full"] * len(values))
 
     def _settled(self, values: Sequence[Value], outcomes: Sequence[str]) -> None:
@@ -191,10 +160,7 @@ class Writer:
             for value, outcome in zip(values, outcomes, strict=True):
                 self._on_outcome(outcome, value)
         finally:
-            with self._changed:
-                self._queue_bytes -= sum(value.num_bytes for value in values)
-                self._num_settled += len(values)
-                self._changed.notify_all()
+            self._queue.settled(values)
 
     def _send(
         self, connection: BulkConnection, batch: Sequence[Value], outcomes: list[str]

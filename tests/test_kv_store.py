@@ -24,10 +24,10 @@ from cluster.breaker import Breaker
 from cluster.config import StoreConfig
 from cluster.errors import ConfigError
 from cluster.kv_keys import OVERHEAD_BYTES, tenant_prefix, value_name
+from cluster.kv_queue import Value
 from cluster.kv_rates import RATE_LIFE_S, RateMeter, Rates, worth_fetching
 from cluster.kv_store import KVStore
 from cluster.kv_value import HEADER_BYTES
-from cluster.kv_writer import Value
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
 from tests.redis_servers import redis_server, wait_until
@@ -407,7 +407,7 @@ def test_a_tenant_without_room_stops_no_others(
 def test_on_a_full_server_the_queue_is_given_up(
     tmp_path: Path, stores: Stores, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.kv_writer.BATCH_VALUES", 1)
+    monkeypatch.setattr("cluster.kv_queue.BATCH_VALUES", 1)
     with redis_server(tmp_path, "--maxmemory", "1") as address:
         store = stores(address)
         pause(address, 0.4)
