@@ -106,7 +106,7 @@ return {used('bytes'), redis.call('EXISTS', base..'kv:'..key)}
 
 # ARGV: USE or LOOK, then keys. Returns the length of each value, 0 where there is none. As one
 # text: to parse thousands of numbers takes redis-py longer than Redis to find them. USE counts as a
-# use; on a server that is full it can't be noted, which is no reason not to read.
+# use; on a server that refuses to write it can't be noted, which is no reason not to read.
 LOOK_UP = (
     _COMMON
     + """
@@ -118,10 +118,10 @@ for i = 3, #ARGV do
   lengths[i - 2] = redis.call('STRLEN', name)
   if is_use and lengths[i - 2] > 0 and redis.call('ZSCORE', lru, key) then
     redis.pcall('ZADD', lru, now, key)
-    redis.call('PEXPIRE', name, ttl)
+    redis.pcall('PEXPIRE', name, ttl)
   end
 end
-if is_use then keep_books() end
+if is_use then pcall(keep_books) end
 return table.concat(lengths, ' ')
 """
 )

@@ -19,7 +19,7 @@ from cluster.kv_queue import Value
 from cluster.kv_rates import RateMeter, Rates, worth_fetching
 from cluster.kv_reader import Lookup, Read, Reader
 from cluster.kv_value import Buffer, short_fingerprint
-from cluster.kv_writer import FULL_RETRY_S, Memory, Writer
+from cluster.kv_writer import Memory, Writer
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
 
@@ -65,23 +65,17 @@ class KVStore:
             metrics.kv_store_decisions_total(model, choice)  # shown from the start
         ttl_ms, fingerprint = round(config.ttl_s * 1000), short_fingerprint(fingerprint)
         metrics.kv_store_up(model).set(1)
-        metrics.kv_store_writable(model).set(1)
+        metrics.kv_store_writable(model).set_function(lambda: self._writer.is_writable)
         metrics.kv_store_queue_bytes(model).set_function(lambda: self._writer.queue_bytes)
         reach = Breaker(f"The KV store at {address}", metrics.kv_store_up(model).set)
-        writing = Breaker(
-            f"Writing to the KV store at {address}",
-            metrics.kv_store_writable(model).set,
-            first_retry_s=FULL_RETRY_S,
-        )
         self._address = address
-        self._reach, self._writing = reach, writing
+        self._reach = reach
         self._memory = Memory(0, 0)
         self._lost: deque[tuple[str, bytes]] = deque(maxlen=MAX_LOST)
         self._writer = Writer(
             address,
             fingerprint,
             reach,
-            writing,
             queue_bytes=config.queue_bytes,
             ttl_ms=ttl_ms,
             budget_of=budget_of or (lambda tenant: config.tenant_bytes),
@@ -109,7 +103,7 @@ class KVStore:
         return StoreStatus(
             str(self._address),
             self.is_up,
-            self._writing.is_closed,
+            self._writer.is_writable,
             self._memory.used_bytes,
             self._memory.max_bytes,
             self._writer.queue_bytes,
@@ -121,9 +115,9 @@ class KVStore:
         """What reads reached lately."""
         return self._meter.rates
 
-    def takes(self, num_bytes: int) -> bool:
+    def takes(self, tenant: str, num_bytes: int) -> bool:
         """Whether a `put` of this size would be queued now: to ask before making a copy."""
-        return self._writer.refusal(num_bytes) is None
+        return self._writer.refusal(tenant, num_bytes) is None
 
     def put(self, tenant: str, key: bytes, parts: Sequence[Buffer]) -> bool:
         """Queue a value to be written; False where it is dropped instead, and counted.

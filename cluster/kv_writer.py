@@ -17,7 +17,7 @@ from cluster.kv_value import HEADER_BYTES, header_of
 from cluster.redis import BulkConnection, RedisAddress, packed, reason_of
 
 IDLE_S = 0.25  # then a look at whether a reader has found the server gone
-FULL_RETRY_S = 5.0  # a full server is asked again after this, then twice as long, and so on
+RETRY_S = 5.0  # what refuses to store is asked again after this, then twice as long, and so on
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class Writer:
     `on_outcome(outcome, value)` is called once for each value that was put, `on_used(tenant,
     bytes)` with what a tenant uses after a write, `on_memory` after each batch. A value
     that is being sent when the connection breaks is lost; those that wait behind it are sent later.
-    When the server is full, those that wait are given up.
+    Where the server refuses to store, those that wait are given up for a while: all, or on a server
+    that is full those of tenants that can make no room.
     """
 
     def __init__(
@@ -42,7 +43,6 @@ class Writer:
         address: RedisAddress,
         fingerprint: bytes,
         reach: Breaker,
-        writing: Breaker,
         *,
         queue_bytes: int,
         ttl_ms: int,
@@ -54,7 +54,8 @@ class Writer:
         self._address = address
         self._fingerprint = fingerprint
         self._reach = reach
-        self._writing = writing
+        self._writing = Breaker(f"Writing to the KV store at {address}", first_retry_s=RETRY_S)
+        self._writing_of: dict[str, Breaker] = {}  # tenants that found the server full
         self._ttl_ms = ttl_ms
         self._budget_of = budget_of
         self._on_outcome = on_outcome
@@ -70,11 +71,17 @@ class Writer:
         """Bytes that wait or are being sent."""
         return self._queue.num_bytes
 
-    def refusal(self, num_bytes: int) -> str | None:
+    @property
+    def is_writable(self) -> bool:
+        """Whether everybody may write."""
+        tenants = list(self._writing_of.values())
+        return self._writing.is_closed and not any(breaker.retry_in_s for breaker in tenants)
+
+    def refusal(self, tenant: str, num_bytes: int) -> str | None:
         """The outcome that a value of this size would have at once, if it can't be taken."""
         if not self._reach.is_closed:
             return "unreachable"
-        if self._writing.retry_in_s > 0:
+        if self._is_refused(tenant):
             return "server_full"
         if not self._queue.has_room(num_bytes):
             return "queue_full"
@@ -82,7 +89,7 @@ class Writer:
 
     def put(self, value: Value) -> bool:
         """Queue a value; False where there is no place for it."""
-        refusal = self.refusal(value.num_bytes)
+        refusal = self.refusal(value.tenant, value.num_bytes)
         if refusal is None and not self._queue.put(value):
             refusal = "queue_full"
         if refusal is not None:
@@ -147,13 +154,16 @@ class Writer:
             self._look_at_memory()
         finally:
             self._settled(batch, outcomes)
-            if self._writing.retry_in_s > 0:
-                self._give_up_queue()
+            self._give_up_refused()
 
-    def _give_up_queue(self) -> None:
-        """Nothing is put either while a full server is left alone."""
-        values = self._queue.take_if(lambda value: True)
+    def _give_up_refused(self) -> None:
+        """Nothing is put either while a server that refuses is left alone."""
+        values = self._queue.take_if(lambda value: self._is_refused(value.tenant))
         self._settled(values, ["server_full"] * len(values))
+
+    def _is_refused(self, tenant: str) -> bool:
+        breaker = self._writing_of.get(tenant)
+        return self._writing.retry_in_s > 0 or (breaker is not None and breaker.retry_in_s > 0)
 
     def _settled(self, values: Sequence[Value], outcomes: Sequence[str]) -> None:
         try:
@@ -171,11 +181,13 @@ class Writer:
         absent = [i for i, outcome in enumerate(outcomes) if outcome != "present"]
         refusal = self._send_these(connection, batch, outcomes, absent)
         if isinstance(refusal, redis.OutOfMemoryError):
-            refusal = self._send_again(connection, batch, outcomes, refusal)
-        if refusal is not None:
+            self._send_again(connection, batch, outcomes)
+        elif refusal is not None:
             self._writing.failed(f"Redis refuses to store: {refusal}")
-        elif absent:
+            return
+        if absent:
             self._writing.succeeded()
+            self._note_who_can_write(batch, outcomes, refusal)
 
     def _send_these(
         self,
@@ -198,20 +210,32 @@ class Writer:
         return refusal
 
     def _send_again(
-        self,
-        connection: BulkConnection,
-        batch: Sequence[Value],
-        outcomes: list[str],
-        refusal: redis.ResponseError,
-    ) -> redis.ResponseError | None:
-        """Send what a full server refused of those that can make room. Returns the refusal where
-        that helped none: a tenant that can't is no reason to stop writing for the others.
-        """
+        self, connection: BulkConnection, batch: Sequence[Value], outcomes: list[str]
+    ) -> None:
+        """Send what a full server refused of those that can make room."""
         refused = [i for i, outcome in enumerate(outcomes) if outcome == "server_full"]
         with_room = self._make_room(connection, [batch[i] for i in refused])
-        again = [i for i in refused if batch[i].tenant in with_room]
-        refusal = self._send_these(connection, batch, outcomes, again) or refusal
-        return refusal if all(outcomes[i] == "server_full" for i in refused) else None
+        self._send_these(
+            connection, batch, outcomes, [i for i in refused if batch[i].tenant in with_room]
+        )
+
+    def _note_who_can_write(
+        self,
+        batch: Sequence[Value],
+        outcomes: Sequence[str],
+        refusal: redis.ResponseError | None,
+    ) -> None:
+        """A tenant of whom a full server took nothing is left alone, which stops no others."""
+        tenants: dict[str, set[str]] = {}
+        for value, outcome in zip(batch, outcomes, strict=True):
+            tenants.setdefault(outcome, set()).add(value.tenant)
+        can = tenants.get("written", set()) | tenants.get("over_budget", set())
+        for tenant in tenants.get("server_full", set()) - can:
+            what = f"Writing to the KV store at {self._address} for {tenant!r}"
+            breaker = self._writing_of.setdefault(tenant, Breaker(what, first_retry_s=RETRY_S))
+            breaker.failed(f"Redis refuses to store: {refusal}")
+        for tenant in can & self._writing_of.keys():
+            self._writing_of[tenant].succeeded()
 
     def _make_room(self, connection: BulkConnection, values: Sequence[Value]) -> set[str]:
         """On a full server tenants write over the oldest of their own; which could."""

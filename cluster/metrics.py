@@ -183,7 +183,7 @@ class Metrics:
 
     # The KV store.
     kv_store_up = _gauge("1 while Redis answers", "model")
-    kv_store_writable = _gauge("0 while Redis refuses what is written, as when full", "model")
+    kv_store_writable = _gauge("0 while Redis refuses what somebody writes, as when full", "model")
     kv_store_writes_total = _counter("Values given to the store", "model", "outcome")
     kv_store_reads_total = _counter("Values asked of the store", "model", "outcome")
     kv_store_bytes_total = _counter("Bytes of values moved", "model", "direction")

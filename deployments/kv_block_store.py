@@ -266,7 +266,8 @@ class KVBlockStore:
         if key in self._known_of(request):
             return
         block_ids = self._global_blocks.find(request.block_hashes[run.start : run.stop])
-        if block_ids is not None and self._store.takes(self._layout.num_bytes(run)):
+        takes = self._store.takes(request.tenant, self._layout.num_bytes(run))
+        if block_ids is not None and takes:
             self._put(request, trace, [key], GLOBAL, block_ids)
 
     def _put_sliding(self, request: Request, trace: Trace, blocks: Sequence[StoredBlock]) -> None:
@@ -277,7 +278,8 @@ class KVBlockStore:
             key = BlockRun(SLIDING, position, position + 1).key(request.block_hashes)
             if key not in known:
                 new[key] = block.block_id
-        if new and self._store.takes(len(new) * self._layout.block_bytes[SLIDING]):
+        num_bytes = len(new) * self._layout.block_bytes[SLIDING]
+        if new and self._store.takes(request.tenant, num_bytes):
             self._put(request, trace, list(new), SLIDING, list(new.values()))
 
     def _put(

@@ -250,14 +250,14 @@ def test_what_somebody_removed_is_written_at_the_next_turn_once_that_is_told(
 def test_what_a_full_server_refused_is_written_at_the_next_turn(
     address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.kv_store.FULL_RETRY_S", 0.1)
+    monkeypatch.setattr("cluster.kv_writer.RETRY_S", 0.1)
     monkeypatch.setattr("deployments.kv_values.MAX_RUN_BLOCKS", 4)
     deployment = deploy(address)
     deployment.redis.config_set("maxmemory", 1)
     deployment.ask(PROMPT)
     assert deployment.stored() == set()
     deployment.redis.config_set("maxmemory", 0)
-    wait_until(lambda: deployment.kv_store.takes(1))
+    wait_until(lambda: deployment.kv_store.takes("default", 1))
     turn = PROMPT + deployment.cold(PROMPT)
     assert deployment.ask([*turn, 5]) == 104  # from memory
     assert deployment.count("writes", outcome="server_full") > 0
@@ -342,7 +342,7 @@ def test_what_the_queue_doesnt_take_is_not_copied(
     address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deployment = deploy(address)
-    monkeypatch.setattr(deployment.kv_store, "takes", lambda num_bytes: False)
+    monkeypatch.setattr(deployment.kv_store, "takes", lambda tenant, num_bytes: False)
     monkeypatch.delattr("deployments.kv_copies.BlockCopier.read")
     assert deployment.ask(PROMPT) == 0 and not deployment.stored()
 

@@ -164,8 +164,8 @@ def test_a_full_queue_drops_and_counts(
         pause(address, 1)
         taken = [store.put("t", key, [payload(key)]) for key in KEYS]
         assert taken[:2] == [True, True] and taken[-1] is False
-        assert not store.takes(2 * SIZE) and not store.flush(0.01)
-        assert store.flush(5) and store.takes(2 * SIZE)
+        assert not store.takes("t", 2 * SIZE) and not store.flush(0.01)
+        assert store.flush(5) and store.takes("t", 2 * SIZE)
         assert count(registry, "writes", "queue_full") == taken.count(False)
         assert count(registry, "writes", "written") == taken.count(True)
 
@@ -366,7 +366,7 @@ def test_a_full_server_stops_writing_for_a_while_and_is_still_read(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("cluster.kv_store.FULL_RETRY_S", 0.2)
+    monkeypatch.setattr("cluster.kv_writer.RETRY_S", 0.5)
     with redis_server(tmp_path) as address:
         store, client = stores(address), address.client()
         put_all(store, KEYS[:3])
@@ -374,7 +374,7 @@ def test_a_full_server_stops_writing_for_a_while_and_is_still_read(
         with caplog.at_level(logging.WARNING):
             store.put("poor", KEYS[4], [payload(KEYS[4])])  # has nothing of its own to give up
             assert store.flush(5)
-            assert not store.put("poor", KEYS[5], [payload(KEYS[5])]) and not store.takes(1)
+            assert not store.put("poor", KEYS[5], [payload(KEYS[5])]) and not store.takes("poor", 1)
             assert read_all(store, KEYS[:3]) == [payload(key) for key in KEYS[:3]]
             assert gauge(registry, "writable") == 0 and store.is_up
             client.config_set("maxmemory", 0)
@@ -400,8 +400,42 @@ def test_a_tenant_without_room_stops_no_others(
         assert store.put("poor", KEYS[0], [payload(KEYS[0])])  # has nothing to give up
         assert store.put("t", KEYS[0], [payload(KEYS[0])]) and store.flush(5)
         assert store.look_up("t", KEYS[:1]).result(5) == [SIZE]
-        assert count(registry, "writes", "server_full") == 1 and store.status.is_writable
+        assert count(registry, "writes", "server_full") == 1
+        assert not store.takes("poor", 1) and store.takes("t", 1)
         assert store.take_lost() == [("poor", KEYS[0])]
+
+
+def test_a_batch_of_a_stuck_tenant_stops_no_others(
+    tmp_path: Path, stores: Stores, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    with redis_server(tmp_path, "--maxmemory", "8mb") as address:
+        store = stores(address)
+        put_all(store, [b"k%d" % i for i in range(30)])
+        client = address.client()
+        client.config_set("maxmemory", client.info("memory")["used_memory"])
+        with caplog.at_level(logging.WARNING):
+            put_all(store, KEYS[:1], "poor")  # has nothing to give up
+        assert not store.takes("poor", 1) and store.takes("t", 1)
+        assert not store.put("poor", KEYS[1], [b"v"])
+        assert count(registry, "writes", "server_full") == 2
+        assert gauge(registry, "writable") == 0 and not store.status.is_writable
+        put_all(store, KEYS[:1])
+        assert store.look_up("t", KEYS[:1]).result(5) == [SIZE]
+        [line] = [record.message for record in caplog.records]
+        assert "'poor'" in line and "maxmemory" in line
+
+
+def test_a_server_that_refuses_all_is_left_alone_by_all(
+    tmp_path: Path, stores: Stores, registry: CollectorRegistry
+) -> None:
+    with redis_server(tmp_path, "--min-replicas-to-write", "1") as address:
+        store = stores(address)
+        put_all(store, KEYS[:1], "one")
+        assert not store.takes("one", 1) and not store.takes("other", 1)
+        assert count(registry, "writes", "server_full") == 1
+        assert gauge(registry, "writable") == 0
+        assert store.look_up("one", KEYS, is_use=True).result(5) == [None] * len(KEYS)
+        assert store.is_up, "it still can be read"
 
 
 def test_on_a_full_server_the_queue_is_given_up(
