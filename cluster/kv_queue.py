@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 BATCH_BYTES = 16 << 20
 BATCH_VALUES = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Value:
     """One value on its way."""
 
@@ -21,15 +22,27 @@ class Value:
     num_bytes: int  # of the payload
 
 
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Keys whose values are to go, those that were put before too."""
+
+    tenant: str
+    keys: Sequence[bytes]
+    num_bytes: int = 0
+
+
+Entry: TypeAlias = Value | Removal
+
+
 class WriteQueue:
-    """Values in the order of their puts, in which they are settled too. Any thread may call; one
+    """Entries in the order of their puts, in which they are settled too. Any thread may call; one
     takes.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._changed = threading.Condition()
-        self._values: deque[Value] = deque()
+        self._entries: deque[Entry] = deque()
         self._num_bytes = 0
         self._num_put = self._num_settled = 0
         self._is_closed = False
@@ -46,42 +59,49 @@ class WriteQueue:
     def has_room(self, num_bytes: int) -> bool:
         return self._num_bytes + num_bytes <= self._max_bytes
 
-    def put(self, value: Value) -> bool:
-        """Queue a value; False where there is no room for it."""
+    def put(self, entry: Entry) -> bool:
+        """Queue a value or, always, a removal; False where there is no room for it."""
         with self._changed:
-            has_room = self.has_room(value.num_bytes)
+            has_room = self.has_room(entry.num_bytes)
             if has_room:
-                self._values.append(value)
-                self._num_bytes += value.num_bytes
+                self._entries.append(entry)
+                self._num_bytes += entry.num_bytes
                 self._num_put += 1
                 self._changed.notify_all()
             return has_room
 
-    def take(self, timeout_s: float) -> list[Value]:
-        """The next few values; none where none comes in time, or at the end."""
+    def take(self, timeout_s: float) -> Removal | list[Value]:
+        """What is next: a removal, or a few values; none where nothing comes in time, or at the
+        end.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._values or self._is_closed, timeout_s)
+            self._changed.wait_for(lambda: self._entries or self._is_closed, timeout_s)
             if self._is_closed:
                 return []
             batch: list[Value] = []
             num_bytes = 0
-            while self._values and len(batch) < BATCH_VALUES and num_bytes < BATCH_BYTES:
-                num_bytes += self._values[0].num_bytes
-                batch.append(self._values.popleft())
+            while self._entries and len(batch) < BATCH_VALUES and num_bytes < BATCH_BYTES:
+                entry = self._entries.popleft()
+                if isinstance(entry, Removal):
+                    if not batch:
+                        return entry
+                    self._entries.appendleft(entry)
+                    break
+                batch.append(entry)
+                num_bytes += entry.num_bytes
             return batch
 
-    def take_if(self, is_unwanted: Callable[[Value], bool]) -> list[Value]:
-        """Some of the values that wait."""
+    def put_back(self, removal: Removal) -> None:
+        """What was taken is next once more, and isn't settled yet."""
         with self._changed:
-            taken = [value for value in self._values if is_unwanted(value)]
-            self._values = deque(value for value in self._values if not is_unwanted(value))
-            return taken
+            self._entries.appendleft(removal)
+            self._num_settled -= 1
 
-    def settled(self, values: Sequence[Value]) -> None:
-        """They were taken, and are written or given up."""
+    def settled(self, entries: Sequence[Entry]) -> None:
+        """They were taken, and are done or given up."""
         with self._changed:
-            self._num_bytes -= sum(value.num_bytes for value in values)
-            self._num_settled += len(values)
+            self._num_bytes -= sum(entry.num_bytes for entry in entries)
+            self._num_settled += len(entries)
             self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> bool:

@@ -128,6 +128,12 @@ class KVStore:
         views = [memoryview(part).cast("B") for part in parts]
         return self._writer.put(Value(tenant, key, views, sum(map(len, views))))
 
+    def remove(self, tenant: str, keys: Sequence[bytes]) -> None:
+        """Let Redis have none of these values, once those put before are written; sessions that
+        need them go on needing them. Where it is away, this happens when it is back.
+        """
+        self._writer.remove(tenant, keys)
+
     def take_lost(self) -> list[tuple[str, bytes]]:
         """Tenants and keys of values that were put and didn't get to Redis, each told once."""
         lost = []

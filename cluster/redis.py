@@ -115,6 +115,18 @@ class BulkConnection:
         """The next reply. Raises redis.ResponseError where it is an error."""
         return self._connection.read_response()
 
+    def command_or_error(self, *words: Any) -> Any:
+        """The same, with an error's ResponseError as the reply."""
+        self._connection.send_command(*words)
+        return self.reply_or_error()
+
+    def reply_or_error(self) -> Any:
+        """The next reply, or its ResponseError."""
+        try:
+            return self.reply()
+        except redis.ResponseError as error:
+            return error
+
     def is_stale(self) -> bool:
         """Whether the other side closed while nothing was asked of it."""
         try:

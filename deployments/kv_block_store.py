@@ -132,6 +132,17 @@ class KVBlockStore:
                 self._use(request, self._layout.needed(0, stop))
         self._put_sliding(request, trace, [b for b in blocks if b.kind is SLIDING])
 
+    def discard(self, request: Request) -> None:
+        """Of what is thought to be in Redis: whoever reads more of it there discards that too."""
+        candidates = self._layout.candidates(0, len(request.block_hashes))
+        keys = self._known_of(request).intersection(
+            run.key(request.block_hashes) for run in candidates
+        )
+        keys.update(self._trace(request).keys)
+        self.forget(request.tenant, keys)
+        if keys:
+            self._landing.remove(request.tenant, list(keys))
+
     # For sessions
 
     def keys_of(self, request: Request) -> tuple[bytes, ...]:

@@ -32,6 +32,13 @@ class Landing:
         landed.record(torch.cuda.current_stream(self._device))
         self._last = self._thread.submit(self._put_later, landed, tenant, keys, values)
 
+    def remove(self, tenant: str, keys: Sequence[bytes]) -> None:
+        """Values that are to go, those put before too."""
+        if self._device.type == "cpu":
+            self._store.remove(tenant, keys)
+        else:
+            self._last = self._thread.submit(self._store.remove, tenant, keys)
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until the store has all that was put; whether that came in time."""
         return self._last is None or not wait([self._last], timeout_s).not_done

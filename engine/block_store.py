@@ -52,6 +52,9 @@ class BlockStore(Protocol):
         may be overwritten after this returns: copy them, or order the copy before later steps.
         """
 
+    def discard(self, request: Request) -> None:
+        """What the request has read or computed can't be trusted: keep nothing of it."""
+
 
 class NullBlockStore:
     """Holds no blocks."""
@@ -69,4 +72,7 @@ class NullBlockStore:
         pass
 
     def save(self, request: Request, blocks: Sequence[StoredBlock]) -> None:
+        pass
+
+    def discard(self, request: Request) -> None:
         pass

@@ -143,6 +143,7 @@ class Scheduler:
         if request.state is RequestState.RUNNING:
             if not is_sound:
                 self.kv.forget(request)
+                self.store.discard(request)
             self.running.remove(request)
             self._release(request, keep=is_sound)
         else:

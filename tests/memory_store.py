@@ -80,6 +80,11 @@ class MemoryStore:
             value = self.blocks.read(block.kind, block.block_id)
             self.values.setdefault((block.kind, block.block_hash), value)
 
+    def discard(self, request: Request) -> None:
+        for kind in AttentionKind:
+            for block_hash in request.block_hashes:
+                self.values.pop((kind, block_hash), None)
+
     def _known(self, request: Request) -> dict[AttentionKind, set[bytes]]:
         return {
             kind: {h for h in request.block_hashes if (kind, h) in self.values}

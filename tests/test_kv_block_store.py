@@ -22,8 +22,9 @@ from cluster.redis import RedisAddress
 from cluster.spec import AttentionKind, KVRows
 from deployments.kv_block_store import KVBlockStore, kv_tensors
 from deployments.kv_copies import BlockCopier
+from engine.batch import Batch
 from engine.block_hash import BlockHasher
-from engine.core import EngineCore, SpecLimits
+from engine.core import EngineCore, Runner, SpecLimits
 from engine.kv_cache import KVCacheConfig
 from engine.request import Request, RequestState, SamplingParams
 from engine.runner import ModelRunner
@@ -376,6 +377,45 @@ def test_two_that_need_much_memory_read_one_after_the_other(
     outputs = drain(deployment.core)
     assert [outputs[r.request_id][-1].num_cached_tokens for r in (first, second)] == [100, 100]
     assert deployment.count("decisions", choice="fetch") == 2
+
+
+def test_nothing_of_an_unsound_request_stays(
+    address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what it wrote before its logits showed it, nor what it had read."""
+    monkeypatch.setattr("deployments.kv_values.MAX_RUN_BLOCKS", 4)
+    deployment = deploy(address)
+    deployment.ask(TEXT[50:100])
+    others = deployment.stored()
+
+    def fail(prompt: list[int]) -> int:
+        """How many tokens of it came from Redis."""
+        deployment.start(max_num_batched_tokens=32)
+        deployment.core.runner = Unsound(deployment.core.runner)
+        request = deployment.add(prompt)
+        while not request.num_computed_tokens:
+            deployment.core.step()
+        assert deployment.stored() > others
+        [output] = drain(deployment.core)["r"]
+        assert output.error is not None
+        return output.num_cached_tokens
+
+    assert fail(PROMPT) == 0 and deployment.stored() == others
+    deployment.start()
+    assert deployment.ask(PROMPT) == 0
+    assert fail([*PROMPT, *TEXT[:40]]) == 100
+    deployment.start()
+    assert deployment.ask(PROMPT) == 0
+
+
+class Unsound:
+    """A runner whose logits are NaN."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def execute(self, batch: Batch) -> Tensor:
+        return self._runner.execute(batch) * torch.nan
 
 
 # Fetch or recompute

@@ -188,6 +188,33 @@ def test_flush_waits_only_for_what_was_put_before(
     assert store.status.queue_bytes > 0
 
 
+def test_removals_keep_their_place_among_the_puts(address: RedisAddress, stores: Stores) -> None:
+    store = stores(address)
+    put_all(store, KEYS[:1])
+    pause(address, 0.3)  # so that all of these wait
+    store.put("t", KEYS[1], [payload(KEYS[1])])
+    store.put("t", KEYS[2], [payload(KEYS[2])])
+    store.put("other", KEYS[2], [payload(KEYS[2])])
+    store.remove("t", KEYS[:3])
+    store.put("t", KEYS[2], [payload(KEYS[2])])
+    assert store.flush(5)
+    assert store.look_up("t", KEYS[:3]).result(5) == [None, None, SIZE]
+    assert store.look_up("other", KEYS[2:3]).result(5) == [SIZE]
+    assert booked(address) == VALUE_BYTES
+
+
+def test_a_removal_waits_for_a_server_that_is_away(tmp_path: Path, stores: Stores) -> None:
+    with redis_server(tmp_path, "--appendonly", "yes") as address:
+        store = stores(address)
+        put_all(store)
+        address.client().shutdown()
+        wait_until(lambda: not store.look_up("t", KEYS).result(5)[0] and not store.is_up)
+        store.remove("t", KEYS[:1])
+        with redis_server(tmp_path, "--appendonly", "yes"):
+            assert store.flush(5)
+            assert store.look_up("t", KEYS[:2]).result(5) == [None, SIZE]
+
+
 def pause(address: RedisAddress, seconds: float) -> None:
     with address.client() as client:
         client.execute_command("CLIENT", "PAUSE", round(seconds * 500), "ALL")
@@ -526,7 +553,7 @@ def test_a_server_that_dies_mid_read(tmp_path: Path, stores: Stores) -> None:
         wait_until(lambda: store.is_up)
 
 
-@pytest.mark.parametrize("where", ["_present", "_look_at_memory", "_on_outcome"])
+@pytest.mark.parametrize("where", ["_send", "_look_at_memory", "_on_outcome"])
 def test_a_bug_in_the_writer_is_told_once_and_writing_goes_on(
     address: RedisAddress,
     stores: Stores,
@@ -541,7 +568,7 @@ def test_a_bug_in_the_writer_is_told_once_and_writing_goes_on(
         patch.setattr(store._writer, where, broken)
         assert store.put("t", KEYS[1], [payload(KEYS[1])]) and store.flush(5)
         wait_until(lambda: caplog.records)
-        if where == "_present":
+        if where == "_send":
             assert store.take_lost() == [("t", KEYS[1])]
             assert count(registry, "writes", "unreachable") == 1
         time.sleep(0.5)  # within which the server is tried again
