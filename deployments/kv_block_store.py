@@ -82,16 +82,10 @@ class KVBlockStore:
             compute_s = float("inf")
         elif compute_s < self._store.rates.latency_s:
             return False
-        candidates = self._layout.candidates(start, stop)
-        keys = [run.key(request.block_hashes) for run in candidates]
-        self._fetches[request] = _Fetch(
-            start,
-            stop,
-            candidates,
-            keys,
-            self._store.look_up(request.tenant, keys),
-            compute_s,
-        )
+        found: set[BlockRun] = set()
+        questions = self._layout.questions(found, start, stop)
+        fetch = self._fetches[request] = _Fetch(start, stop, compute_s, found, questions)
+        self._ask(request, fetch)
         return True
 
     def fetched(self, request: Request) -> Fetched | None:
@@ -134,10 +128,8 @@ class KVBlockStore:
 
     def discard(self, request: Request) -> None:
         """Of what is thought to be in Redis: whoever reads more of it there discards that too."""
-        candidates = self._layout.candidates(0, len(request.block_hashes))
-        keys = self._known_of(request).intersection(
-            run.key(request.block_hashes) for run in candidates
-        )
+        runs = self._layout.all_runs(len(request.block_hashes))
+        keys = self._known_of(request).intersection(run.key(request.block_hashes) for run in runs)
         keys.update(self._trace(request).keys)
         self.forget(request.tenant, keys)
         if keys:
@@ -180,8 +172,10 @@ class KVBlockStore:
         """Take the next step towards a result, if it can be taken."""
         if fetch.give_up_at is None:  # now, since a long step may lie before the first question
             fetch.give_up_at = time.monotonic() + fetch.compute_s
-        if fetch.wanted is None and fetch.lookup.done():
-            self._decide(request, fetch)
+        if fetch.wanted is None and fetch.lookup is not None and fetch.lookup.done():
+            self._note_found(request, fetch, fetch.lookup.result())
+            if not self._ask(request, fetch):
+                self._decide(request, fetch)
         elif fetch.wanted is not None and fetch.read is None:
             self._read(request, fetch)
         elif fetch.wanted is not None and fetch.read is not None and fetch.read.done():
@@ -192,16 +186,26 @@ class KVBlockStore:
                 fetch.read.cancel()
             fetch.result = NOTHING_FETCHED
 
+    def _ask(self, request: Request, fetch: _Fetch) -> bool:
+        """Ask what of the next runs Redis has; false where nothing is left to ask."""
+        runs = next(fetch.questions, None)
+        if runs is not None:
+            fetch.asked = {run.key(request.block_hashes): run for run in runs}
+            fetch.lookup = self._store.look_up(request.tenant, list(fetch.asked))
+        return runs is not None
+
+    def _note_found(self, request: Request, fetch: _Fetch, sizes: Sequence[int | None]) -> None:
+        known = self._known_of(request)
+        for (key, run), num_bytes in zip(fetch.asked.items(), sizes, strict=True):
+            if num_bytes is not None and num_bytes == self._layout.num_bytes(run):
+                fetch.found.add(run)
+                known.add(key)
+            else:
+                known.discard(key)
+
     def _decide(self, request: Request, fetch: _Fetch) -> None:
         """Redis has answered what it has: fetch it, or compute."""
-        known, found = self._known_of(request), set()
-        known.difference_update(fetch.keys)
-        sizes = fetch.lookup.result()
-        for run, key, num_bytes in zip(fetch.candidates, fetch.keys, sizes, strict=True):
-            if num_bytes is not None and num_bytes == self._layout.num_bytes(run):
-                found.add(run)
-                known.add(key)
-        stop, fetch.wanted = self._layout.choose(found, fetch.start, fetch.stop)
+        stop, fetch.wanted = self._layout.choose(fetch.found, fetch.start, fetch.stop)
         num_bytes = sum(map(self._layout.num_bytes, fetch.wanted))
         compute_s = self._compute_s(fetch.start, stop)
         if not fetch.wanted or not self._store.worth_fetching(num_bytes, compute_s):
@@ -354,10 +358,11 @@ class _Fetch:
 
     start: int  # blocks that it has without the store
     stop: int  # blocks after which it could resume at most
-    candidates: list[BlockRun]
-    keys: list[bytes]  # of the candidates
-    lookup: Lookup
     compute_s: float  # what computing takes, as far as known
+    found: set[BlockRun]
+    questions: Iterator[list[BlockRun]]  # still to be asked
+    asked: dict[bytes, BlockRun] = field(default_factory=dict)  # the last one, by key
+    lookup: Lookup | None = None
     give_up_at: float | None = None  # on time.monotonic's clock: by then it would be computed
     wanted: list[BlockRun] | None = None
     memory: dict[AttentionKind, Tensor] = field(default_factory=dict)  # rows of blocks

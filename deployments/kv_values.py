@@ -7,7 +7,7 @@ value stands under the hash of its last block, which names everything before it 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,15 +66,25 @@ class ValueLayout:
         first_end = (start // self.run_blocks + 1) * self.run_blocks
         return [self.global_run(end) for end in (*range(first_end, stop, self.run_blocks), stop)]
 
-    def candidates(self, start: int, stop: int) -> list[BlockRun]:
-        """All that could serve a request which has the blocks before `start` and could use those
-        before `stop`.
+    def all_runs(self, stop: int) -> list[BlockRun]:
+        """All that may have been stored of the blocks before `stop`."""
+        return self._around(0, stop)
+
+    def questions(
+        self, found: Collection[BlockRun], start: int, stop: int
+    ) -> Iterator[list[BlockRun]]:
+        """What to look up for a request which has the blocks before `start` and could use those
+        before `stop`: one list after the other, while `found` grows by those that are there. Most
+        requests find what they need, or nothing, in the first ones, which are short.
         """
-        first = max(0, start + 1 - self.window_blocks)
-        runs = [_sliding(i) for i in range(first, stop) if self.window_blocks]
-        if GLOBAL in self.block_bytes:
-            runs += [self.global_run(end) for end in range(start + 1, stop + 1)]
-        return runs
+        whole = [run for run in self.global_runs(start, stop) if run.stop % self.run_blocks == 0]
+        last = max(start, stop // self.run_blocks * self.run_blocks)
+        yield whole + self._around(last, stop)
+        covered = max(start, self._covered(found, start, stop))
+        if covered < last:  # it left there what was stored
+            yield self._around(covered, min(stop, covered + self.run_blocks))
+        if covered > start and self.choose(found, start, stop)[0] == start:
+            yield [run for run in self._around(start, covered) if run.kind is SLIDING]
 
     def needed(self, start: int, stop: int) -> list[BlockRun]:
         """What a request reads that resumes after `stop` blocks and has those before `start`."""
@@ -87,7 +97,7 @@ class ValueLayout:
         that it reads; `start` and none where they don't help.
         """
         covered = self._covered(found, start, stop)
-        ends = self._window_ends(found, start, stop)
+        ends = self._window_ends(found) if self.window_blocks else range(stop + 1)
         for end in range(min(stop, covered + self.run_blocks), start, -1):
             if end in ends and end <= covered:
                 whole = -(-end // self.run_blocks) * self.run_blocks
@@ -105,11 +115,23 @@ class ValueLayout:
             end += self.run_blocks
         return end
 
-    def _window_ends(self, found: Collection[BlockRun], start: int, stop: int) -> set[int]:
+    def _around(self, first: int, stop: int) -> list[BlockRun]:
+        """What a request may need beside whole runs that resumes after `first` blocks, or after
+        more, up to `stop`.
+        """
+        runs = []
+        if self.window_blocks > 0:
+            runs = [_sliding(i) for i in range(max(0, first - self.window_blocks), stop)]
+        if GLOBAL in self.block_bytes:
+            runs += [self.global_run(end) for end in range(first + 1, stop + 1)]
+        return runs
+
+    def _window_ends(self, found: Collection[BlockRun]) -> Collection[int]:
         """The blocks before which a whole window ends."""
-        ends, in_a_row = set(), 0
-        for i in range(max(0, min(start, start + 1 - self.window_blocks)), stop):
-            in_a_row = in_a_row + 1 if _sliding(i) in found else 0
+        ends, in_a_row, before = set(), 0, -1
+        for i in sorted(run.start for run in found if run.kind is SLIDING):
+            in_a_row = in_a_row + 1 if i == before + 1 else 1
+            before = i
             if in_a_row >= min(self.window_blocks, i + 1):
                 ends.add(i + 1)
         return ends

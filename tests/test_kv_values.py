@@ -52,13 +52,43 @@ def test_the_choice_is_the_longest_prefix_that_is_there(kinds: tuple[AttentionKi
             layout = ValueLayout(layout.block_bytes, window_blocks, layout.run_blocks)
         start = rng.randint(0, 8)
         stop = rng.randint(start + 1, 20)
-        candidates = layout.candidates(start, stop)
-        found = {run for run in candidates if rng.random() < rng.choice([0.5, 0.9])}
-        end, runs = layout.choose(found, start, stop)
-        assert end == max(e for e in range(start, stop + 1) if can_resume(layout, found, start, e))
-        assert set(runs) <= found and (end > start) == bool(runs)
+        stored = {run for run in layout.all_runs(stop) if rng.random() < rng.choice([0.5, 0.9])}
+        ends = [e for e in range(start, stop + 1) if can_resume(layout, stored, start, e)]
+        for found in (stored, ask(layout, stored, start, stop)):
+            end, runs = layout.choose(found, start, stop)
+            assert end == max(ends)
+            assert set(runs) <= found and (end > start) == bool(runs)
         num_hits += bool(runs)
     assert num_hits > 50
+
+
+def ask(layout: ValueLayout, stored: set[BlockRun], start: int, stop: int) -> set[BlockRun]:
+    """What of it the questions find."""
+    found: set[BlockRun] = set()
+    for runs in layout.questions(found, start, stop):
+        found |= stored.intersection(runs)
+    return found
+
+
+def test_a_long_context_takes_few_questions() -> None:
+    layout = ValueLayout({GLOBAL: 1, SLIDING: 1}, window_blocks=8, run_blocks=64)
+    prompt = set(layout.needed(0, 2046))
+    assert count_questions(layout, prompt) == [31 + 8 + 62 + 62], "all of it is there"
+    assert sum(count_questions(layout, set())) < 400, "nothing is"
+    part = set(layout.needed(0, 1024)) | prompt
+    assert len(count_questions(layout, part, 2000)) == 2, "it ended at a checkpoint before"
+
+
+def count_questions(
+    layout: ValueLayout, stored: set[BlockRun], last_equal: int = 2046
+) -> list[int]:
+    """How many runs are asked for together, by a prompt that leaves what is stored after some."""
+    found: set[BlockRun] = set()
+    numbers = []
+    for runs in layout.questions(found, 0, 2046):
+        found |= {run for run in stored.intersection(runs) if run.stop <= last_equal}
+        numbers.append(len(runs))
+    return numbers
 
 
 def can_resume(layout: ValueLayout, found: set[BlockRun], start: int, end: int) -> bool:
