@@ -57,8 +57,7 @@ class BlockCopier:
     def write(self, block_ids: Sequence[int], memory: Tensor, rows: Sequence[int]) -> None:
         """Fill blocks from some rows of memory; on a card before anything that is asked later."""
         for part in self._parts(len(block_ids)):
-            ids = torch.tensor(block_ids[part], device=self._device)
-            self._scatter(ids, self._staged(memory, rows[part]))
+            self._scatter(block_ids[part], self._staged(memory, rows[part]))
 
     def _parts(self, num_blocks: int) -> Iterator[slice]:
         """So many blocks, a few at a time."""
@@ -71,19 +70,27 @@ class BlockCopier:
 
     def _staged(self, memory: Tensor, rows: Sequence[int]) -> Tensor:
         """The rows on the tensors' device; a stretch of them isn't copied for that."""
-        stretch = range(rows[0], rows[0] + len(rows))
-        if list(rows) == list(stretch):
-            chosen = memory[stretch.start : stretch.stop]
-        else:
-            chosen = memory[torch.tensor(rows)]
+        chosen = memory[_stretch(rows) or torch.tensor(rows)]
         return chosen.view(self._word).to(self._device, non_blocking=True)
 
-    def _scatter(self, ids: Tensor, rows: Tensor) -> None:
+    def _scatter(self, block_ids: Sequence[int], rows: Tensor) -> None:
+        """A stretch of blocks, as a pool gives that nobody has used yet, takes half the time."""
+        stretch = _stretch(block_ids)
+        ids = torch.tensor(block_ids, device=self._device)
         first = 0
         for column in self._columns:
-            width = column.shape[1]
-            column.index_copy_(0, ids, rows[:, first : first + width])
-            first += width
+            part = rows[:, first : first + column.shape[1]]
+            if stretch is not None:
+                column[stretch].copy_(part)
+            else:
+                column.index_copy_(0, ids, part)
+            first += column.shape[1]
+
+
+def _stretch(numbers: Sequence[int]) -> slice | None:
+    """The numbers as a slice, where each is one more than the one before."""
+    stretch = range(numbers[0], numbers[0] + len(numbers))
+    return slice(stretch.start, stretch.stop) if list(numbers) == list(stretch) else None
 
 
 def as_bytes(memory: Tensor) -> memoryview:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cluster.spec import AttentionKind
 from engine.prefix import NOTHING_FETCHED, Fetched
 from engine.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class StoredBlock:
+class StoredBlock(NamedTuple):
     """A block of one KV cache group and the hash that names its content."""
 
     kind: AttentionKind

@@ -112,8 +112,10 @@ class KVCacheGroup:
 
     def register(self, row: int, index: int, block_hash: bytes) -> int:
         """A block of the row is full and computed; a second one with the same content goes."""
-        own, first = int(self.block_tables[row, index]), self.pool.find(block_hash)
-        if own in (NULL_BLOCK, first):  # behind the window, or shared already
+        if index < self._begin[row]:  # behind the window
+            return NULL_BLOCK
+        own, first = self.block_tables.item(row, index), self.pool.find(block_hash)
+        if own == first:  # shared already
             return own
         if first is None:
             self.pool.register(own, block_hash)

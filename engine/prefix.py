@@ -74,6 +74,7 @@ class PrefixIndex:
         window_blocks: int,
     ) -> None:
         self._pools = pools
+        self._global_pool = pools.get(GLOBAL)
         self._block_bytes = block_bytes
         self._window_blocks = window_blocks
         self._nodes: dict[bytes, PrefixNode] = {}
@@ -128,7 +129,8 @@ class PrefixIndex:
         if child is None:
             child = PrefixNode(block_hash, node, 1 if node is None else node.depth + 1)
             self._nodes[block_hash] = child
-            self._keep_blocks(GLOBAL, [block_hash])
+            if self._global_pool is not None:
+                self._global_pool.keep(self._global_pool.block_of(block_hash))
             if node is not None:
                 node.num_children += 1
         child.num_users += 1
