@@ -20,9 +20,9 @@ from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
 from engine.core import EngineCore, SpecLimits
 from engine.kv_cache import KVCacheConfig
-from engine.request import Request, SamplingParams
+from engine.recorder import Recorder
+from engine.request import SamplingParams
 from engine.runner import ModelRunner
-from engine.sampler import Sampler, SamplerOutput
 
 MAX_PROMPT, NUM_TOKENS = 150, 3
 MAX_MODEL_LEN = MAX_PROMPT + 4 * NUM_TOKENS + 32
@@ -55,19 +55,6 @@ class Tally:
                 self.num_unequal += 1
                 difference = float((ours - reference).abs().max())
                 self.largest_difference = max(self.largest_difference, difference)
-
-
-class Recorder(Sampler):
-    """A sampler that remembers the logits of each request."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.logits: dict[str, list[Tensor]] = {}
-
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> SamplerOutput:
-        for row, request in enumerate(requests):
-            self.logits.setdefault(request.request_id, []).append(logits[row].cpu().clone())
-        return super().sample(logits, requests)
 
 
 @dataclass

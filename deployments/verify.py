@@ -33,9 +33,9 @@ from deployments.verify_redis import redis_tier
 from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
 from engine.core import EngineCore
-from engine.request import Request, SamplingParams
+from engine.recorder import Recorder
+from engine.request import SamplingParams
 from engine.runner import ModelRunner
-from engine.sampler import Sampler, SamplerOutput
 from engine.tokenizer import Tokenizer
 
 NUM_TOKENS = 16  # of each answer
@@ -257,7 +257,7 @@ class Verifier:
             self.runner,
             size_cache(self.config, self.source, limits.max_model_len),
             spec_limits=limits,
-            sampler=_Recorder(),
+            sampler=Recorder(),
             store=store,
             hasher=hasher,
             checkpoint_blocks=engine.checkpoint_blocks,
@@ -267,8 +267,7 @@ class Verifier:
 
     def _ask(self, engine: EngineCore, prompt_ids: list[int]) -> Answer:
         recorder = engine.sampler
-        assert isinstance(recorder, _Recorder)
-        recorder.logits = []
+        assert isinstance(recorder, Recorder)
         request = engine.add(
             request_id="verify",
             prompt_ids=prompt_ids,
@@ -281,20 +280,9 @@ class Verifier:
                     raise BrioletteError(f"The engine couldn't go on: {output.error}")
             if engine.waits_for_blocks:
                 time.sleep(POLL_S)
-        return Answer(prompt_ids, request.output_ids, recorder.logits, request.num_cached_tokens)
+        logits = recorder.logits.pop(request.request_id)
+        return Answer(prompt_ids, request.output_ids, logits, request.num_cached_tokens)
 
 
 def _bar(show: Callable[[dict[str, Any]], None], part: str) -> Progress:
     return lambda done, total: show({"parts": {part: done / total}})
-
-
-class _Recorder(Sampler):
-    """A sampler that remembers the logits of the one request that runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.logits: list[Tensor] = []
-
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> SamplerOutput:
-        self.logits += logits.cpu().clone().unbind()
-        return super().sample(logits, requests)
