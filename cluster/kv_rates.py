@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median_low
 
 WEIGHT = 0.2  # of a new measurement in the moving average
-RATE_LIFE_S = 600.0  # then the next read measures anew: a rate that forbids reads would last
+LIFE_S = 600.0  # of a measurement: a rate that forbids reads would last
+NUM_LOOKUPS = 9  # remembered; of two unlike ones the quick one counts
 LEAST_BYTES = 256 << 10  # a shorter read measures the latency, not the rate
 
 
@@ -29,30 +32,31 @@ class Rates:
     """What reads reached lately."""
 
     read_bytes_per_s: float | None  # None until a read was long enough to tell
-    latency_s: float
+    latency_s: float  # 0 until a look-up has told
 
 
 class RateMeter:
-    """Moving averages of the rate and the latency of reads. Any thread may call."""
+    """A moving average of the rate of reads, and the median latency. Any thread may call."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._rates = Rates(None, 0.0)
+        self._read_bytes_per_s: float | None = None
         self._last_read_at = 0.0
+        self._lookups: deque[tuple[float, float]] = deque(maxlen=NUM_LOOKUPS)  # when, seconds
 
     @property
     def rates(self) -> Rates:
-        rates = self._rates
-        is_old = self._clock() - self._last_read_at > RATE_LIFE_S
-        return Rates(None, rates.latency_s) if is_old else rates
+        oldest = self._clock() - LIFE_S
+        with self._lock:
+            rate = self._read_bytes_per_s if self._last_read_at >= oldest else None
+            recent = [seconds for when, seconds in self._lookups if when >= oldest]
+        return Rates(rate, median_low(recent) if recent else 0.0)
 
     def saw_lookup(self, seconds: float) -> None:
         """A look-up of keys took this long: about one round trip."""
         with self._lock:
-            old = self._rates.latency_s
-            latency_s = seconds if old == 0.0 else old + WEIGHT * (seconds - old)
-            self._rates = Rates(self._rates.read_bytes_per_s, latency_s)
+            self._lookups.append((self._clock(), seconds))
 
     def saw_read(self, num_bytes: int, seconds: float) -> None:
         """A read brought so many bytes, from being asked for to the last one."""
@@ -60,7 +64,6 @@ class RateMeter:
             return
         with self._lock:
             # Averaged as time per byte: of two unlike reads the slow one takes the time.
-            now, old = seconds / num_bytes, self._rates.read_bytes_per_s
-            self._last_read_at = self._clock()
+            now, old = seconds / num_bytes, self._read_bytes_per_s
             mean = now if old is None else 1 / old + WEIGHT * (now - 1 / old)
-            self._rates = Rates(1 / mean, self._rates.latency_s)
+            self._last_read_at, self._read_bytes_per_s = self._clock(), 1 / mean

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.warm_cold import WarmCold, make_texts
 from cluster.config import StoreConfig
 from cluster.kv_keys import tenant_prefix
-from cluster.kv_rates import Rates
+from cluster.kv_rates import RateMeter, Rates
 from cluster.kv_store import KVStore
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
@@ -426,9 +426,7 @@ def test_a_slow_link_makes_it_compute(
 ) -> None:
     deployment = deploy(address)
     deployment.ask(PROMPT)
-    monkeypatch.setattr(KVStore, "rates", Rates(10_000.0, 0.0))
-    monkeypatch.setattr(deployment.kv_store._meter, "_rates", Rates(10_000.0, 0.0))
-    monkeypatch.setattr(deployment.kv_store._meter, "_last_read_at", time.monotonic())
+    monkeypatch.setattr(RateMeter, "rates", Rates(10_000.0, 0.0))
     deployment.prefill_rate = 50.0  # two seconds, and the values take ten
     deployment.start()
     assert deployment.ask(PROMPT) == 0

@@ -25,7 +25,7 @@ from cluster.config import StoreConfig
 from cluster.errors import ConfigError
 from cluster.kv_keys import OVERHEAD_BYTES, tenant_prefix, value_name
 from cluster.kv_queue import Value
-from cluster.kv_rates import RATE_LIFE_S, RateMeter, Rates, worth_fetching
+from cluster.kv_rates import LIFE_S, NUM_LOOKUPS, RateMeter, Rates, worth_fetching
 from cluster.kv_store import KVStore
 from cluster.kv_value import HEADER_BYTES
 from cluster.metrics import Metrics
@@ -801,9 +801,21 @@ def test_a_slow_read_weighs_as_long_as_it_takes() -> None:
     meter.saw_read(1 << 30, 1.0)
     meter.saw_read(1 << 30, 6.0)
     assert meter.rates.read_bytes_per_s == pytest.approx((1 << 30) / 2.0)
+
+
+def test_the_latency_follows_the_last_look_ups() -> None:
+    meter = RateMeter()
+    meter.saw_lookup(1.0)  # a slow start
+    assert meter.rates.latency_s == 1.0
     meter.saw_lookup(0.01)
-    meter.saw_lookup(0.02)
-    assert meter.rates.latency_s == pytest.approx(0.012)
+    assert meter.rates.latency_s == 0.01
+    for _ in range(NUM_LOOKUPS):
+        meter.saw_lookup(0.02)
+    meter.saw_lookup(5.0)
+    assert meter.rates.latency_s == 0.02
+    for _ in range(NUM_LOOKUPS):
+        meter.saw_lookup(0.5)
+    assert meter.rates.latency_s == 0.5
 
 
 def test_an_old_rate_is_measured_anew() -> None:
@@ -811,10 +823,10 @@ def test_an_old_rate_is_measured_anew() -> None:
     meter = RateMeter(clock=lambda: now_s)
     meter.saw_read(1 << 30, 1.0)
     meter.saw_lookup(0.01)
-    now_s = RATE_LIFE_S
-    assert meter.rates.read_bytes_per_s == 1 << 30
+    now_s = LIFE_S
+    assert meter.rates == Rates(1 << 30, 0.01)
     now_s += 1
-    assert meter.rates == Rates(None, 0.01)
+    assert meter.rates == Rates(None, 0.0)
 
 
 def test_a_cancelled_read_tells_the_rate_too(
