@@ -192,7 +192,7 @@ class Metrics:
     kv_store_memory_bytes = _gauge("Of the whole Redis server, as last seen", "model")
     kv_store_read_bytes_per_second = _gauge("What reads reached lately", "model")
     kv_store_decisions_total = _counter(
-        "Prefixes in the store; choice: fetch, recompute or given_up (while on its way)",
+        "Prefixes found in the store; choice: fetch, recompute or given_up (while on its way)",
         "model",
         "choice",
     )
