@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
-from cluster.kv_reader import Lookup, Read
 from cluster.kv_store import KVStore, StoreStatus
 from cluster.spec import AttentionKind
-from deployments.kv_copies import BlockCopier, as_bytes
+from deployments.kv_copies import BlockCopier
+from deployments.kv_fetches import Fetches, note_use
 from deployments.kv_landing import Landing
-from deployments.kv_traces import BlockIds, Trace
+from deployments.kv_traces import BlockIds, KnownKeys, Trace
 from deployments.kv_values import GLOBAL, SLIDING, BlockRun, ValueLayout
 from engine.block_store import StoredBlock
-from engine.prefix import NOTHING_FETCHED, Fetched
+from engine.prefix import Fetched
 from engine.request import Request
 from engine.runner import ModelRunner
-
-READING_BYTES = 2 << 30  # of memory for what is read; a single request may take more
-MAX_KNOWN = 1 << 16  # keys of a tenant
 
 log = logging.getLogger(__name__)
 
@@ -60,60 +54,33 @@ class KVBlockStore:
             -(-(sliding_window - 1) // block_size),
         )
         self._block_size = block_size
-        self._prefill_s = prefill_s
         self.fingerprint = self._fingerprint(fingerprint)
         self._store = connect(self.fingerprint)
         device = next(iter(tensors.values()))[0].device
         self._landing = Landing(self._store, device)
-        self._fetches: dict[Request, _Fetch] = {}
         self._traces: WeakKeyDictionary[Request, Trace] = WeakKeyDictionary()
         self._global_blocks = BlockIds()
-        self._known: defaultdict[str, set[bytes]] = defaultdict(set)  # by tenant
+        self._known = KnownKeys()
+        self._fetches = Fetches(
+            self._store, self._layout, self._copiers, self._known, block_size, prefill_s
+        )
 
     # For the engine
 
     def fetch(self, request: Request, num_cached_tokens: int) -> bool:
-        start = num_cached_tokens // self._block_size
-        stop = (request.num_tokens - 1) // self._block_size
-        if start >= stop or not self._store.is_up:
-            return False
-        compute_s = self._compute_s(start, stop)
-        if compute_s is None:
-            compute_s = float("inf")
-        elif compute_s < self._store.rates.latency_s:
-            return False
-        found: set[BlockRun] = set()
-        questions = self._layout.questions(found, start, stop)
-        fetch = self._fetches[request] = _Fetch(start, stop, compute_s, found, questions)
-        self._ask(request, fetch)
-        return True
+        return self._fetches.begin(request, num_cached_tokens)
 
     def fetched(self, request: Request) -> Fetched | None:
-        fetch = self._fetches.get(request)
-        if fetch is None:
-            return NOTHING_FETCHED
-        if fetch.result is None:
-            self._go_on(request, fetch)
-        return fetch.result
+        return self._fetches.result(request)
 
     def load(self, request: Request, blocks: Sequence[StoredBlock]) -> bool:
-        fetch, positions = self._fetches[request], self._trace(request).positions
-        assert fetch.result and all(b.block_hash in fetch.result[b.kind] for b in blocks)
-        try:
-            for kind, memory in fetch.memory.items():
-                chosen = [block for block in blocks if block.kind is kind]
-                rows = [positions[b.block_hash] - fetch.first_block[kind] for b in chosen]
-                self._copiers[kind].write([block.block_id for block in chosen], memory, rows)
-        except torch.OutOfMemoryError:
-            log.warning("The card has no memory left for blocks from the KV store.")
-            return False
-        self._global_blocks.update(blocks)
-        return True
+        is_loaded = self._fetches.write(request, blocks, self._trace(request).positions)
+        if is_loaded:
+            self._global_blocks.update(blocks)
+        return is_loaded
 
     def release(self, request: Request) -> None:
-        fetch = self._fetches.pop(request, None)
-        if fetch is not None and fetch.read is not None:
-            fetch.read.cancel()
+        self._fetches.end(request)
 
     def save(self, request: Request, blocks: Sequence[StoredBlock]) -> None:
         self._forget_lost()
@@ -123,13 +90,15 @@ class KVBlockStore:
             for run in self._layout.global_runs(start, stop):
                 self._put_global(request, trace, run)
             if start == 0:
-                self._use(request, self._layout.needed(0, stop))
+                note_use(self._store, request, self._layout.needed(0, stop))
         self._put_sliding(request, trace, [b for b in blocks if b.kind is SLIDING])
 
     def discard(self, request: Request) -> None:
         """Of what is thought to be in Redis: whoever reads more of it there discards that too."""
         runs = self._layout.all_runs(len(request.block_hashes))
-        keys = self._known_of(request).intersection(run.key(request.block_hashes) for run in runs)
+        keys = self._known.of(request.tenant).intersection(
+            run.key(request.block_hashes) for run in runs
+        )
         keys.update(self._trace(request).keys)
         self.forget(request.tenant, keys)
         if keys:
@@ -148,7 +117,7 @@ class KVBlockStore:
 
     def forget(self, tenant: str, keys: Iterable[bytes]) -> None:
         """These values aren't in Redis, whatever was thought."""
-        self._known[tenant].difference_update(keys)
+        self._known.of(tenant).difference_update(keys)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was saved is written or given up; whether that came in time."""
@@ -165,94 +134,6 @@ class KVBlockStore:
         """Give up what still waits to be written; `flush` first to keep it."""
         self._landing.close()
         self._store.close()
-
-    # Fetching
-
-    def _go_on(self, request: Request, fetch: _Fetch) -> None:
-        """Take the next step towards a result, if it can be taken."""
-        if fetch.give_up_at is None:  # now, since a long step may lie before the first question
-            fetch.give_up_at = time.monotonic() + fetch.compute_s
-        if fetch.wanted is None and fetch.lookup is not None and fetch.lookup.done():
-            self._note_found(request, fetch, fetch.lookup.result())
-            if not self._ask(request, fetch):
-                self._decide(request, fetch)
-        elif fetch.wanted is not None and fetch.read is None:
-            self._read(request, fetch)
-        elif fetch.wanted is not None and fetch.read is not None and fetch.read.done():
-            fetch.result = self._arrived(request, fetch.wanted, fetch.read.result())
-        if fetch.result is None and time.monotonic() > fetch.give_up_at:
-            self._store.gave_up()
-            if fetch.read is not None:
-                fetch.read.cancel()
-            fetch.result = NOTHING_FETCHED
-
-    def _ask(self, request: Request, fetch: _Fetch) -> bool:
-        """Ask what of the next runs Redis has; false where nothing is left to ask."""
-        runs = next(fetch.questions, None)
-        if runs is not None:
-            fetch.asked = {run.key(request.block_hashes): run for run in runs}
-            fetch.lookup = self._store.look_up(request.tenant, list(fetch.asked))
-        return runs is not None
-
-    def _note_found(self, request: Request, fetch: _Fetch, sizes: Sequence[int | None]) -> None:
-        known = self._known_of(request)
-        for (key, run), num_bytes in zip(fetch.asked.items(), sizes, strict=True):
-            if num_bytes is not None and num_bytes == self._layout.num_bytes(run):
-                fetch.found.add(run)
-                known.add(key)
-            else:
-                known.discard(key)
-
-    def _decide(self, request: Request, fetch: _Fetch) -> None:
-        """Redis has answered what it has: fetch it, or compute."""
-        stop, fetch.wanted = self._layout.choose(fetch.found, fetch.start, fetch.stop)
-        num_bytes = sum(map(self._layout.num_bytes, fetch.wanted))
-        compute_s = self._compute_s(fetch.start, stop)
-        if not fetch.wanted or not self._store.worth_fetching(num_bytes, compute_s):
-            fetch.result = NOTHING_FETCHED
-        else:
-            self._read(request, fetch)
-
-    def _read(self, request: Request, fetch: _Fetch) -> None:
-        """Begin to read, unless others have the memory."""
-        assert fetch.wanted is not None
-        num_bytes = sum(map(self._layout.num_bytes, fetch.wanted))
-        in_use = sum(m.nbytes for other in self._fetches.values() for m in other.memory.values())
-        if in_use and in_use + num_bytes > READING_BYTES:
-            return
-        try:
-            self._allocate(fetch, fetch.wanted)
-        except (MemoryError, RuntimeError) as error:  # numpy's, and torch's of pinned memory
-            log.warning("There is no memory for %d bytes from the KV store: %s", num_bytes, error)
-            fetch.memory.clear()
-            fetch.result = NOTHING_FETCHED
-            return
-        wanted = [
-            (run.key(request.block_hashes), [as_bytes(fetch.rows(run))]) for run in fetch.wanted
-        ]
-        fetch.read = self._store.read(request.tenant, wanted)
-        self._use(request, fetch.wanted)
-
-    def _allocate(self, fetch: _Fetch, wanted: Sequence[BlockRun]) -> None:
-        for kind, copier in self._copiers.items():
-            if runs := [run for run in wanted if run.kind is kind]:
-                fetch.first_block[kind] = runs[0].start
-                fetch.memory[kind] = copier.memory(runs[-1].stop - runs[0].start)
-
-    def _arrived(
-        self, request: Request, runs: Sequence[BlockRun], is_ok: Sequence[bool]
-    ) -> Fetched:
-        hashes: dict[AttentionKind, set[bytes]] = {kind: set() for kind in self._copiers}
-        for run, is_here in zip(runs, is_ok, strict=True):
-            if is_here:
-                hashes[run.kind].update(request.block_hashes[run.start : run.stop])
-            else:
-                self._known_of(request).discard(run.key(request.block_hashes))
-        return hashes
-
-    def _compute_s(self, start: int, stop: int) -> float | None:
-        """How long it takes to compute the blocks [start, stop); None where nobody knows."""
-        return self._prefill_s(start * self._block_size, stop * self._block_size)
 
     # Saving
 
@@ -278,7 +159,7 @@ class KVBlockStore:
     def _put_global(self, request: Request, trace: Trace, run: BlockRun) -> None:
         """Store a run if it isn't there yet; all its blocks are referenced by the request."""
         key = run.key(request.block_hashes)
-        if key in self._known_of(request):
+        if key in self._known.of(request.tenant):
             return
         block_ids = self._global_blocks.find(request.block_hashes[run.start : run.stop])
         takes = self._store.takes(request.tenant, self._layout.num_bytes(run))
@@ -287,7 +168,7 @@ class KVBlockStore:
 
     def _put_sliding(self, request: Request, trace: Trace, blocks: Sequence[StoredBlock]) -> None:
         """Store the blocks that aren't there yet, each as a value."""
-        new, known = {}, self._known_of(request)
+        new, known = {}, self._known.of(request.tenant)
         for block in blocks:
             position = trace.positions[block.block_hash]
             key = BlockRun(SLIDING, position, position + 1).key(request.block_hashes)
@@ -314,23 +195,9 @@ class KVBlockStore:
             log.warning("%d blocks can't be copied for the KV store: %s", len(block_ids), error)
             return
         values = [rows] if len(keys) == 1 else rows.unbind()
-        self._known_of(request).update(keys)
+        self._known.of(request.tenant).update(keys)
         trace.keys += keys
         self._landing.put(request.tenant, keys, values)
-
-    def _use(self, request: Request, runs: Sequence[BlockRun]) -> None:
-        """Of a tenant's values those go first that nobody used for long: whoever needs the end of a
-        prefix needs its beginning, and nobody the windows of earlier turns.
-        """
-        keys = [run.key(request.block_hashes) for run in runs]
-        self._store.look_up(request.tenant, keys, is_use=True)
-
-    def _known_of(self, request: Request) -> set[bytes]:
-        """Keys of the tenant's values that are thought to be in Redis; a look-up corrects it."""
-        known = self._known[request.tenant]
-        if len(known) > MAX_KNOWN:
-            known.clear()
-        return known
 
     def _trace(self, request: Request) -> Trace:
         trace = self._traces.setdefault(request, Trace())
@@ -350,26 +217,3 @@ def kv_tensors(runner: ModelRunner) -> dict[AttentionKind, list[Tensor]]:
         if layer.owns_kv:
             tensors.setdefault(layer.kind, []).extend(runner.kv_tensors[layer.layer_idx].stored)
     return tensors
-
-
-@dataclass(slots=True)
-class _Fetch:
-    """What is on its way for a request: looked up, then decided, then read, then a result."""
-
-    start: int  # blocks that it has without the store
-    stop: int  # blocks after which it could resume at most
-    compute_s: float  # what computing takes, as far as known
-    found: set[BlockRun]
-    questions: Iterator[list[BlockRun]]  # still to be asked
-    asked: dict[bytes, BlockRun] = field(default_factory=dict)  # the last one, by key
-    lookup: Lookup | None = None
-    give_up_at: float | None = None  # on time.monotonic's clock: by then it would be computed
-    wanted: list[BlockRun] | None = None
-    memory: dict[AttentionKind, Tensor] = field(default_factory=dict)  # rows of blocks
-    first_block: dict[AttentionKind, int] = field(default_factory=dict)  # in the first row
-    read: Read | None = None
-    result: Fetched | None = None
-
-    def rows(self, run: BlockRun) -> Tensor:
-        first = self.first_block[run.kind]
-        return self.memory[run.kind][run.start - first : run.stop - first]

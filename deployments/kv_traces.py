@@ -1,12 +1,15 @@
-"""What the block store notes of requests, and of where their blocks are."""
+"""What the block store notes of requests, of where their blocks are, and of what Redis has."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from deployments.kv_values import GLOBAL
 from engine.block_store import StoredBlock
+
+MAX_KNOWN = 1 << 16  # keys of a tenant
 
 
 @dataclass(slots=True)
@@ -20,6 +23,19 @@ class Trace:
         """Note the blocks that have become full."""
         for position in range(len(self.positions), len(block_hashes)):
             self.positions[block_hashes[position]] = position
+
+
+class KnownKeys:
+    """Keys of values that are thought to be in Redis; a look-up corrects it."""
+
+    def __init__(self) -> None:
+        self._by_tenant: defaultdict[str, set[bytes]] = defaultdict(set)
+
+    def of(self, tenant: str) -> set[bytes]:
+        known = self._by_tenant[tenant]
+        if len(known) > MAX_KNOWN:
+            known.clear()
+        return known
 
 
 class BlockIds:

@@ -118,7 +118,9 @@ class Deployment:
 
     def look_up(self, request: Request) -> None:
         """Until Redis has said what it has."""
-        wait_until(self.blocks._fetches[request].lookup.done)
+        lookup = self.blocks._fetches._fetches[request].lookup
+        assert lookup is not None
+        wait_until(lookup.done)
 
     def count(self, what: str, **labels: str) -> float:
         name = f"briolette_kv_store_{what}_total"
@@ -369,7 +371,7 @@ def test_two_that_need_much_memory_read_one_after_the_other(
     for prompt in (PROMPT, PROMPT[::-1]):
         deployment.ask(prompt)
     deployment.start()
-    monkeypatch.setattr("deployments.kv_block_store.READING_BYTES", 1)
+    monkeypatch.setattr("deployments.kv_fetches.READING_BYTES", 1)
     first, second = (
         deployment.add(PROMPT, request_id="1"),
         deployment.add(PROMPT[::-1], request_id="2"),
