@@ -26,7 +26,7 @@ class Memory:
 
 
 class Writer:
-    """The thread.
+    """The queue and its thread.
 
     `on_outcome(outcome, value)` is called once for each value that was put, `on_used(tenant,
     bytes)` with what a tenant uses after a write, `on_memory` after each batch. A value
@@ -156,7 +156,7 @@ class Writer:
             self._queue.settled([removal])
 
     def _write(self, batch: Sequence[Value]) -> None:
-        """Values of those whom the server refuses were put before it did."""
+        """Send a batch, but for values put just before the server refused their tenant."""
         outcomes = {
             value: "server_full" if self._is_refused(value.tenant) else "unreachable"
             for value in batch
