@@ -489,7 +489,8 @@ class EngineCore:
                 self.tokenizer,
                 self.tokenizer.dialect if chat else NO_DIALECT,
                 request.sampling.stop,
-                f"call_{request.request_id}",
+                call_id=f"call_{request.request_id}",
+                prompt_ids=request.prompt_ids,
             )
 
     def _resume(self, request: Request) -> None:

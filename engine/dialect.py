@@ -16,6 +16,7 @@ TURN_CLOSE = "<turn|>"  # ends every turn
 CALL_CLOSE = "<tool_call|>"
 RESPONSE_OPEN = "<|tool_response>"  # after its calls the model writes this, and waits
 THOUGHT = "thought\n"  # the channel's name, and where it ends
+MAX_OPENING = 1 + len(THOUGHT)  # tokens of a thought that is open and empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,18 @@ class Dialect:
     def token_ids(self) -> set[int]:
         ids = (getattr(self, item.name) for item in fields(self))
         return {token_id for token_id in ids if token_id is not None}
+
+    def open_thought(self, prompt_ids: Sequence[int]) -> Sequence[int] | None:
+        """What a prompt has of a thought that it leaves open; None where there is none. After a
+        tool's result some templates open it, so that the answer begins inside.
+        """
+        tail = prompt_ids[-MAX_OPENING:]
+        for i in reversed(range(len(tail))):
+            if tail[i] == self.thought_open:
+                return tail[i + 1 :]
+            if tail[i] == self.thought_close:
+                return None
+        return None
 
     def thoughts(self, token_ids: Sequence[int]) -> list[tuple[int, int]]:
         """Where [start, stop) the thoughts of the last turn are, with the tokens around them."""
@@ -98,9 +111,13 @@ class AnswerStream:
         tokenizer: TokenBytes,
         dialect: Dialect = NO_DIALECT,
         stop: Sequence[str] = (),
+        *,
         call_id: str = "call",
+        prompt_ids: Sequence[int] = (),
     ) -> None:
-        """The calls' ids are `call_id` and the call's index."""
+        """The calls' ids are `call_id` and the call's index. The prompt tells whether the answer
+        begins in a thought.
+        """
         self.num_thought_tokens = 0  # with the tokens around them
         self._tokenizer, self._dialect, self._call_id = tokenizer, dialect, call_id
         self._text = TextStream(tokenizer, stop)
@@ -109,6 +126,10 @@ class AnswerStream:
         self._call_text = TextStream(tokenizer)
         self._num_calls = 0  # with a name
         self._are_whole = True
+        if (opening := dialect.open_thought(prompt_ids)) is not None:
+            self._thought = _Thought(tokenizer)
+            for token_id in opening:
+                self._thought.push(token_id)
 
     @property
     def has_calls(self) -> bool:

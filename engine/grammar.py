@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_CHARS = 1 << 17  # of a grammar: about a second to compile, at worst
 NUM_COMPILED = 64  # kept, the last used ones
-LIMITS = LLParserLimits(verbose_errors=False)
+LIMITS = LLParserLimits(max_lexer_states=25_000, verbose_errors=False)  # up to 2 KB for a state
 # A model that is at a loss writes spaces for ever, so they are counted.
 JSON_STYLE: JsonCompileOptions = {"whitespace_pattern": r"[ \t\r\n]{1,64}"}
 
@@ -80,7 +80,10 @@ class Grammars:
         may_think = dialect.think is not None and dialect.think in prompt_ids
         may_call = dialect.tool_open is not None and dialect.tool_open in prompt_ids
         matcher = self._compiled(grammar).deep_copy()
-        return Guide(matcher, dialect, may_think=may_think, may_call=may_call)
+        guide = Guide(matcher, dialect, may_think=may_think, may_call=may_call)
+        if may_think and dialect.open_thought(prompt_ids) is not None:
+            guide.think()
+        return guide
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         grammar.check_size()
@@ -142,6 +145,11 @@ class Guide:
             raise InvalidRequest("The model's vocabulary can't write what the grammar asks for.")
         return allowed
 
+    def think(self) -> None:
+        """A thought has begun, the last one before the text."""
+        self._thought_open, self._is_free = None, True
+        self._free_until = self._dialect.thought_close
+
     def advance(self, token_id: int) -> None:
         """Take the token that came."""
         if self._is_free:
@@ -149,8 +157,7 @@ class Guide:
             return
         is_grammars = self._matcher.validate_tokens([token_id]) == 1
         if not is_grammars and token_id == self._thought_open:
-            self._thought_open, self._is_free = None, True
-            self._free_until = self._dialect.thought_close
+            self.think()
         elif not is_grammars and token_id == self._call_open:
             self._is_free = True
         else:

@@ -11,8 +11,8 @@ import json
 import re
 from dataclasses import dataclass
 
-PREFIX = "call:"
 MAX_HEAD_CHARS = 256  # before the arguments
+HEAD = re.compile(r"\s*(?>(?:(?:call)?:)?)\s*(\w[\w./:-]*)\s*")  # models have left "call" out
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 CLOSING = {"{": "}", "[": "]"}
 
@@ -51,11 +51,11 @@ class Call:
         self._is_broken = len(head) > MAX_HEAD_CHARS
         if not brace or self._is_broken:
             return ""
-        before, _, name = head.partition(PREFIX)
-        self._is_broken = bool(before.strip()) or not name.strip()
-        if self._is_broken:
+        named = HEAD.fullmatch(head)
+        if named is None:
+            self._is_broken = True
             return ""
-        self.name = name.strip()
+        self.name = named[1]
         return self._arguments.text(brace + rest)
 
     def quote(self) -> str:

@@ -39,7 +39,7 @@ MERGES = [("t", "h"), ("th", "e")]
 
 # The format of the released templates: tools and <|think|> in the system's turn; calls, what they
 # brought and the answer in one turn of the model's; thoughts only between calls of the last turn;
-# with thinking off, an empty thought.
+# with thinking off, an empty thought; with thinking on, an open one after what a tool brought.
 TEMPLATE = """\
 {%- macro quoted(text) -%}{{ '<|"|>' + text + '<|"|>' }}{%- endmacro -%}
 {%- macro value(v) -%}
@@ -76,7 +76,7 @@ TEMPLATE = """\
     {{- '<turn|>\\n' -}}
 {%- endif -%}
 {%- set turns = messages[1:] if system else messages -%}
-{%- set state = namespace(last_user=-1, before='', is_open=false) -%}
+{%- set state = namespace(last_user=-1, before='', is_open=false, is_answered=false) -%}
 {%- for m in turns -%}
     {%- if m['role'] == 'user' -%}{%- set state.last_user = loop.index0 -%}{%- endif -%}
 {%- endfor -%}
@@ -109,10 +109,15 @@ TEMPLATE = """\
     {%- elif not state.is_open -%}{{- '<turn|>\\n' -}}
     {%- endif -%}
     {%- set state.before = role -%}
+    {%- set state.is_answered = results.any -%}
 {%- endif -%}{%- endfor -%}
-{%- if add_generation_prompt and not state.is_open -%}
-    {{- '<|turn>model\\n' -}}
-    {%- if not enable_thinking -%}{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}
+{%- if add_generation_prompt -%}
+    {%- if not state.is_open -%}
+        {{- '<|turn>model\\n' -}}
+        {{- '<|channel>thought\\n<channel|>' if not enable_thinking -}}
+    {%- elif state.is_answered and enable_thinking -%}
+        {{- '<|channel>thought\\n' -}}
+    {%- endif -%}
 {%- endif -%}
 """
 

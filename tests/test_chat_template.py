@@ -169,6 +169,8 @@ def test_results_are_appended_to_the_call_that_the_model_wrote() -> None:
     assert text_of(extended[len(known) :]) == (
         '<|tool_response>response:weather{value:<|"|>sunny<|"|>}<tool_response|>'
     )
+    thinking = TOKENIZER.extend_chat([USER, CALLED, RESULT], 2, known, tools=[TOOL], thinking=True)
+    assert text_of(thinking[len(extended) :]) == "<|channel>thought\n"
 
 
 def test_several_calls_and_results() -> None:

@@ -142,7 +142,7 @@ def test_arguments_stream() -> None:
         "<|tool_call>call:f{a:1",
         "<|tool_call>call:f{a:1]}<tool_call|>",
         "<|tool_call>call:f{a:<tool_call|>",
-        "<|tool_call>f{a:1}<tool_call|>",
+        "<|tool_call>say f{a:1}<tool_call|>",
         "<|tool_call>call:f<tool_call|>",
         '<|tool_call>call:f{a:<|"|>x<|channel>thought\nhm<channel|>',
         f"{CALL}<|tool_call><tool_call|>",
@@ -170,6 +170,24 @@ def test_a_malformed_call_is_no_text_and_not_whole(broken: str) -> None:
 )
 def test_thoughts(written: str, thought: str, text: str) -> None:
     parts, _ = read(written)
+    assert (parts.thought, parts.text) == (thought, text)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said", "thought", "text"),
+    [
+        ("<|turn>model\n<|channel>thought\n", "hm\n<channel|>Yes", "hm", "Yes"),
+        ("<|turn>model\n<|channel>", "thought\nhm\n<channel|>Yes", "hm", "Yes"),
+        ("<|turn>model\n<|channel>thought\n", "<|channel>thought\nhm<channel|>Yes", "hm", "Yes"),
+        ("<|turn>model\n<|channel>thought\n", "hm", "hm", ""),
+        ("<|turn>model\n<|channel>thought\n<channel|>", "Yes", "", "Yes"),
+        ("<|turn>model\n", "Yes", "", "Yes"),
+    ],
+)
+def test_an_answer_may_begin_in_a_thought(prompt: str, said: str, thought: str, text: str) -> None:
+    reader, parts = AnswerStream(TOKENIZER, DIALECT, prompt_ids=ids(prompt)), Parts()
+    parts.add(reader.push(ids(said)))
+    parts.add(reader.finish())
     assert (parts.thought, parts.text) == (thought, text)
 
 
@@ -332,11 +350,13 @@ def test_a_tool_loop(runner: ScriptedRunner, stub: InferenceStub) -> None:
     called = Message(role="assistant", thought=first.thought)
     called.tool_calls.add(id=call.id, name=call.name, arguments=call.arguments)
     result = Message(role="tool", content="sunny", tool_call_id=call.id)
-    runner.play(ids("Sunny.<turn|>"))
+    runner.play(ids("Good.\n<channel|>Sunny.<turn|>"))  # in the thought that the template opened
     second = stub.ChatOnce(chat(asked, called, result, tools=[WEATHER], thinking=True))
-    assert (second.text, second.finish_reason) == ("Sunny.", FINISH_REASON_STOP)
+    assert (second.thought, second.text) == ("Good.", "Sunny.")
+    assert second.finish_reason == FINISH_REASON_STOP
+    assert second.usage.thought_tokens == len(ids("Good.\n<channel|>"))
     # The template gives back what the model wrote, so nothing of it is computed again.
-    brought = ids('response:weather{value:<|"|>sunny<|"|>}<tool_response|>')
+    brought = ids('response:weather{value:<|"|>sunny<|"|>}<tool_response|><|channel>thought\n')
     so_far = first.usage.prompt_tokens + first.usage.output_tokens
     assert second.usage.prompt_tokens == so_far + len(brought)
 
@@ -416,6 +436,14 @@ def test_a_format_leaves_thoughts_and_calls_free(
     runner.play(ids(f"{THOUGHT}{CALL}<|tool_response>"))
     answer = stub.ChatOnce(chat(sampling=wanted, thinking=True, tools=[WEATHER]))
     assert answer.finish_reason == FINISH_REASON_TOOL_CALLS
+    called = Message(role="assistant")
+    called.tool_calls.add(id="a", name="weather", arguments="{}")
+    result = Message(role="tool", content="sunny", tool_call_id="a")
+    runner.play(ids('hm\n<channel|>{"a":4}<turn|>'))  # in the thought that the template opened
+    request = chat(Message(role="user", content="?"), called, result, sampling=wanted)
+    request.thinking = True
+    answer = stub.ChatOnce(request)
+    assert (answer.thought, answer.text) == ("hm", '{"a":4}')
     runner.play(ids(f"{THOUGHT}{{}}<turn|>"))
     answer = stub.ChatOnce(chat(sampling={**wanted, "max_tokens": 30}))  # it wasn't told to think
     assert answer.thought == "" and answer.text.startswith("{")

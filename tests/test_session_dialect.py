@@ -79,10 +79,10 @@ def test_a_tool_loop_goes_on_in_its_turn(talk: Talk) -> None:
     assert first.finish_reason == FINISH_REASON_TOOL_CALLS
     assert talk.kept.endswith(THOUGHT + CALL)
     result = Message(role="tool", content="sunny", tool_call_id=first.tool_calls[0].id)
-    second = talk.say(f"{THOUGHT}Sunny.<turn|>", result)
+    second = talk.say("Good.\n<channel|>Sunny.<turn|>", result)
     assert second.text == "Sunny."
     # It was appended to what the model wrote, the thought between the calls too.
-    brought = 'response:weather{value:<|"|>sunny<|"|>}<tool_response|>'
+    brought = 'response:weather{value:<|"|>sunny<|"|>}<tool_response|><|channel>thought\n'
     so_far = first.usage.prompt_tokens + first.usage.output_tokens
     assert second.usage.prompt_tokens == so_far + len(spelled(TOKENIZER, brought))
     assert second.usage.cached_tokens >= first.usage.prompt_tokens // 16 * 16
@@ -98,7 +98,7 @@ def test_a_tool_loop_goes_on_in_its_turn(talk: Talk) -> None:
 def test_what_was_said_is_shown_with_thoughts_and_calls(talk: Talk) -> None:
     first = talk.say(f"{THOUGHT}{CALL}<|tool_response>", ASKED)
     brought = Message(role="tool", content="s", tool_call_id=first.tool_calls[0].id)
-    talk.say("Sunny.<turn|>", brought)
+    talk.say("<channel|>Sunny.<turn|>", brought)
     asked, called, result, sunny = talk.messages
     assert (asked.content, sunny.content) == (ASKED.content, "Sunny.")
     assert called.thought == "I must look."

@@ -109,11 +109,18 @@ def test_a_string_streams_as_it_comes() -> None:
     assert arguments.quote() + arguments.text("}") == '"}'
 
 
-@pytest.mark.parametrize("head", ["f", "call:", "call:  ", "x call:f", "call:" + "f" * 1000])
+@pytest.mark.parametrize("head", ["", ":", "call:", "call:  ", "x call:f", "call:" + "f" * 1000])
 def test_a_call_without_a_name_says_nothing(head: str) -> None:
     call = Call()
     assert feed(call, head + "{a:1}") == ""
     assert not call.is_whole and not call.name
+
+
+@pytest.mark.parametrize("head", ["call:f.g", "call: f.g ", ":f.g", "f.g", "\ncall:f.g"])
+def test_a_name_may_be_spelled_less_well(head: str) -> None:
+    call = Call()
+    assert feed(call, head + "{a:1}") == '{"a":1}'
+    assert (call.name, call.is_whole) == ("f.g", True)
 
 
 @pytest.mark.parametrize("cut", range(12))
