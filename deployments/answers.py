@@ -153,7 +153,7 @@ class Answers:
         """What is wrong with it is told here: a huge list, or a grammar, would hold up a step."""
         sampling = request.sampling
         if isinstance(request, ChatRequest):
-            sampling = to_sampling(request, self._tokenizer.dialect)
+            sampling = await asyncio.to_thread(to_sampling, request, self._tokenizer.dialect)
         grammar = to_sampling_params(sampling).grammar
         if grammar is not None:
             await asyncio.to_thread(self._grammars.compile, grammar)

@@ -26,7 +26,7 @@ MAX_CHARS = 1 << 17  # of a grammar: about a second to compile, at worst
 NUM_COMPILED = 64  # kept, the last used ones
 LIMITS = LLParserLimits(max_lexer_states=25_000, verbose_errors=False)  # up to 2 KB for a state
 # A model that is at a loss writes spaces for ever, so they are counted.
-JSON_STYLE: JsonCompileOptions = {"whitespace_pattern": r"[ \t\r\n]{1,64}"}
+JSON_STYLE: JsonCompileOptions = {"whitespace_pattern": r"[ \t\r\n]{1,32}"}
 
 GrammarKind = Literal["json_schema", "regex", "lark"]
 Allowed = NDArray[np.bool_]  # [vocab_size]

@@ -47,7 +47,10 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], dialect: Dialect) -> Gramm
     for tool in tools:
         where = f"The parameters of the tool {tool['name']!r}"
         schema = to_object(tool.get("parameters") or {}, where)
-        arguments = _Rules(schema, len(calls), quote, rules, where).add_object(schema)
+        try:
+            arguments = _Rules(schema, len(calls), quote, rules, where).add_object(schema)
+        except RecursionError:
+            raise InvalidRequest(f"{where} are nested too deeply.") from None
         calls.append(f"{_literal('call:' + tool['name'])} {arguments}")
     start = f"start: call+\ncall: <[{dialect.call_open}]> ({' | '.join(calls)})"
     return Grammar("lark", "\n".join([f"{start} <[{dialect.call_close}]>", *rules]))
@@ -99,7 +102,8 @@ class _Rules:
         for key in ("anyOf", "oneOf"):
             if isinstance(schema.get(key), list) and schema[key]:
                 return self._any(map(self._expression, schema[key]))
-        types = schema.get("type")
+        implied = "object" if "properties" in schema else "array" if "items" in schema else None
+        types = schema.get("type", implied)
         if isinstance(types, list) and types:
             return self._any(self._of_type(name, schema) for name in types)
         nullable = ["null"] if schema.get("nullable") else []

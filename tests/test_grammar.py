@@ -28,7 +28,6 @@ from engine.grammar import MAX_CHARS, Grammar, Grammars
 from engine.kv_cache import KVCacheConfig
 from engine.request import FinishReason, SamplingParams
 from engine.tokenizer import Tokenizer
-from engine.tool_calls import Arguments
 from engine.tool_grammar import calls_grammar
 from tests.gemma_chat import make_tokenizer, spelled
 
@@ -341,7 +340,6 @@ TOOLS = [
                 "days": {"type": "integer"},
                 "unit": {"enum": ["c", "f", "", 3, None]},
                 "place": {
-                    "type": "object",
                     "properties": {"x": {"type": ["number", "null"]}, "in": {"$ref": "#/$defs/p"}},
                     "required": ["x"],
                 },
@@ -419,7 +417,21 @@ def test_what_a_required_call_may_be_is_read_as_a_call(seed: int) -> None:
             json.loads("".join(piece.arguments for piece in pieces if piece.index == index))
 
 
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ('{"properties": [1]}', "are no JSON schema"),
+        ('{"required": "a"}', "are no JSON schema"),
+        ('{"properties": {"a": {"$ref": "#/$defs/b"}}}', "'#/\\$defs/b', which isn't there"),
+        ('{"properties": {"a": {"$ref": "http://x"}}}', "'http://x', which isn't there"),
+        ('{"properties": {"a": ' * 400 + "{}" + "}}" * 400, "nested too deeply"),
+    ],
+)
+def test_a_schema_that_no_call_can_follow_is_refused(parameters: str, sentence: str) -> None:
+    with pytest.raises(InvalidRequest, match=sentence):
+        calls_grammar([{"name": "t", "parameters": parameters}], TOKENIZER.dialect)
+
+
 def test_calls_need_a_model_that_has_them() -> None:
     with pytest.raises(InvalidRequest, match="no tokens for tool calls"):
         calls_grammar(TOOLS, few_characters().dialect)
-    assert not Arguments().is_whole
