@@ -154,15 +154,19 @@ class Conversations:
         writes; without thoughts, unless the turn goes on with what the tools bring.
         """
         if answer.matched_stop:  # the text ends before it, the tokens don't
-            token_ids = prompt_ids + self._tokenizer.encode_plain(answer.text)
-        elif answer.finish_reason == FINISH_REASON_LENGTH:
-            token_ids = [*prompt_ids, *answer.token_ids]
-        else:
-            token_ids = [*prompt_ids, *answer.token_ids[:-1]]
-        if answer.finish_reason != FINISH_REASON_TOOL_CALLS:
-            for start, stop in reversed(self._tokenizer.thoughts(token_ids)):
-                del token_ids[start:stop]
-        return token_ids
+            text_ids = self._tokenizer.encode_plain(answer.text)
+            return self._without_thoughts(prompt_ids) + text_ids
+        is_cut = answer.finish_reason == FINISH_REASON_LENGTH
+        token_ids = prompt_ids + list(answer.token_ids if is_cut else answer.token_ids[:-1])
+        if answer.finish_reason == FINISH_REASON_TOOL_CALLS:
+            return token_ids
+        return self._without_thoughts(token_ids)
+
+    def _without_thoughts(self, token_ids: list[int]) -> list[int]:
+        lasting = token_ids.copy()
+        for start, stop in reversed(self._tokenizer.thoughts(token_ids)):
+            del lasting[start:stop]
+        return lasting
 
 
 def _said(answer: Generation) -> dict[str, Any]:

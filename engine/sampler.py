@@ -63,25 +63,25 @@ class Sampler:
         peaks, best = (column.tolist() for column in logits.max(dim=-1))  # NaN is the max of a row
         output = SamplerOutput(best, [None] * len(requests))
         for row, (request, peak) in enumerate(zip(requests, peaks, strict=True)):
-            params, row_logits = request.sampling, logits[row]
+            params = request.sampling
             if not math.isfinite(peak):
                 output.errors[row] = f"The model's logits are not finite (their maximum is {peak})."
                 continue
-            if request.guide is not None:
-                try:
-                    row_logits = _masked(row_logits, request.guide)
-                except InvalidRequest as error:
-                    output.dead_ends[row] = error
-                    continue
-                output.token_ids[row] = int(row_logits.argmax())
-            if params.temperature > 0 or _has_penalties(params):
-                output.token_ids[row] = self._choose(row_logits, request)
+            try:
+                if request.guide is not None or params.temperature > 0 or _has_penalties(params):
+                    output.token_ids[row] = self._choose(logits[row], request)
+            except InvalidRequest as error:
+                output.dead_ends[row] = error
+                continue
             if params.logprobs is not None:
                 token_id = output.token_ids[row]
                 output.logprobs[row] = _logprobs(logits[row], token_id, params.logprobs)
         return output
 
     def _choose(self, logits: Tensor, request: Request) -> int:
+        """Raises InvalidRequest where the request's grammar allows no token."""
+        if request.guide is not None:
+            logits = _masked(logits, request.guide)
         if _has_penalties(request.sampling):
             logits = self._penalised(logits, request)
         if request.sampling.temperature == 0:

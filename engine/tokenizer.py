@@ -132,14 +132,14 @@ class Tokenizer:
     def thoughts(self, token_ids: Sequence[int]) -> list[tuple[int, int]]:
         """Where [start, stop) a conversation's ids hold what the model thought in its last turn.
 
-        An empty thought is none: templates write one to switch thinking off.
+        A thought that is empty and closed is none: templates write one to switch thinking off.
         """
         spans = self.dialect.thoughts(token_ids)
-        return [
-            (start, stop)
-            for start, stop in spans
-            if not THOUGHT.startswith(self.decode(token_ids[start:stop]))
-        ]
+        return [(start, stop) for start, stop in spans if not self._is_empty(token_ids[start:stop])]
+
+    def _is_empty(self, thought_ids: Sequence[int]) -> bool:
+        is_closed = thought_ids[-1] == self.dialect.thought_close
+        return is_closed and THOUGHT.startswith(self.decode(thought_ids))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text; none for special and unknown ids."""

@@ -209,6 +209,8 @@ def test_thoughts_of_the_last_turn_are_found() -> None:
     token_ids = spelled(TOKENIZER, turns + written)
     found = [text_of(token_ids[start:stop]) for start, stop in TOKENIZER.thoughts(token_ids)]
     assert found == ["<|channel>thought\nnew<channel|>", "<|channel>thought\nc"]
+    (span,) = TOKENIZER.thoughts(spelled(TOKENIZER, "<|turn>model\n<|channel>thought\n"))
+    assert span[1] - span[0] > 1
 
 
 # What a model can't do

@@ -145,6 +145,15 @@ def test_a_model_that_knows_nothing_keeps_to_the_format(
         assert ids_of(outputs)[-1] in TOKENIZER.eos_ids
 
 
+def test_properties_come_in_the_order_of_the_schema() -> None:
+    properties = {name: {"type": "null"} for name in "cab"}
+    schema = {"type": "object", "properties": properties, "required": ["a", "b", "c"]}
+    core = make_core()
+    add(core, temperature=1.0, json_schema=json.dumps({**schema, "additionalProperties": False}))
+    (outputs,) = run(core).values()
+    assert list(json.loads(text_of(outputs))) == ["c", "a", "b"]
+
+
 def test_any_json_object() -> None:
     core = make_core()
     add(core, json_object=True, temperature=1.0, max_tokens=500)

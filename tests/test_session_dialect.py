@@ -30,6 +30,7 @@ TOKENIZER = make_tokenizer()
 WEATHER = Tool(name="weather", description="The weather.", parameters='{"type": "object"}')
 THOUGHT = "<|channel>thought\nI must look.\n<channel|>"
 CALL = '<|tool_call>call:weather{city: <|"|>Paris<|"|>}<tool_call|>'  # with a space of its own
+GREEDY = Sampling(temperature=0.0, max_tokens=100)
 ASKED = Message(role="user", content="How is it in Paris?")
 
 
@@ -43,9 +44,8 @@ class Talk:
         self.runner.play(spelled(TOKENIZER, answer))
         request = ChatRequest(
             messages=messages,
-            sampling=Sampling(temperature=0.0, max_tokens=100),
             session="trip",
-            **{"thinking": True, "tools": [WEATHER], **fields},
+            **{"sampling": GREEDY, "thinking": True, "tools": [WEATHER], **fields},
         )
         said: Generation = self.cluster.inference.ChatOnce(request, timeout=20)
         return said
@@ -93,6 +93,15 @@ def test_a_tool_loop_goes_on_in_its_turn(talk: Talk) -> None:
     third = talk.say("Bye.<turn|>", Message(role="user", content="Thanks."))
     assert third.text == "Bye."
     assert talk.kept.endswith("Sunny.<turn|>\n<|turn>user\nThanks.<turn|>\n<|turn>model\nBye.")
+
+
+def test_a_stop_string_ends_the_answer_and_no_more(talk: Talk) -> None:
+    first = talk.say(f"{THOUGHT}{CALL}<|tool_response>", ASKED)
+    result = Message(role="tool", content="sunny", tool_call_id=first.tool_calls[0].id)
+    stopped = Sampling(temperature=0.0, max_tokens=100, stop=["STOP"])
+    second = talk.say("Good.\n<channel|>Sunny. STOP<turn|>", result, sampling=stopped)
+    assert second.text == "Sunny. "
+    assert talk.kept.endswith("<tool_response|>Sunny. ")
 
 
 def test_what_was_said_is_shown_with_thoughts_and_calls(talk: Talk) -> None:
