@@ -59,7 +59,7 @@ class Dialect:
         for i in reversed(range(len(tail))):
             if tail[i] == self.thought_open:
                 return tail[i + 1 :]
-            if tail[i] == self.thought_close:
+            if tail[i] in (self.thought_close, self.call_open, self.turn_open):
                 return None
         return None
 
@@ -70,8 +70,8 @@ class Dialect:
         for i in range(self._last_turn(token_ids), len(token_ids)):
             if token_ids[i] == self.thought_open and start is None:
                 start = i
-            elif token_ids[i] == self.thought_close and start is not None:
-                spans.append((start, i + 1))
+            elif token_ids[i] in (self.thought_close, self.call_open) and start is not None:
+                spans.append((start, i + (token_ids[i] == self.thought_close)))
                 start = None
         return spans if start is None else [*spans, (start, len(token_ids))]
 
@@ -223,7 +223,7 @@ class _Thought:
                 return ""
             self._is_begun = True
             self._held = self._held.removeprefix(THOUGHT)
-        text = self._held.rstrip("\n")
+        text = self._held.removesuffix("\n")
         self._held = self._held[len(text) :]
         return text
 

@@ -209,6 +209,9 @@ def test_thoughts_of_the_last_turn_are_found() -> None:
     token_ids = spelled(TOKENIZER, turns + written)
     found = [text_of(token_ids[start:stop]) for start, stop in TOKENIZER.thoughts(token_ids)]
     assert found == ["<|channel>thought\nnew<channel|>", "<|channel>thought\nc"]
+    cut_by_a_call = spelled(TOKENIZER, "<|turn>model\n<|channel>thought\nx<|tool_call>call:f{}")
+    ((start, stop),) = TOKENIZER.thoughts(cut_by_a_call)
+    assert text_of(cut_by_a_call[start:stop]) == "<|channel>thought\nx"
     (span,) = TOKENIZER.thoughts(spelled(TOKENIZER, "<|turn>model\n<|channel>thought\n"))
     assert span[1] - span[0] > 1
 
