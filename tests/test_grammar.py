@@ -29,6 +29,8 @@ from engine.kv_cache import KVCacheConfig
 from engine.request import FinishReason, SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.tool_grammar import calls_grammar
+from protos.briolette.v1.inference_pb2 import Sampling
+from protos.briolette.v1.stream_pb2 import Add, ToDecoder
 from tests.gemma_chat import make_tokenizer, spelled
 
 TOKENIZER = make_tokenizer()
@@ -316,9 +318,6 @@ def test_the_demo_model_can_write_json() -> None:
 
 def test_a_format_is_compiled_before_it_comes_to_the_step_thread() -> None:
     """In the thread of the gateway's link, so that no step waits for it."""
-    from protos.briolette.v1.inference_pb2 import Sampling
-    from protos.briolette.v1.stream_pb2 import Add, ToDecoder
-
     compiled: list[tuple[str | None, str]] = []
 
     class Engine:
