@@ -149,37 +149,29 @@ def make_tokenizer(template: str = TEMPLATE) -> Tokenizer:
 
 
 def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of what a model wrote, control tokens as such; pieces where they fit."""
-    ids: list[int] = []
-    for part in tokenizer._control_token.split(text):
-        control = tokenizer._control_ids.get(part)
-        ids += [control] if control is not None else tokenizer.encode_plain(part)
-    return ids
+    """Token ids of what a model wrote, control tokens as such."""
+    return tokenizer._encode(text)
 
 
 class ScriptedRunner:
-    """Says the script that `play` gave, one request after the other. What may not be said now, for
-    a grammar's sake, waits: instead comes the likeliest token that may, the one with the lowest id.
+    """Says what `play` gave, in the next request. Where a grammar forbids that, comes the allowed
+    token with the lowest id.
     """
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self.play([])
 
-    def play(self, *scripts: Sequence[int]) -> None:
-        self._scripts = [list(script) for script in scripts]
+    def play(self, script: Sequence[int]) -> None:
+        self._script = list(script)
         self._start: int | None = None  # position before the answer
 
     def execute(self, batch: Batch) -> Tensor:
         logits = -0.01 * torch.arange(self._vocab_size).repeat(len(batch.logits_indices), 1)
         for row, index in enumerate(batch.logits_indices.tolist()):
             position = int(batch.positions[index])
-            if self._start is None or position < self._start:
+            if self._start is None:
                 self._start = position
             said = position - self._start
-            script = self._scripts[0]
-            logits[row, script[said] if said < len(script) else 0] = 50.0
-            if said == len(script) - 1 and len(self._scripts) > 1:
-                self._scripts.pop(0)
-                self._start = None
+            logits[row, self._script[said] if said < len(self._script) else 0] = 50.0
         return logits

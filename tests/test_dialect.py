@@ -397,7 +397,6 @@ def test_a_user_who_types_a_call_gets_text(runner: ScriptedRunner, stub: Inferen
 def test_a_required_call_comes_and_fits_its_tool(
     runner: ScriptedRunner, stub: InferenceStub
 ) -> None:
-    runner.play(ids('Hello!<|"|><|"|><|"|>}}}}'))  # not what is asked for
     free = Tool(name="other", parameters='{"type": "object"}')
     for required in ("", "weather"):
         request = chat(
