@@ -6,14 +6,18 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
+from typing import Any
 
 from cluster.errors import ContextTooLong, InvalidRequest, UnknownModel
 from deployments.call import Call
 from deployments.charging import charged
-from deployments.conversations import ChatTokenizer, Conversations, to_turns
+from deployments.chat_request import to_options, to_sampling, to_turns
+from deployments.conversations import Conversations
 from deployments.messages import to_sampling_params
 from deployments.remote_decoder import RemoteDecoder
 from deployments.streams import merge
+from engine.grammar import Grammars
+from engine.tokenizer import Tokenizer
 from protos.briolette.v1.inference_pb2 import (
     FINISH_REASON_UNSPECIFIED,
     ChatRequest,
@@ -23,6 +27,7 @@ from protos.briolette.v1.inference_pb2 import (
     ListModelsResponse,
     Message,
     Model,
+    Sampling,
     TokenizeRequest,
     TokenizeResponse,
 )
@@ -33,10 +38,11 @@ class Answers:
     """What gRPC and HTTP offer, on top of a decoder that may come and go."""
 
     def __init__(
-        self, decoder: RemoteDecoder, tokenizer: ChatTokenizer, conversations: Conversations
+        self, decoder: RemoteDecoder, tokenizer: Tokenizer, conversations: Conversations
     ) -> None:
         self._decoder = decoder
         self._tokenizer = tokenizer
+        self._grammars = Grammars(tokenizer)
         self._conversations = conversations
 
     async def generate(
@@ -61,10 +67,10 @@ class Answers:
         session: str = "",
     ) -> AsyncGenerator[Output, None]:
         self._check_length(prompt_ids)
-        to_sampling_params(request.sampling)  # refused here: a huge list would hold up every step
         add = Add(
             prompt_ids=prompt_ids,
-            sampling=request.sampling,
+            sampling=await self._sampling(request),
+            chat=isinstance(request, ChatRequest),
             request_id=call.request_id,
             tenant=call.tenant,
             weight=call.lease.tenant.weight,
@@ -94,7 +100,8 @@ class Answers:
         answer = Generation()
         async with conversations.hold(tenant, request.session):
             before = await conversations.load_or_begin(tenant, request.session)
-            prompt_ids = await conversations.prompt(before, request.messages)
+            options = to_options(request)
+            prompt_ids = await conversations.prompt(before, request.messages, options)
             outputs = self._answer(prompt_ids, request, call, request.session)
             async with aclosing(outputs):
                 async for output in outputs:
@@ -102,7 +109,7 @@ class Answers:
                     if output.generation.finish_reason == FINISH_REASON_UNSPECIFIED:
                         yield output
             keys = output.block_keys
-            await conversations.keep(before, request.messages, prompt_ids, answer, keys)
+            await conversations.keep(before, request.messages, options, prompt_ids, answer, keys)
         yield output
 
     async def whole(self, request: ChatRequest | CompleteRequest, call: Call) -> Generation:
@@ -131,15 +138,26 @@ class Answers:
 
     async def _encode(self, request: ChatRequest | CompleteRequest) -> list[int]:
         if isinstance(request, ChatRequest):
-            return await self._encode_chat(request.messages)
+            return await self._encode_chat(request.messages, **to_options(request))
         if request.WhichOneof("prompt") == "token_ids":
             return list(request.token_ids.ids)
         if not request.text:
             raise InvalidRequest("The prompt is empty.")
         return await asyncio.to_thread(self._tokenizer.encode, request.text)
 
-    async def _encode_chat(self, messages: Iterable[Message]) -> list[int]:
-        return await asyncio.to_thread(self._tokenizer.apply_chat_template, to_turns(messages))
+    async def _encode_chat(self, messages: Iterable[Message], **options: Any) -> list[int]:
+        turns = to_turns(messages)
+        return await asyncio.to_thread(self._tokenizer.apply_chat_template, turns, **options)
+
+    async def _sampling(self, request: ChatRequest | CompleteRequest) -> Sampling:
+        """What is wrong with it is told here: a huge list, or a grammar, would hold up a step."""
+        sampling = request.sampling
+        if isinstance(request, ChatRequest):
+            sampling = await asyncio.to_thread(to_sampling, request, self._tokenizer.dialect)
+        grammar = to_sampling_params(sampling).grammar
+        if grammar is not None:
+            await asyncio.to_thread(self._grammars.compile, grammar)
+        return sampling
 
     def _check_model(self, model: str, call: Call) -> None:
         served = self._decoder.status.model

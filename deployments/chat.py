@@ -13,13 +13,20 @@ from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling
 
 class Conversation:
     """Keeps the messages; each question goes out with all that was said before. In a session the
-    server keeps them, and the question goes out alone.
+    server keeps them, and the question goes out alone. With `thinking` the model thinks before it
+    answers, which is shown dimmed.
     """
 
     def __init__(
-        self, client: Client, sampling: Sampling, console: Console, session: str = ""
+        self,
+        client: Client,
+        sampling: Sampling,
+        console: Console,
+        session: str = "",
+        thinking: bool = False,
     ) -> None:
         self._client = client
+        self._thinking = thinking
         self._session = session
         self._sampling = sampling
         self._console = console
@@ -28,12 +35,17 @@ class Conversation:
     def ask(self, question: str) -> Answer:
         """Print the answer as it comes. A failed question leaves the conversation as it was."""
         messages = [*self._messages, Message(role="user", content=question)]
-        text, num_tokens, piece = "", 0, Generation()
+        text, thought, num_tokens, piece = "", "", 0, Generation()
+        pieces = self._client.chat(messages, self._sampling, self._session, thinking=self._thinking)
         try:
-            for piece in self._client.chat(messages, self._sampling, self._session):
+            for piece in pieces:
+                self._console.out(piece.thought, style="dim", end="", highlight=False)
+                thought += piece.thought
+                if thought and piece.text and not text:
+                    self._console.out("\n")
+                self._console.out(piece.text, end="", highlight=False)
                 text += piece.text
                 num_tokens += len(piece.token_ids)
-                self._console.out(piece.text, end="", highlight=False)
         finally:
             self._console.out("")
         if not num_tokens:

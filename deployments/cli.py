@@ -105,7 +105,7 @@ def chat(config: Config, args: argparse.Namespace) -> int:
 
     sampling = Sampling(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)
     with access.connect(config, args) as client:
-        conversation = Conversation(client, sampling, console, args.session)
+        conversation = Conversation(client, sampling, console, args.session, args.think)
         if args.question:
             conversation.ask(" ".join(args.question))
         else:
@@ -200,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     talk = _command(commands, chat)
     talk.add_argument("question", nargs="*", help="ask this one question, then end")
     talk.add_argument("--session", default="", metavar="NAME", help="a conversation that is kept")
+    talk.add_argument("--think", action="store_true", help="let the model think before it answers")
     access.add_options(talk)
     talk.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     talk.add_argument("--seed", type=int, help="makes sampling repeatable")

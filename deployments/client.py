@@ -87,9 +87,12 @@ class Client:
         sampling: Sampling,
         session: str = "",
         timeout_s: float | None = None,
+        thinking: bool = False,
     ) -> Iterator[Generation]:
         """The pieces of an answer as they come; leaving early cancels the request."""
-        request = ChatRequest(messages=messages, sampling=sampling, session=session)
+        request = ChatRequest(
+            messages=messages, sampling=sampling, session=session, thinking=thinking
+        )
         with _our_errors(UnknownModel):
             call = self._inference.Chat(request, timeout=timeout_s)
             try:

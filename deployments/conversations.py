@@ -3,7 +3,8 @@
 A conversation keeps its token ids beside its messages: the next turn appends to exactly what the
 model has read and written, so that all of it is found cached. Putting the messages through the chat
 template again would not always give the same tokens: a template trims, and a text can be written
-in other tokens than those that the model chose.
+in other tokens than those that the model chose. Only thoughts go, as soon as their turn is over:
+models are trained without those of earlier turns, and a context would soon be full of them.
 """
 
 from __future__ import annotations
@@ -12,24 +13,21 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from cluster.errors import ConfigError, InvalidRequest, SessionInUse, UnknownSession
 from cluster.sessions import Sessions, check_name
+from deployments.chat_request import to_turns
 from deployments.remote_decoder import RemoteDecoder
-from protos.briolette.v1.inference_pb2 import FINISH_REASON_STOP, Generation, Message
+from engine.tokenizer import Tokenizer
+from protos.briolette.v1.inference_pb2 import (
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_TOOL_CALLS,
+    Generation,
+    Message,
+)
 
-
-class ChatTokenizer(Protocol):
-    """What the gateway needs of engine.tokenizer.Tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
-    def encode_plain(self, text: str) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]: ...
-    def extend_chat(
-        self, messages: list[dict[str, Any]], num_known: int, known_ids: Sequence[int]
-    ) -> list[int]: ...
+NO_OPTIONS = {"tools": [], "thinking": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +37,7 @@ class Conversation:
     tenant: str
     name: str
     messages: list[dict[str, Any]]
+    options: dict[str, Any]  # what stands before them: tools, thinking
     token_ids: list[int]  # up to the end of the last answer; none where the model was another one
     version: str
 
@@ -47,7 +46,7 @@ class Conversations:
     """The kept conversations of all tenants, one caller at a time for each."""
 
     def __init__(
-        self, sessions: Sessions | None, decoder: RemoteDecoder, tokenizer: ChatTokenizer
+        self, sessions: Sessions | None, decoder: RemoteDecoder, tokenizer: Tokenizer
     ) -> None:
         """`sessions` is None where there is no store: then every call raises ConfigError."""
         self._sessions = sessions
@@ -83,47 +82,56 @@ class Conversations:
         fingerprint = self._decoder.status.kv_fingerprint
         is_same_model = fingerprint != "" and kept.fingerprint == fingerprint
         token_ids = kept.content["token_ids"] if is_same_model else []
-        return Conversation(tenant, name, kept.content["messages"], token_ids, kept.version)
+        messages, options = kept.content["messages"], kept.content.get("options", NO_OPTIONS)
+        return Conversation(tenant, name, messages, options, token_ids, kept.version)
 
     async def load_or_begin(self, tenant: str, name: str) -> Conversation:
         try:
             return await self.load(tenant, name)
         except UnknownSession:
-            return Conversation(tenant, name, [], [], "")
+            return Conversation(tenant, name, [], NO_OPTIONS, [], "")
 
-    async def prompt(self, conversation: Conversation, new: Iterable[Message]) -> list[int]:
-        """Token ids of the conversation with new messages, up to where the answer begins."""
+    async def prompt(
+        self, conversation: Conversation, new: Iterable[Message], options: dict[str, Any]
+    ) -> list[int]:
+        """Token ids of the conversation with new messages, up to where the answer begins.
+
+        With other options than before, all of it is put through the chat template.
+        """
         messages = [*conversation.messages, *to_turns(new)]
         if len(messages) == len(conversation.messages):
             raise InvalidRequest("A chat needs at least one message.")
-        if not conversation.token_ids:
-            return await asyncio.to_thread(self._tokenizer.apply_chat_template, messages)
+        if not conversation.token_ids or conversation.options != options:
+            return await asyncio.to_thread(self._tokenizer.apply_chat_template, messages, **options)
         known = len(conversation.messages), conversation.token_ids
-        return await asyncio.to_thread(self._tokenizer.extend_chat, messages, *known)
+        return await asyncio.to_thread(self._tokenizer.extend_chat, messages, *known, **options)
 
     async def whole(self, conversation: Conversation) -> list[int]:
         """Token ids from which the next turn goes on."""
         if conversation.token_ids:
             return conversation.token_ids
-        return await asyncio.to_thread(self._tokenizer.apply_chat_template, conversation.messages)
+        return await asyncio.to_thread(
+            self._tokenizer.apply_chat_template, conversation.messages, **conversation.options
+        )
 
     async def keep(
         self,
         before: Conversation,
         new: Iterable[Message],
+        options: dict[str, Any],
         prompt_ids: list[int],
         answer: Generation,
         block_keys: Sequence[bytes],
     ) -> None:
         """Add a turn. Raises SessionInUse where somebody else has added one, StoreFull."""
-        said = {"role": "assistant", "content": answer.text}
-        token_ids = prompt_ids + self._answer_ids(answer)
+        messages = [*before.messages, *to_turns(new), _said(answer)]
+        token_ids = self._lasting_ids(prompt_ids, answer)
         traces = self._decoder.traces(before.tenant, before.name)
         missing = await asyncio.to_thread(
             self.sessions.save,
             before.tenant,
             before.name,
-            {"messages": [*before.messages, *to_turns(new), said], "token_ids": token_ids},
+            {"messages": messages, "options": options, "token_ids": token_ids},
             block_keys,
             fingerprint=self._decoder.status.kv_fingerprint,
             num_tokens=len(token_ids),
@@ -141,14 +149,30 @@ class Conversations:
         self._decoder.forget_traces(tenant, name, traces)
         self._decoder.tell_missing(tenant, removed)
 
-    def _answer_ids(self, answer: Generation) -> list[int]:
-        """The answer's tokens without the one that ended it, which the chat template writes."""
+    def _lasting_ids(self, prompt_ids: list[int], answer: Generation) -> list[int]:
+        """The prompt and the answer without the token that ended it, which the chat template
+        writes; without thoughts, unless the turn goes on with what the tools bring.
+        """
         if answer.matched_stop:  # the text ends before it, the tokens don't
-            return self._tokenizer.encode_plain(answer.text)
-        is_ended = answer.finish_reason == FINISH_REASON_STOP
-        return list(answer.token_ids[:-1] if is_ended else answer.token_ids)
+            text_ids = self._tokenizer.encode_plain(answer.text)
+            return self._without_thoughts(prompt_ids) + text_ids
+        is_cut = answer.finish_reason == FINISH_REASON_LENGTH
+        token_ids = prompt_ids + list(answer.token_ids if is_cut else answer.token_ids[:-1])
+        if answer.finish_reason == FINISH_REASON_TOOL_CALLS:
+            return token_ids
+        return self._without_thoughts(token_ids)
+
+    def _without_thoughts(self, token_ids: list[int]) -> list[int]:
+        lasting = token_ids.copy()
+        for start, stop in reversed(self._tokenizer.thoughts(token_ids)):
+            del lasting[start:stop]
+        return lasting
 
 
-def to_turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Messages as the chat template takes them."""
-    return [{"role": message.role, "content": message.content} for message in messages]
+def _said(answer: Generation) -> dict[str, Any]:
+    """The answer as a message. Calls don't count in one that was cut: they may not be whole."""
+    said = Message(role="assistant", content=answer.text, thought=answer.thought)
+    if answer.finish_reason == FINISH_REASON_TOOL_CALLS:
+        for call in answer.tool_calls:
+            said.tool_calls.add(id=call.id, name=call.name, arguments=call.arguments)
+    return to_turns([said])[0]

@@ -24,13 +24,14 @@ from cluster.tenancy import Admission, OpenAdmission
 from deployments import admin, health, inference, sessions
 from deployments.admin import Admin
 from deployments.answers import Answers
-from deployments.conversations import ChatTokenizer, Conversations
+from deployments.conversations import Conversations
 from deployments.health import Health
 from deployments.inference import Inference
 from deployments.remote_decoder import RemoteDecoder
 from deployments.rpc import Methods
 from deployments.sessions import SessionService
 from deployments.tls import server_credentials
+from engine.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 
 
@@ -43,7 +44,7 @@ class Gateway:
     def __init__(
         self,
         config: GatewayConfig,
-        tokenizer: ChatTokenizer,
+        tokenizer: Tokenizer,
         find_decoder: Callable[[], Endpoint],
         secret: bytes,
         metrics: Metrics,

@@ -108,7 +108,10 @@ class KVBlockStore:
 
     def keys_of(self, request: Request) -> tuple[bytes, ...]:
         """Keys of the values with which a conversation that goes on after this request resumes."""
-        stop = request.num_computed_tokens // self._block_size
+        num_tokens = request.num_computed_tokens
+        if request.num_lasting_tokens is not None:
+            num_tokens = min(num_tokens, request.num_lasting_tokens)
+        stop = num_tokens // self._block_size
         return tuple(run.key(request.block_hashes) for run in self._layout.needed(0, stop))
 
     def traces_of(self, request: Request) -> tuple[bytes, ...]:

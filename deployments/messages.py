@@ -10,11 +10,19 @@ from engine.request import FinishReason, SamplingParams
 from engine.sampler import TokenLogprobs
 from protos.briolette.v1 import inference_pb2
 from protos.briolette.v1.admin_pb2 import EngineLoad, KvBlocks, KvStore
-from protos.briolette.v1.inference_pb2 import Alternative, Generation, Sampling, Timings, Usage
+from protos.briolette.v1.inference_pb2 import (
+    Alternative,
+    Generation,
+    Sampling,
+    Timings,
+    ToolCallPiece,
+    Usage,
+)
 from protos.briolette.v1.stream_pb2 import Failure, Output
 
 FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.TOOL_CALLS: inference_pb2.FINISH_REASON_TOOL_CALLS,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
 }
 ENDS_WITHOUT_ANSWER = {
@@ -52,7 +60,15 @@ def to_output(output: RequestOutput, queue_s: float) -> Output:
         return Output(
             request_id=output.request_id, failure=Failure(status=status, sentence=sentence)
         )
-    piece = Generation(text=output.text, token_ids=output.new_token_ids)
+    piece = Generation(
+        text=output.text,
+        thought=output.thought,
+        tool_calls=[
+            ToolCallPiece(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
+            for call in output.tool_calls
+        ],
+        token_ids=output.new_token_ids,
+    )
     if output.logprobs is not None:
         piece.logprobs.extend(map(_to_logprobs, output.logprobs))
     if reason is not None:
@@ -64,6 +80,7 @@ def to_output(output: RequestOutput, queue_s: float) -> Output:
                 output_tokens=output.num_output_tokens,
                 cached_tokens=output.num_cached_tokens,
                 fetched_tokens=output.num_fetched_tokens,
+                thought_tokens=output.num_thought_tokens,
             )
         )
         piece.timings.CopyFrom(Timings(queue_s=queue_s))

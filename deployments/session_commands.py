@@ -40,7 +40,13 @@ def list_sessions(client: Client, _: str, console: Console) -> None:
 def show(client: Client, name: str, console: Console) -> None:
     """What was said in it."""
     for message in client.get_session(name).messages:
-        console.print(f"[bold]{message.role}:[/] {escape(message.content)}")
+        if message.thought:
+            console.print(f"[dim]{escape(message.thought)}[/]")
+        for call in message.tool_calls:
+            called = escape(f"{call.name} {call.arguments}")
+            console.print(f"[bold]{message.role} calls:[/] {called}")
+        if message.content or not message.tool_calls:
+            console.print(f"[bold]{message.role}:[/] {escape(message.content)}")
 
 
 def park(client: Client, name: str, console: Console) -> None:

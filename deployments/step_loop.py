@@ -11,6 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -56,7 +57,9 @@ class Engine(SessionEngine, Protocol):
         tenant: str = "default",
         session: str | None = None,
         deadline_s: float | None = None,
+        chat: bool = False,
     ) -> Request: ...
+    def compile(self, sampling: SamplingParams) -> None: ...
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> object: ...
     def step(self) -> list[RequestOutput]: ...
     def stats(self) -> EngineStats: ...
@@ -133,7 +136,15 @@ class StepLoop:
 
     def on_message(self, gateway_id: int, message: ToDecoder) -> None:
         """A gateway sent requests or aborts."""
+        for add in message.adds:
+            self._compile(add)
         self._inbox.put(lambda: self._take(gateway_id, message))
+
+    def _compile(self, add: Add) -> None:
+        """A format, here already: it takes as long as several steps."""
+        if add.sampling.WhichOneof("format") is not None:
+            with suppress(Exception):  # it comes again when the request is added, and is told
+                self._engine.compile(to_sampling_params(add.sampling))
 
     def on_lost(self, gateway_id: int) -> None:
         """A gateway is gone, and with it everybody who waits for its answers."""
@@ -239,6 +250,7 @@ class StepLoop:
                 tenant=add.tenant,
                 session=add.session or None,
                 deadline_s=now + add.timeout_s if add.HasField("timeout_s") else None,
+                chat=add.chat,
             )
         except BrioletteError as error:
             self._refuse(gateway_id, add.request_id, error.status, str(error))

@@ -17,13 +17,16 @@ from cluster.spec import AttentionKind, ModelSpec
 from engine.batch import Batch, build_batch
 from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
+from engine.dialect import NO_DIALECT, AnswerStream, Parts
+from engine.grammar import Grammars
 from engine.kv_cache import KVCache, KVCacheConfig
 from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler, SamplerOutput, TokenLogprobs
 from engine.scheduler import Policy, PrefixUse, Scheduler, SchedulerOutput
 from engine.spans import Span, check_spans, longest_step
-from engine.tokenizer import TextStream, Tokenizer
+from engine.tokenizer import Tokenizer
+from engine.tool_calls import CallPiece
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +66,15 @@ class RequestOutput:
     request_id: str
     new_token_ids: list[int]
     text: str  # what the new tokens add to the text; empty without a tokenizer
+    thought: str  # the same
+    tool_calls: list[CallPiece]
     logprobs: list[TokenLogprobs] | None  # one per new token where the request asked for them
     finish_reason: FinishReason | None
     error: str | None  # a sentence, with FinishReason.ERROR
     error_status: str | None  # the gRPC status code's name that goes with it
     num_prompt_tokens: int
     num_output_tokens: int
+    num_thought_tokens: int  # of the output
     num_cached_tokens: int  # of the prompt (of a resumed request: and its output), not computed
     num_fetched_tokens: int  # of these, those that only the block store had
     matched_stop: str | int | None  # the stop string or stop token id; None at the end of sequence
@@ -123,6 +129,9 @@ class EngineCore:
         self.runner = runner
         self.sampler = sampler or Sampler()
         self.tokenizer = tokenizer
+        self._grammars = (
+            None if tokenizer is None else Grammars(tokenizer, spec_limits.eos_token_ids)
+        )
         self.prefill_meter = prefill_meter or PrefillMeter()
         self.limits = spec_limits
         self.kv = KVCache(
@@ -142,7 +151,7 @@ class EngineCore:
             store=store,
         )
         self._requests: dict[str, Request] = {}
-        self._streams: dict[str, TextStream] = {}
+        self._streams: dict[str, AnswerStream] = {}
         self._outputs: list[RequestOutput] = []  # of the step under way, and of aborts before it
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
 
@@ -190,10 +199,12 @@ class EngineCore:
         session: str | None = None,
         spans: Sequence[Span] = (),
         deadline_s: float | None = None,
+        chat: bool = False,
     ) -> Request:
         """Accept a request; `deadline_s` is on time.monotonic's clock. A turn of a kept `session`
         leaves checkpoints that `drop_session` finds. `spans` are the embeddings that stand in the
-        prompt in place of its tokens.
+        prompt in place of its tokens. In a `chat` the answer has parts: thought, text, tool calls;
+        otherwise all of it is text.
 
         With `output_ids` a request goes on where another engine left it: positions, penalties,
         seed and text continue as if those tokens had been generated here (pass the seed of the
@@ -205,8 +216,8 @@ class EngineCore:
         if request_id in self._requests:
             raise InvalidRequest(f"A request with the id {request_id!r} is already running.")
         self._check_ids(prompt_ids, output_ids)
-        if sampling.stop and self.tokenizer is None:
-            raise InvalidRequest("Stop strings need a tokenizer, and this engine has none.")
+        if self.tokenizer is None and (sampling.stop or sampling.grammar):
+            raise InvalidRequest("Stop strings and formats need a tokenizer: this engine has none.")
         spans = self._check_spans(spans, len(prompt_ids))
         request = Request(
             request_id=request_id,
@@ -224,9 +235,19 @@ class EngineCore:
             undo.callback(self._withdraw, request)
             self.scheduler.add(request)
             self._requests[request_id] = request
+            self._guide(request)
+            self._open_stream(request, chat)
             self._resume(request)
             undo.pop_all()
         return request
+
+    def compile(self, sampling: SamplingParams) -> None:
+        """Compile the format that is asked for, in any thread, so that `add` needn't.
+
+        Raises InvalidRequest.
+        """
+        if sampling.grammar is not None and self._grammars is not None:
+            self._grammars.compile(sampling.grammar)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request between two steps and free its blocks at once; unknown ids are ignored.
@@ -304,21 +325,25 @@ class EngineCore:
             if row in sampled.errors:
                 error = BrioletteError(sampled.errors[row])
                 self._finish(request, FinishReason.ERROR, error=error, is_sound=False)
+            elif row in sampled.dead_ends:
+                self._finish(request, FinishReason.ERROR, error=sampled.dead_ends[row])
             else:
                 self._append(request, token_id, logprobs)
 
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Take a sampled token; end the request where that makes it complete."""
         request.output_ids.append(token_id)
-        text, matched = "", None
-        if not self._is_stop_token(request, token_id):  # which is no part of the text
-            text, matched = self._push_text(request, [token_id])
+        if request.guide is not None:
+            request.guide.advance(token_id)
+        parts = Parts()
+        if not self._is_stop_token(request, token_id):  # which is no part of the answer
+            parts = self._push(request, [token_id])
         tokens = [token_id], None if logprobs is None else [logprobs]
-        reason, matched_stop = self._end_of(request, matched)
+        reason, matched_stop = self._end_of(request, parts.matched_stop)
         if reason is None:
-            self._outputs.append(_output(request, *tokens, text))
+            self._outputs.append(_output(request, *tokens, parts))
         else:
-            self._finish(request, reason, tokens=tokens, text=text, matched_stop=matched_stop)
+            self._finish(request, reason, tokens=tokens, parts=parts, matched_stop=matched_stop)
 
     def _end_of(
         self, request: Request, matched: str | None
@@ -326,6 +351,9 @@ class EngineCore:
         """Why the request ends with its last output token, if it does, and the stop it met."""
         last = request.output_ids[-1]
         if self._is_stop_token(request, last):
+            stream = self._streams.get(request.request_id)
+            if stream is not None and stream.has_calls:
+                return FinishReason.TOOL_CALLS, None
             return FinishReason.STOP, last if last in request.sampling.stop_token_ids else None
         if matched is not None:
             return FinishReason.STOP, matched
@@ -338,14 +366,13 @@ class EngineCore:
         is_eos = token_id in self.limits.eos_token_ids and not sampling.ignore_eos
         return is_eos or token_id in sampling.stop_token_ids
 
-    def _push_text(self, request: Request, token_ids: list[int]) -> tuple[str, str | None]:
-        if self.tokenizer is None:
-            return "", None
+    def _push(self, request: Request, token_ids: list[int]) -> Parts:
         stream = self._streams.get(request.request_id)
         if stream is None:
-            stream = TextStream(self.tokenizer, request.sampling.stop)
-            self._streams[request.request_id] = stream
-        return stream.push(token_ids)
+            return Parts()
+        parts = stream.push(token_ids)
+        request.num_thought_tokens = stream.num_thought_tokens
+        return parts
 
     def _finish(
         self,
@@ -353,7 +380,7 @@ class EngineCore:
         reason: FinishReason,
         *,
         tokens: tuple[list[int], list[TokenLogprobs] | None] = ([], None),
-        text: str = "",
+        parts: Parts | None = None,
         matched_stop: str | int | None = None,
         error: BrioletteError | None = None,
         is_sound: bool = True,
@@ -364,10 +391,21 @@ class EngineCore:
         """
         self.scheduler.finish(request, reason, is_sound=is_sound)
         del self._requests[request.request_id]
+        parts = parts or Parts()
         stream = self._streams.pop(request.request_id, None)
         if stream is not None:
-            text += stream.finish()
-        self._outputs.append(_output(request, *tokens, text, matched_stop, error))
+            parts.add(stream.finish())
+        self._note_lasting(request)
+        self._outputs.append(_output(request, *tokens, parts, matched_stop, error))
+
+    def _note_lasting(self, request: Request) -> None:
+        """A session goes on without the thoughts of a turn that has ended; with calls it goes on
+        in the same turn.
+        """
+        is_turn_over = request.finish_reason is not FinishReason.TOOL_CALLS
+        if request.session is not None and self.tokenizer is not None and is_turn_over:
+            thoughts = self.tokenizer.thoughts(request.token_ids(0, request.num_tokens))
+            request.num_lasting_tokens = thoughts[0][0] if thoughts else None
 
     def _fail(self, output: SchedulerOutput, error: Exception) -> None:
         logger.error("A step of %d tokens failed.", output.num_tokens, exc_info=error)
@@ -437,14 +475,32 @@ class EngineCore:
             )
         return left if max_tokens is None else max_tokens
 
+    def _guide(self, request: Request) -> None:
+        """Begin to follow the grammar that the answer must keep to, if there is one."""
+        grammar = request.sampling.grammar
+        if grammar is not None and self._grammars is not None:
+            request.guide = self._grammars.guide(grammar, request.prompt_ids)
+            for token_id in request.output_ids:
+                request.guide.advance(token_id)
+
+    def _open_stream(self, request: Request, chat: bool) -> None:
+        if self.tokenizer is not None:
+            self._streams[request.request_id] = AnswerStream(
+                self.tokenizer,
+                self.tokenizer.dialect if chat else NO_DIALECT,
+                request.sampling.stop,
+                call_id=f"call_{request.request_id}",
+                prompt_ids=request.prompt_ids,
+            )
+
     def _resume(self, request: Request) -> None:
         """Bring the text of earlier output up to date; what it gave was returned back then."""
         if not request.output_ids:
             return
         is_stop = self._is_stop_token(request, request.output_ids[-1])
-        text_ids = request.output_ids[:-1] if is_stop else request.output_ids
-        _, matched = self._push_text(request, text_ids)
-        reason, matched_stop = self._end_of(request, matched)
+        answer_ids = request.output_ids[:-1] if is_stop else request.output_ids
+        parts = self._push(request, answer_ids)
+        reason, matched_stop = self._end_of(request, parts.matched_stop)
         if reason is not None:
             self._finish(request, reason, matched_stop=matched_stop)
 
@@ -453,20 +509,23 @@ def _output(
     request: Request,
     new_token_ids: list[int],
     logprobs: list[TokenLogprobs] | None,
-    text: str,
+    parts: Parts,
     matched_stop: str | int | None = None,
     error: BrioletteError | None = None,
 ) -> RequestOutput:
     return RequestOutput(
         request_id=request.request_id,
         new_token_ids=new_token_ids,
-        text=text,
+        text=parts.text,
+        thought=parts.thought,
+        tool_calls=parts.tool_calls,
         logprobs=logprobs,
         finish_reason=request.finish_reason,
         error=None if error is None else str(error),
         error_status=None if error is None else error.status,
         num_prompt_tokens=len(request.prompt_ids),
         num_output_tokens=len(request.output_ids),
+        num_thought_tokens=request.num_thought_tokens,
         num_cached_tokens=request.num_cached_tokens,
         num_fetched_tokens=request.num_fetched_tokens,
         matched_stop=matched_stop,

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest
+from engine.grammar import Grammar, GrammarKind, Guide
 from engine.spans import Span
 
 Owner = tuple[str, str] | None  # tenant and session; None: no session
@@ -20,6 +21,7 @@ class FinishReason(enum.Enum):
     """Why a request ended; every accepted request ends with exactly one of these."""
 
     STOP = "stop"  # a stop token or a stop string
+    TOOL_CALLS = "tool_calls"  # a stop token after calls, every one of them whole
     LENGTH = "length"  # max_tokens, or the context is full
     ABORT = "abort"  # the client cancelled or went away
     DEADLINE = "deadline"  # the client's deadline passed
@@ -55,6 +57,11 @@ class SamplingParams:
     stop_token_ids: Collection[int] = frozenset()  # beside the model's own end-of-sequence ids
     max_tokens: int | None = None  # None goes on to the end of the context
     ignore_eos: bool = False  # benchmarks: go on past end-of-sequence ids
+    # What the answer's text must be, one of them at most; thoughts are free
+    json_schema: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    lark: str | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -73,6 +80,27 @@ class SamplingParams:
             if not holds:  # NaN fails every comparison, so it is refused here too
                 raise InvalidRequest(f"{sentence}.")
         self._bound_stops()
+        self._check_format()
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer's text must be."""
+        if self.json_object:
+            return Grammar("json_schema", '{"type": "object"}')
+        kinds: tuple[GrammarKind, ...] = ("json_schema", "regex", "lark")
+        for kind in kinds:
+            if (text := getattr(self, kind)) is not None:
+                return Grammar(kind, text)
+        return None
+
+    def _check_format(self) -> None:
+        given = (self.json_schema, self.json_object or None, self.regex, self.lark)
+        if sum(item is not None for item in given) > 1:
+            raise InvalidRequest("Give one of json_schema, json_object, regex and lark.")
+        if (grammar := self.grammar) is not None:
+            if self.ignore_eos:
+                raise InvalidRequest("An answer with a format ends where that does: no ignore_eos.")
+            grammar.check_size()
 
     def _bound_stops(self) -> None:
         """Every token is compared with all of them, so they are few and short; counted before they
@@ -107,6 +135,7 @@ class Request:
     output_ids: list[int] = field(default_factory=list)  # may start filled: a resumed request
     arrival_s: float = field(default_factory=time.monotonic)
     deadline_s: float | None = None  # on time.monotonic's clock
+    guide: Guide | None = None  # what its next token may be
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of these, found cached at the first start
@@ -115,6 +144,8 @@ class Request:
     num_preemptions: int = 0
     asks_store: bool = False  # once more: it gave way, and may have lost what was cached
     finish_reason: FinishReason | None = None
+    num_thought_tokens: int = 0  # of the output, as far as it was read
+    num_lasting_tokens: int | None = None  # that its session goes on with; None: all
 
     @property
     def owner(self) -> Owner:

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.errors import InvalidRequest
+from engine.grammar import Guide
 from engine.request import Request, SamplingParams
 
 Ids = NDArray[np.int64]
@@ -30,11 +32,14 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SamplerOutput:
-    """One entry a row. A row in `errors` has no valid token: its request can't go on."""
+    """One entry a row. A row in `errors` or `dead_ends` has no valid token: its request can't go
+    on. What a row in `errors` has computed isn't to be trusted.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     errors: dict[int, str] = field(default_factory=dict)  # row -> a sentence
+    dead_ends: dict[int, InvalidRequest] = field(default_factory=dict)  # the same; of a grammar
 
 
 class Sampler:
@@ -62,14 +67,21 @@ class Sampler:
             if not math.isfinite(peak):
                 output.errors[row] = f"The model's logits are not finite (their maximum is {peak})."
                 continue
-            if params.temperature > 0 or _has_penalties(params):
-                output.token_ids[row] = self._choose(logits[row], request)
+            try:
+                if request.guide is not None or params.temperature > 0 or _has_penalties(params):
+                    output.token_ids[row] = self._choose(logits[row], request)
+            except InvalidRequest as error:
+                output.dead_ends[row] = error
+                continue
             if params.logprobs is not None:
                 token_id = output.token_ids[row]
                 output.logprobs[row] = _logprobs(logits[row], token_id, params.logprobs)
         return output
 
     def _choose(self, logits: Tensor, request: Request) -> int:
+        """Raises InvalidRequest where the request's grammar allows no token."""
+        if request.guide is not None:
+            logits = _masked(logits, request.guide)
         if _has_penalties(request.sampling):
             logits = self._penalised(logits, request)
         if request.sampling.temperature == 0:
@@ -167,6 +179,17 @@ def _top_p(weights: Floats, top_p: float) -> Ids:
     descending = above[np.argsort(-weights[above], stable=True)]
     count = weights[descending].cumsum().searchsorted(top_p * total) + 1
     return descending[:count]
+
+
+def _masked(logits: Tensor, guide: Guide) -> Tensor:
+    """Logits [vocab_size], -inf where the guide allows no token. Raises InvalidRequest."""
+    allowed = guide.allowed()
+    if allowed is None:
+        return logits
+    mask = np.zeros(len(logits), np.bool_)
+    num_known = min(len(logits), len(allowed))  # a head may be wider than the vocabulary
+    mask[:num_known] = allowed[:num_known]
+    return logits.where(torch.from_numpy(mask).to(logits.device), -math.inf)
 
 
 def _logprobs(logits: Tensor, token_id: int, num_alternatives: int) -> TokenLogprobs:

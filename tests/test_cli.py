@@ -172,7 +172,7 @@ class FullContext:
     """A client whose model takes one message and no more."""
 
     def chat(
-        self, messages: Sequence[Message], sampling: Sampling, session: str
+        self, messages: Sequence[Message], sampling: Sampling, session: str, thinking: bool
     ) -> Iterator[Generation]:
         if len(messages) > 1:
             raise InvalidRequest("The prompt is too long.")
@@ -195,6 +195,26 @@ def test_a_full_conversation_starts_over(
     Conversation(client, Sampling(), Console(highlight=False)).run()
     said = capsys.readouterr().out
     assert said.count("Hello!") == 2 and said.count("/new starts over with") == 1
+
+
+class Thinker:
+    """A client whose model thinks in two pieces, then answers."""
+
+    def chat(
+        self, messages: Sequence[Message], sampling: Sampling, session: str, thinking: bool
+    ) -> Iterator[Generation]:
+        assert thinking
+        yield Generation(thought="It ", token_ids=[1])
+        yield Generation(thought="rains.", token_ids=[1])
+        yield Generation(text="Take [an] umbrella.", token_ids=[1])
+
+
+def test_thoughts_are_dimmed() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+    client = cast(Client, Thinker())
+    Conversation(client, Sampling(), console, thinking=True).ask("Well?")
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said == "\x1b[2mIt \x1b[0m\x1b[2mrains.\x1b[0m\n\nTake [an] umbrella.\n"
 
 
 def in_session(pid: int, session_id: int) -> bool:

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
 from cluster.config import DEMO_MODEL_DIR, Config
-from cluster.errors import Unavailable
+from cluster.errors import InvalidRequest, Unavailable
 from deployments import cli, lifecycle
 from deployments.client import Client
 from deployments.lifecycle import Running
@@ -34,6 +34,12 @@ pytestmark = pytest.mark.cluster
 LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
 
 QUESTION = [Message(role="user", content="What is the capital of Norway?")]
+SCHEMA = {
+    "type": "object",
+    "properties": {"capital": {"enum": ["Oslo", "Paris"]}, "is_sure": {"type": "boolean"}},
+    "required": ["capital", "is_sure"],
+    "additionalProperties": False,
+}
 SETTINGS = {
     "batch_invariant": True,
     "gateway": {"port": 0, "metrics_port": 0},
@@ -154,6 +160,16 @@ def test_the_cluster_says_what_the_engine_alone_says(config: Config, client: Cli
     while engine.has_work:
         alone += [token for output in engine.step() for token in output.new_token_ids]
     assert answer(client) == alone
+
+
+def test_a_format_holds_through_the_cluster(client: Client) -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=600, json_schema=json.dumps(SCHEMA))
+    text = "".join(piece.text for piece in client.chat(QUESTION, sampling))
+    assert set(json.loads(text)) == {"capital", "is_sure"}
+    with pytest.raises(InvalidRequest, match="json_schema"):
+        list(client.chat(QUESTION, Sampling(json_schema="{")))
+    with pytest.raises(InvalidRequest, match="can't switch thinking on"):
+        list(client.chat(QUESTION, Sampling(), thinking=True))
 
 
 def test_each_host_has_a_card_of_its_own(client: Client) -> None:

@@ -117,14 +117,15 @@ class Decoder:
         max_num_seqs: int = 4,
         store: Any = None,
         num_blocks: int = 200,
+        runner: Any = None,
     ) -> None:
-        self.runner = CountingRunner()
+        self.runner = runner or CountingRunner()
         self.registry = CollectorRegistry()
         self.ready = True
         self.engine = EngineCore(
             self.runner,
             KVCacheConfig(16, dict.fromkeys(AttentionKind, num_blocks)),
-            spec_limits=SpecLimits(CONTEXT, 64, 256, ()),
+            spec_limits=SpecLimits(CONTEXT, 64, tokenizer.vocab_size, tokenizer.eos_ids),
             max_num_batched_tokens=256,
             max_num_seqs=max_num_seqs,
             max_queue=max_queue,
@@ -157,7 +158,8 @@ class Decoder:
     def _fill_status(self, status: ClusterStatus) -> None:
         status.ready = self.ready
         status.reason = "" if self.ready else "No copy of expert group 2 is alive."
-        status.model, status.context_tokens, status.vocab_size = "counter", CONTEXT, 256
+        status.model, status.context_tokens = "counter", CONTEXT
+        status.vocab_size = self.engine.limits.vocab_size
 
 
 @contextmanager

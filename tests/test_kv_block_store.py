@@ -205,6 +205,22 @@ def test_a_session_needs_the_values_of_keys_of_and_no_others(
     assert deployment.ask(PROMPT + deployment.cold(PROMPT) + [5]) == 104
 
 
+def test_a_session_that_leaves_out_what_was_thought_resumes_before_it(
+    address: RedisAddress, deploy: Callable[..., Deployment]
+) -> None:
+    deployment = deploy(address)
+    request = deployment.add(PROMPT)
+    deployment.finish(request)
+    request.num_lasting_tokens = len(PROMPT) + 1  # the thought began with the second token
+    needed, left = set(deployment.blocks.keys_of(request)), deployment.stored()
+    assert needed < left
+    prefix = tenant_prefix("default") + b"kv:"
+    deployment.redis.delete(*(prefix + key for key in left - needed))
+    deployment.start()
+    answer = deployment.cold(PROMPT)
+    assert deployment.ask([*PROMPT, answer[0], 5, 6, 7]) == len(PROMPT) // 4 * 4
+
+
 def test_a_budget_takes_the_windows_of_earlier_turns_first(
     address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
 ) -> None:

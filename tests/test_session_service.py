@@ -122,9 +122,10 @@ def running(
     address: RedisAddress,
     blocks: RedisBlocks | None = None,
     budget: int = 1 << 20,
+    runner: Any = None,
 ) -> Iterator[Cluster]:
     blocks = blocks or RedisBlocks(address)
-    decoder = Decoder(tokenizer, store=blocks)
+    decoder = Decoder(tokenizer, store=blocks, runner=runner)
     kept = Sessions(address, 60.0, lambda tenant: budget)
     with running_gateway(tokenizer, decoder.find, kept) as gateway:
         wait_until(lambda: serving(gateway))

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cluster.config import DEMO_MODEL_DIR
 from cluster.errors import CheckpointError, InvalidRequest
-from engine.tokenizer import TextStream, Tokenizer
+from engine.text_stream import TextStream
+from engine.tokenizer import Tokenizer
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>"]
 CORPUS = ["the cat and the dog", "the théâtre and the café", "this is that, isn't it?", "abcabcab"]
@@ -405,7 +406,7 @@ def test_a_control_token_that_plain_text_gives_is_refused() -> None:
         ([{"role": "user"}], "no text"),
         ([{"role": "user", "content": 3}], "no text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "not text"),
-        ([{"role": "user", "content": "hi"}, {"role": "tool", "content": "x"}], "no tools here"),
+        ([{"role": "user", "content": "hi"}, {"role": "tool", "content": "x"}], "nobody has made"),
         ([{"role": "user", "content": []}], "template refuses"),
         ([{"role": "user", "content": "\ud800"}], "lone surrogate"),
     ],
