@@ -34,6 +34,8 @@ from deployments.sessions import SessionService
 from protos.briolette.v1 import admin_pb2
 from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest, Part
 
+HANDSHAKE_S = 10.0  # a connection that hasn't said by then that it speaks HTTP/2 is closed
+
 T = TypeVar("T")
 
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
@@ -132,6 +134,7 @@ class Gateway:
             options=[
                 ("grpc.so_reuseport", 0),  # a second gateway on this port fails, and says so
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
+                ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
                 ("grpc.keepalive_time_ms", 30_000),  # notices a client whose machine is gone
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ]
