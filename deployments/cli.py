@@ -70,6 +70,8 @@ def up(config: Config, args: argparse.Namespace) -> int:
         return 0
     running = _start(config)
     console.print(f"Serving {escape(running.model)} on {running.address} (gRPC).")
+    if running.base_url is not None:
+        console.print(f"OpenAI's clients: base_url={running.base_url}")
     console.print('Try: briolette chat "What is 27 + 58?"     Stop it: briolette down')
     return 0
 
@@ -93,7 +95,7 @@ def status(config: Config, args: argparse.Namespace) -> int:
         return 1
     with Client(running.address) as client:
         answer = client.status()
-    console.print(status_card(answer, running.address, running.started))
+    console.print(status_card(answer, running.address, running.started, running.base_url))
     return 0 if answer.ready else 1
 
 

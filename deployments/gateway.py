@@ -98,6 +98,13 @@ class Gateway:
         await self._server.start()
         self._decoder.connect()
 
+    @property
+    def base_url(self) -> str | None:
+        """Of HTTP, as OpenAI's clients want it; None where there is none."""
+        if self.http_port is None:
+            return None
+        return f"http://{self._config.host}:{self.http_port}/v1"
+
     def problem(self) -> str | None:
         """Why a started gateway should be replaced; None while it is well."""
         return self._decoder.problem()
