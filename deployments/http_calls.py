@@ -94,7 +94,7 @@ class AdmittedRoute(APIRoute):
         await calls.answer(self.path, super().handle, scope, receive, send)
 
 
-def current_call(request: Request) -> Call:
+async def current_call(request: Request) -> Call:  # a plain def would run in a thread
     return cast(Call, request.state.call)
 
 

@@ -8,6 +8,8 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from deployments.http_transport import GatheringTransport
+
 HEAD_S = 10.0  # from the connection, or the answer before, to the end of a request's headers
 STALL_S = 20.0  # a client that takes nothing for so long is not reading
 MAX_HEAD_BYTES = 64 << 10
@@ -44,7 +46,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(GatheringTransport(transport))  # type: ignore[arg-type]
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
