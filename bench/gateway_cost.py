@@ -5,7 +5,8 @@ Of the demo model, all sides in turn in one run:
   same engine's in this process; between the tokens of a stream, where the gateway works while the
   engine takes its next step, and of a request of one token, where nothing hides it;
 - requests of one token in a second, over both, beside Ray Serve's own HTTP ingress (the proxy that
-  Briolette does without) before an application that returns a constant and computes nothing.
+  Briolette does without) before an application that returns a constant and computes nothing;
+- what others notice of 10,000 connections that say nothing.
 Whoever asks runs on the same cores as what is measured.
 """
 
@@ -14,44 +15,39 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any
 
-import grpc
-
-from bench import http_load
 from bench.card import Check, pin, report, table
-from bench.http_load import Connection
-from bench.models import DEMO_DIR, BenchModel, random_prompts
+from bench.gateway_sides import (
+    MODEL,
+    NUM_CLIENTS,
+    PROMPT_TOKENS,
+    Engine,
+    Ingress,
+    Load,
+    OverGrpc,
+    OverHttp,
+    Side,
+)
+from bench.models import random_prompts
 from bench.ours import Cluster, InProcess
 from bench.serve_ingress import serve_ingress
-from protos.briolette.v1.inference_pb2 import CompleteRequest, Sampling, TokenIds
-from protos.briolette.v1.inference_pb2_grpc import InferenceStub
+from bench.silent import num_open, silent_connections
 
-MODEL = BenchModel("demo", DEMO_DIR)
-PROMPT_TOKENS, NUM_TOKENS = 32, 200  # of a stream
+NUM_TOKENS = 200  # of a stream
 NUM_SINGLES = 100  # requests of one token, one after another
-NUM_CLIENTS = 16  # that ask for one token at once, again and again
+NUM_BESIDE = 30  # of the same beside silent connections, which don't stay for long
+NUM_SILENT = 10_000  # connections that say nothing, to each port
+KINDS = {
+    "gap": "between tokens",
+    "single": "request of one token",
+    "silent": "the same beside silent connections",
+}
 ROUNDS = 3  # of everything, in turn: what else the machine does hits all alike
-
-
-class Side(Protocol):
-    """Something that writes tokens."""
-
-    def stream(self, prompt: list[int], num_tokens: int) -> list[float]:
-        """When each token came, in seconds from the request."""
-
-
-class Load(Protocol):
-    """Something that answers NUM_CLIENTS clients."""
-
-    async def requests_per_s(self, seconds: float) -> float:
-        """How many requests it answers in a second."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -91,10 +87,22 @@ def run(seconds: float) -> tuple[dict[str, Any], list[Check]]:
                     _measure_latency(name, side, times, turn)
                 for name, load in loads.items():
                     rates.setdefault(name, []).append(runner.run(load.requests_per_s(seconds)))
+            silent = {
+                name: _beside_silent(side)
+                for name, side in (("gRPC", over_grpc), ("HTTP", over_http))
+            }
     finally:
         cluster.close()
         engine.close()
-    return _results(times, rates), _checks(rates)
+    return _results(times, rates) | {"silent": silent}, _checks(rates, silent)
+
+
+def _beside_silent(side: OverGrpc | OverHttp) -> dict[str, int]:
+    """One-token requests while silent connections are held to the same port."""
+    (prompt,) = random_prompts(MODEL, 1, PROMPT_TOKENS, seed=0)
+    with silent_connections(*side.address, NUM_SILENT) as held:
+        seconds = [side.stream(prompt, 1)[0] for _ in range(NUM_BESIDE)]
+        return {"held": num_open(held), **_percentiles(seconds)}
 
 
 def _measure_latency(
@@ -106,101 +114,6 @@ def _measure_latency(
     gaps += [after - before for before, after in pairwise(side.stream(prompt, NUM_TOKENS))]
     times["single"].setdefault(name, []).extend(
         side.stream(prompt, 1)[0] for _ in range(NUM_SINGLES)
-    )
-
-
-class Engine:
-    """The engine alone, in this process."""
-
-    def __init__(self, system: InProcess) -> None:
-        self._system = system
-
-    def stream(self, prompt: list[int], num_tokens: int) -> list[float]:
-        return list(self._system.generate([prompt], num_tokens).token_times[0])
-
-
-class OverGrpc:
-    """The whole gateway, through its gRPC."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._stub = InferenceStub(grpc.insecure_channel(address))
-
-    def stream(self, prompt: list[int], num_tokens: int) -> list[float]:
-        started, times = time.perf_counter(), list[float]()
-        for piece in self._stub.Complete(_request(prompt, num_tokens), timeout=60.0):
-            times += [time.perf_counter() - started] * len(piece.token_ids)
-        return times
-
-    async def requests_per_s(self, seconds: float) -> float:
-        (prompt,) = random_prompts(MODEL, 1, PROMPT_TOKENS, seed=0)
-        request, num_done = _request(prompt, 1), 0
-        async with grpc.aio.insecure_channel(self._address) as channel:
-            stub: Any = InferenceStub(channel)
-            give_up_at = time.perf_counter() + seconds
-
-            async def ask_again() -> None:
-                nonlocal num_done
-                while time.perf_counter() < give_up_at:
-                    await stub.CompleteOnce(request)
-                    num_done += 1
-
-            started = time.perf_counter()
-            await asyncio.gather(*(ask_again() for _ in range(NUM_CLIENTS)))
-            return num_done / (time.perf_counter() - started)
-
-
-class OverHttp:
-    """The whole gateway, through OpenAI's HTTP."""
-
-    def __init__(self, base_url: str, runner: asyncio.Runner) -> None:
-        url = urlsplit(base_url)
-        self._host, self._port = url.hostname or "", url.port or 0
-        self._runner = runner
-
-    def stream(self, prompt: list[int], num_tokens: int) -> list[float]:
-        return self._runner.run(self._stream(prompt, num_tokens))
-
-    async def _stream(self, prompt: list[int], num_tokens: int) -> list[float]:
-        connection = await Connection.open(self._host, self._port)
-        times = await connection.event_times(_post(prompt, num_tokens, stream=True))
-        connection.close()
-        return times
-
-    async def requests_per_s(self, seconds: float) -> float:
-        (prompt,) = random_prompts(MODEL, 1, PROMPT_TOKENS, seed=0)
-        request = _post(prompt, 1, stream=False)
-        return await http_load.requests_per_s(self._host, self._port, request, NUM_CLIENTS, seconds)
-
-
-class Ingress:
-    """Ray Serve's HTTP proxy and one replica."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-
-    async def requests_per_s(self, seconds: float) -> float:
-        request = http_load.get("/")
-        return await http_load.requests_per_s(
-            "127.0.0.1", self._port, request, NUM_CLIENTS, seconds
-        )
-
-
-def _request(prompt: list[int], num_tokens: int) -> CompleteRequest:
-    sampling = Sampling(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    return CompleteRequest(token_ids=TokenIds(ids=prompt), sampling=sampling)
-
-
-def _post(prompt: list[int], num_tokens: int, stream: bool) -> bytes:
-    return http_load.post(
-        "/v1/completions",
-        {
-            "prompt": prompt,
-            "max_tokens": num_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": stream,
-        },
     )
 
 
@@ -226,7 +139,7 @@ def _percentiles(seconds: list[float]) -> dict[str, int]:
     }
 
 
-def _checks(rates: dict[str, list[float]]) -> list[Check]:
+def _checks(rates: dict[str, list[float]], silent: dict[str, dict[str, int]]) -> list[Check]:
     """Each round by itself, for the machine's load changes between them."""
     ingress = rates["Serve's ingress"]
     return [
@@ -237,12 +150,15 @@ def _checks(rates: dict[str, list[float]]) -> list[Check]:
             1.0,
         )
         for name in ("gRPC", "HTTP")
+    ] + [
+        Check(f"silent connections held over {name}", numbers["held"], "", NUM_SILENT)
+        for name, numbers in silent.items()
     ]
 
 
 def _card(results: dict[str, Any]) -> list[str]:
     rows = []
-    for kind, title in (("gap", "between tokens"), ("single", "request of one token")):
+    for kind, title in KINDS.items():
         for name, numbers in results[kind].items():
             added = [numbers.get(f"added_{key}") for key in ("p50_us", "p99_us")]
             cells = [numbers["p50_us"], numbers["p99_us"], *added]

@@ -45,7 +45,7 @@ class HttpServer:
             proxy_headers=False,
             timeout_keep_alive=int(HEAD_S),
         )
-        self._connections = Connections(raise_limit() // 2)  # the other half is for all else
+        self._connections = Connections(raise_limit() * 3 // 4)  # the others are for all else
         self._server: asyncio.Server | None = None
 
     def listen(self) -> socket.socket:

@@ -387,9 +387,9 @@ def test_2000_silent_connections_keep_nobody_out(gateway: Gateway) -> None:
 
 
 def test_above_the_limit_the_longest_silent_one_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.http.raise_limit", lambda: 20)
+    monkeypatch.setattr("deployments.http.raise_limit", lambda: 16)
     with running_server(ScriptedAnswers()) as address:
-        held = hold_silent(int(address.rpartition(":")[2]), 15)
+        held = hold_silent(int(address.rpartition(":")[2]), 17)
         wait_for(lambda: sum(map(is_closed, held)) == 5)
         assert all(map(is_closed, held[:5]))
         assert httpx.get(f"{address}/healthz").status_code == 200
