@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.responses import JSONResponse
 
 from cluster.config import GatewayConfig
-from cluster.errors import PortTaken
+from cluster.errors import ConfigError, PortTaken
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission, OpenAdmission
 from deployments.http_calls import Border, Calls
@@ -122,7 +123,7 @@ def own_names(host: str) -> set[str]:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """Taken connections inherit what is set here. Raises PortTaken."""
+    """Taken connections inherit what is set here. Raises PortTaken, ConfigError."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -133,9 +134,11 @@ def listening_socket(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         listener.bind((host, port))
-    except OSError:
+    except OSError as error:
         listener.close()
-        raise PortTaken(
-            f"Another process listens on {host}:{port}; choose another gateway.http_port."
-        ) from None
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(
+                f"Another process listens on {host}:{port}; choose another gateway.http_port."
+            ) from None
+        raise ConfigError(f"HTTP can't listen on {host}:{port}: {error.strerror}.") from None
     return listener

@@ -20,8 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.errors import BrioletteError, InvalidRequest, Overloaded, PermissionDenied, Unavailable
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission
-from deployments.call import Call
+from deployments.call import Call, key_in
 from deployments.http_errors import error_body, to_response
+from deployments.rpc import NOBODY
 
 BODY_S = 60.0  # for the whole body of a request to arrive
 LONGEST_TIMEOUT_S = 365 * 86400.0  # of x-request-timeout
@@ -54,7 +55,11 @@ class Calls:
         """Run `app` on a call that was let in. Raises what keeps it out."""
         state: dict[str, Any] = scope["state"]
         headers = Headers(scope=scope)
-        lease = self._admission.admit(bearer_key(headers))
+        try:
+            lease = self._admission.admit(key_in(headers.get))
+        except BrioletteError as error:
+            self._metrics.gateway_requests_total(NOBODY, name, error.status).inc()
+            raise
         call = state["call"] = Call(lease, timeout_s(headers), state["request_id"])
         self._metrics.gateway_streams(call.tenant, name).inc()
         try:
@@ -215,12 +220,6 @@ async def read_body(receive: Receive, max_bytes: int) -> bytes:
     except TimeoutError:
         raise InvalidRequest(f"The body didn't arrive within {BODY_S:g} s.") from None
     return bytes(body)
-
-
-def bearer_key(headers: Headers) -> str | None:
-    """The key that a call shows."""
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" and key.strip() else None
 
 
 def timeout_s(headers: Headers) -> float | None:

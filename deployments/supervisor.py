@@ -25,6 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import Config
 from cluster.errors import BrioletteError, Unavailable
+from deployments.access import local_target
 from deployments.lifecycle import Running, holding
 from deployments.preflight import check
 from deployments.priority import give_way
@@ -147,7 +148,8 @@ def wait_until_serving(config: Config, news: News) -> StartReport:
             check_app()
             next_check = time.monotonic() + 1.0
         gateway = next((report for report in reports if report.part == "gateway"), None)
-        if gateway is not None and gateway.address and is_serving(gateway.address):
+        target = local_target(config.state_dir, gateway.address or "") if gateway else ""
+        if gateway is not None and gateway.address and is_serving(target):
             return gateway
     raise Unavailable(
         f"The start made no progress for {config.ray.start_timeout_s:g} s (ray.start_timeout_s); "
@@ -155,9 +157,9 @@ def wait_until_serving(config: Config, news: News) -> StartReport:
     )
 
 
-def is_serving(address: str) -> bool:
+def is_serving(target: str) -> bool:
     """What the gateway's health service says."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(target) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=1.0)

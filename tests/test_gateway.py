@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -34,6 +35,7 @@ from cluster.links import Endpoint, Listener, connect
 from cluster.metrics import Metrics
 from cluster.sessions import Sessions
 from cluster.spec import AttentionKind
+from cluster.tenancy import Admission
 from deployments.decoder_link import (
     HELLO,
     MAX_OUTBOX,
@@ -164,6 +166,8 @@ def running_gateway(
     find: Callable[[], Endpoint],
     kept: Sessions | None = None,
     registry: CollectorRegistry | None = None,
+    admission: Admission | None = None,
+    local_socket: Path | None = None,
     **config: Any,
 ) -> Iterator[Gateway]:
     """A gateway on a free port, on an asyncio loop in a thread."""
@@ -174,7 +178,16 @@ def running_gateway(
 
     async def start() -> Gateway:
         settings = GatewayConfig(**{"port": 0, "http_port": 0, **config})
-        gateway = Gateway(settings, tokenizer, find, SECRET, metrics, kept=kept)
+        gateway = Gateway(
+            settings,
+            tokenizer,
+            find,
+            SECRET,
+            metrics,
+            kept=kept,
+            admission=admission,
+            local_socket=local_socket,
+        )
         await gateway.start()
         return gateway
 
