@@ -42,11 +42,7 @@ class GatewayConfig:
     host: str = _setting("127.0.0.1", "address of the gRPC server; beyond loopback it needs keys")
     port: int = _setting(50051, "of the gRPC server; 0 takes a free one", "", 0, 65535)
     http_port: int | None = _setting(
-        8080,
-        "of the HTTP server (OpenAI's dialect); 0 takes a free one, null is none",
-        "",
-        0,
-        65535,
+        8080, "of HTTP (OpenAI's API); 0 takes a free one, null is none", "", 0, 65535
     )
     auth: Literal["open", "keys"] = _setting("open", "who may call: everybody, or tenants by key")
     tls_cert_file: Path | None = _setting(None, "PEM, the server's own first; null: no TLS")  # noqa: RUF009

@@ -147,10 +147,9 @@ def wait_until_serving(config: Config, news: News) -> StartReport:
         if time.monotonic() > next_check:
             check_app()
             next_check = time.monotonic() + 1.0
-        gateway = next((report for report in reports if report.part == "gateway"), None)
-        target = local_target(config.state_dir, gateway.address or "") if gateway else ""
-        if gateway is not None and gateway.address and is_serving(target):
-            return gateway
+        for report in reports:  # only the gateway's has an address
+            if report.address and is_serving(local_target(config.state_dir, report.address)):
+                return report
     raise Unavailable(
         f"The start made no progress for {config.ray.start_timeout_s:g} s (ray.start_timeout_s); "
         f"{config.state_dir}/logs has the logs of its parts."

@@ -218,6 +218,7 @@ def test_only_this_machines_names_are_served_without_keys(gateway: Gateway) -> N
         assert status_code(origin=origin) == 403
     text = httpx.post(url(gateway), content=httpx.Request("POST", url(gateway), json=CHAT).read())
     assert text.status_code == 400  # a page could send it without asking first
+    assert "application/json" in text.json()["error"]["message"]
 
 
 class KeysOnly:
