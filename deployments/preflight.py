@@ -23,11 +23,11 @@ def check(config: Config) -> ModelSpec:
     """The model's geometry. Raises the error that the start would end in, seconds earlier."""
     from cluster.checkpoint import resolve_model  # brings torch along
 
-    check_port(config.gateway.host, config.gateway.port, "gateway.port")
-    check_port(
-        config.gateway.metrics_host, config.gateway.metrics_port or 0, "gateway.metrics_port"
-    )
-    server_context(config.gateway)
+    gateway = config.gateway
+    check_port(gateway.host, gateway.port, "gateway.port")
+    check_port(gateway.host, gateway.http_port or 0, "gateway.http_port")
+    check_port(gateway.metrics_host, gateway.metrics_port or 0, "gateway.metrics_port")
+    server_context(gateway)
     local_socket(config)
     model_dir = resolve_model(config.model_source)
     spec = ModelSpec.load(model_dir)

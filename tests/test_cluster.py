@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import openai
 import psutil
 import pytest
 import torch
@@ -42,7 +43,7 @@ SCHEMA = {
 }
 SETTINGS = {
     "batch_invariant": True,
-    "gateway": {"port": 0, "metrics_port": 0},
+    "gateway": {"port": 0, "http_port": 0, "metrics_port": 0},
     "engine": {"kv_bytes": 64 << 20, "max_model_len": 1024},
     "experts": {"num_copies": 2, "num_gpus_per_host": 1, "deadline_s": 5.0},
     "ray": {"num_gpus": 2},
@@ -170,6 +171,19 @@ def test_a_format_holds_through_the_cluster(client: Client) -> None:
         list(client.chat(QUESTION, Sampling(json_schema="{")))
     with pytest.raises(InvalidRequest, match="can't switch thinking on"):
         list(client.chat(QUESTION, Sampling(), thinking=True))
+
+
+def test_openais_client_is_told_the_same(client: Client, running: Running) -> None:
+    answers = openai.OpenAI(base_url=running.base_url, api_key="any", max_retries=0)
+    chunks = answers.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": QUESTION[0].content}],
+        temperature=0,
+        stream=True,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    said = client.chat(QUESTION, Sampling(temperature=0.0))
+    assert text == "".join(piece.text for piece in said) != ""
 
 
 def test_each_host_has_a_card_of_its_own(client: Client) -> None:
