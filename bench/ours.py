@@ -57,6 +57,7 @@ class Cluster:
                 "experts.num_hosts": 2,
                 "state_dir": str(self.state_dir),
                 "gateway.port": 0,
+                "gateway.http_port": None,
                 "gateway.metrics_port": 0,
                 "ray.start_timeout_s": 240.0,
                 **(overrides or {}),

@@ -1,4 +1,4 @@
-"""The gRPC gateway: one port with `briolette.v1`, health and reflection; its start and its end.
+"""The gateway: gRPC with `briolette.v1`, health and reflection on one port, HTTP on another.
 
 A plain asyncio server, so that a test can run it without Ray.
 """
@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -24,18 +25,22 @@ from deployments.answers import Answers
 from deployments.call import Call
 from deployments.conversations import ChatTokenizer, Conversations
 from deployments.health import Health
+from deployments.http import HttpServer, make_app
 from deployments.inference import Inference
+from deployments.openai import openai_router
 from deployments.remote_decoder import RemoteDecoder
 from deployments.rpc import Methods
 from deployments.sessions import SessionService
 from protos.briolette.v1 import admin_pb2
 from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest, Part
 
+T = TypeVar("T")
+
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
 
 class Gateway:
-    """Serves `briolette.v1`'s services, health and reflection on one port.
+    """Serves `briolette.v1`'s services, health and reflection, and OpenAI's dialect over HTTP.
 
     Runs on the asyncio loop that calls `start()`.
     """
@@ -59,6 +64,7 @@ class Gateway:
         there is a store. Without an `admission` everybody is one tenant.
         """
         self.port = config.port
+        self.http_port = config.http_port
         self._config = config
         self._part = Part(pid=os.getpid(), device="cpu", metrics_port=metrics_port)
         self._bind_deadline_s = bind_deadline_s
@@ -67,16 +73,26 @@ class Gateway:
         self._health = Health(inference.NAME)
         self._kept = kept
         conversations = Conversations(kept, self._decoder, tokenizer)
+        admission = admission or OpenAdmission()
+        answers = Answers(self._decoder, tokenizer, conversations)
         self._server = self._make_server(
-            Methods(metrics, admission or OpenAdmission()),
-            Inference(Answers(self._decoder, tokenizer, conversations)),
+            Methods(metrics, admission),
+            Inference(answers),
             SessionService(conversations, self._decoder),
         )
+        self._http: HttpServer | None = None
+        if config.http_port is not None:
+            app = make_app(config, metrics, admission, self._status, [openai_router(answers)])
+            self._http = HttpServer(app, config.host, config.http_port, None)
 
     async def start(self) -> None:
         """Bind and serve. Raises PortTaken."""
         await self._health.start()
         self.port = await bind(self._listen, self._bind_deadline_s)
+        if self._http is not None:
+            listener = await bind(self._http.listen, self._bind_deadline_s)
+            self.http_port = listener.getsockname()[1]
+            await self._http.start(listener)
         await self._server.start()
         self._decoder.connect()
 
@@ -87,7 +103,10 @@ class Gateway:
     async def stop(self, grace_s: float = 5.0) -> None:
         """Say NOT_SERVING, let streams end for a while, stop."""
         await self._health.end()
-        await self._server.stop(grace_s)
+        ends = [self._server.stop(grace_s)]
+        if self._http is not None:
+            ends.append(self._http.stop(grace_s))
+        await asyncio.gather(*ends)
         self._decoder.close()
         if self._kept is not None:
             self._kept.close()
@@ -141,8 +160,8 @@ class Gateway:
             ) from None
 
 
-async def bind(listen: Callable[[], int], deadline_s: float) -> int:
-    """The port that `listen` takes, in the end: a gateway that is being replaced may still hold it.
+async def bind(listen: Callable[[], T], deadline_s: float) -> T:
+    """What `listen` takes, in the end: a gateway that is being replaced may still hold it.
 
     Raises PortTaken.
     """

@@ -125,7 +125,8 @@ def test_mistakes_name_the_file_and_the_key(path: Path, text: str, sentence: str
     ("overrides", "sentence"),
     [
         ({"gateway.host": "0.0.0.0"}, "gateway.host must be localhost"),
-        ({"gateway.port": 9464}, "gateway.port and gateway.metrics_port can't be the same"),
+        ({"gateway.port": 9464}, "http_port and gateway.metrics_port can't be the same"),
+        ({"gateway.http_port": 50051}, "http_port and gateway.metrics_port can't be the same"),
         ({"experts.num_copies": 3}, "experts.num_copies can't be above experts.num_hosts"),
         ({"experts.num_hosts": 5}, "experts.num_groups can't be below experts.num_hosts"),
         ({"engine.max_num_batched_tokens": 8}, "can't be below engine.max_num_seqs"),
