@@ -14,6 +14,7 @@ class Tenant:
 
     name: str = DEFAULT_TENANT
     weight: float = 1.0  # its share of the engine beside others'
+    is_admin: bool = False  # may see and change other tenants
 
 
 class Lease(Protocol):
@@ -34,7 +35,7 @@ class Admission(Protocol):
 class OpenLease:
     """Of a cluster without keys: nothing is counted."""
 
-    tenant: Tenant = Tenant()
+    tenant: Tenant = Tenant(is_admin=True)
 
 
 class OpenAdmission:

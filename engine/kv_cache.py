@@ -94,6 +94,11 @@ class KVCache:
     def row(self, request: Request) -> int:
         return self._running[request].row
 
+    def held_bytes(self, request: Request) -> int:
+        """Of the blocks that a running request reads; others may read them, too."""
+        row = self._running[request].row
+        return sum(g.num_held(row) * self._block_bytes[kind] for kind, g in self.groups.items())
+
     # Starting
 
     def find_prefix(self, request: Request, fetched: Fetched = NOTHING_FETCHED) -> Prefix:

@@ -11,6 +11,7 @@ export class Cluster {
   constructor() {
     this.heat = new Heat();
     this.rates = new Map(); // tenant -> { tokens, at, perSecond }
+    this.stored = {}; // bytes of Redis by tenant
     this.nextSessions = 0;
   }
 
@@ -84,7 +85,7 @@ export class Cluster {
         count(tenant.prompt_tokens),
         count(tenant.output_tokens),
         bytes(tenant.kv_bytes),
-        tenant.stored_bytes === null ? "–" : bytes(tenant.stored_bytes),
+        tenant.tenant in this.stored ? bytes(this.stored[tenant.tenant]) : "–",
       ],
     };
   }
@@ -94,7 +95,8 @@ export class Cluster {
   async lookAtSessions() {
     this.nextSessions = performance.now() + SESSIONS_MS;
     try {
-      const { sessions } = await ask("api/sessions");
+      const { sessions, stored_bytes: stored } = await ask("api/sessions");
+      this.stored = stored;
       this.showSessions(sessions);
     } catch (error) {
       this.showSessions([], error.message);

@@ -51,7 +51,7 @@ export function bytes(number) {
 
 export function seconds(number) {
   if (number < 0.9995e-3) return `${Math.round(number * 1e6)} µs`;
-  if (number < 0.9995) return `${Number((number * 1e3).toPrecision(number < 0.01 ? 2 : 3))} ms`;
+  if (number < 0.9995) return `${(number * 1e3).toFixed(number < 0.00995 ? 1 : 0)} ms`;
   return `${number.toFixed(number < 10 ? 1 : 0)} s`;
 }
 

@@ -19,13 +19,13 @@ export function partsOf(status, rates, most) {
     ...hosts.map((host) => hostPart(host, groupsOf(host.group_ids))),
     { id: "gateway", title: "Gateway", role: "gRPC, HTTP, this page", facts: processFacts(status.gateway), bars: [], groups: [] },
   ];
-  if (status.kv_store) parts.push(storePart(status.kv_store));
+  if (status.kv_store.address) parts.push(storePart(status.kv_store));
   return parts;
 }
 
 function hostPart(host, groups) {
-  const { pid } = host.part;
-  const problem = !pid ? "not running" : host.link ? "" : "link down";
+  const problem = !host.part.pid ? "not running" : host.link ? "" : "link down";
+  if (problem) groups = groups.map(({ id }) => ({ id })); // another copy answers
   const facts = processFacts(host.part);
   if (host.visible_devices) facts.push(["Card", host.visible_devices]);
   return { id: `host ${host.host_id}`, title: host.host_id, role: "experts", tag: host.link, problem, facts, bars: [], groups };
@@ -108,8 +108,8 @@ function groupChip({ id }) {
   const rate = el("span", { class: "muted" });
   const node = el("li", {}, `group ${id} `, rate);
   const show = (group) => {
-    say(rate, `${count(group.rate)}/s`);
-    node.style.setProperty("--heat", `${Math.round(100 * (group.most ? group.rate / group.most : 0))}%`);
+    say(rate, group.rate === undefined ? "" : `${count(group.rate)}/s`);
+    node.style.setProperty("--heat", `${Math.round((100 * group.rate) / group.most) || 0}%`);
   };
   show.node = node;
   return show;
