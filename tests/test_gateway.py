@@ -34,6 +34,7 @@ from cluster.links import Endpoint, Listener, connect
 from cluster.metrics import Metrics
 from cluster.sessions import Sessions
 from cluster.spec import AttentionKind
+from cluster.tenancy import Admission
 from deployments.decoder_link import (
     HELLO,
     MAX_OUTBOX,
@@ -164,6 +165,7 @@ def running_gateway(
     find: Callable[[], Endpoint],
     kept: Sessions | None = None,
     registry: CollectorRegistry | None = None,
+    admission: Admission | None = None,
     **config: Any,
 ) -> Iterator[Gateway]:
     """A gateway on a free port, on an asyncio loop in a thread."""
@@ -174,7 +176,9 @@ def running_gateway(
 
     async def start() -> Gateway:
         settings = GatewayConfig(**{"port": 0, "http_port": 0, **config})
-        gateway = Gateway(settings, tokenizer, find, SECRET, metrics, kept=kept)
+        gateway = Gateway(
+            settings, tokenizer, find, SECRET, metrics, kept=kept, admission=admission
+        )
         await gateway.start()
         return gateway
 

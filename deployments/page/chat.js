@@ -21,6 +21,8 @@ export class Chat {
     byId("new-chat").addEventListener("click", () => this.begin());
     byId("image").addEventListener("change", (event) => this.attach(event.target));
     byId("chat").addEventListener("keydown", (event) => event.key === "Escape" && this.stop());
+    // A browser may keep a page that was left, and go on reading for nobody.
+    addEventListener("pagehide", () => this.stopAll());
     this.bindSettings();
     byId("conversations").open = matchMedia("(min-width: 52rem)").matches;
   }
@@ -33,7 +35,7 @@ export class Chat {
   }
 
   leave() {
-    for (const { abort } of this.answering.values()) abort.abort();
+    this.stopAll();
     byId("messages").replaceChildren();
     byId("conversations").lastElementChild.replaceChildren();
   }
@@ -93,6 +95,10 @@ export class Chat {
 
   stop() {
     this.answering.get(this.conversation.id)?.abort.abort();
+  }
+
+  stopAll() {
+    for (const { abort } of this.answering.values()) abort.abort();
   }
 
   // Ask for an answer and show it as it comes; whatever happens, it gets an end.
