@@ -75,6 +75,10 @@ class Browser:
         """To whatever has the focus."""
         ActionChains(self.driver).send_keys(*keys).perform()
 
+    def type_with(self, modifier: str, key: str) -> None:
+        actions = ActionChains(self.driver)
+        actions.key_down(modifier).send_keys(key).key_up(modifier).perform()
+
     def focused(self) -> str:
         """The id of what has the focus, else its text."""
         found: str = self.run("const a = document.activeElement; return a.id || a.textContent")

@@ -1,8 +1,5 @@
-// Conversations and settings, kept in this browser: one entry each, so that two tabs don't quarrel.
+// Conversations, kept in this browser: an entry for each, so that two tabs don't quarrel.
 
-const SETTINGS = "briolette.settings";
-
-// The conversations of one tenant.
 export class Conversations {
   constructor(tenant) {
     this.prefix = `briolette.chat.${tenant}.`;
@@ -12,25 +9,23 @@ export class Conversations {
   all() {
     return Object.keys(localStorage)
       .filter((name) => name.startsWith(this.prefix))
-      .map(read)
-      .filter((conversation) => conversation !== null)
+      .map((name) => JSON.parse(localStorage.getItem(name)))
       .sort((a, b) => b.used - a.used);
   }
 
   get(id) {
-    return read(this.prefix + id) ?? this.begin();
+    return JSON.parse(localStorage.getItem(this.prefix + id));
   }
 
   begin() {
-    return { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), title: "", used: 0, messages: [] };
+    return { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), title: "", messages: [] };
   }
 
-  // Keep a conversation; where the browser has no room left, the oldest other ones go.
+  // Where the browser has no room left, the oldest other ones go.
   save(conversation) {
-    conversation.used = Date.now();
     const messages = conversation.messages.map(({ images, ...rest }) => rest); // too large to keep
-    const text = JSON.stringify({ ...conversation, messages });
-    const others = this.all().filter((other) => other.id !== conversation.id);
+    const text = JSON.stringify({ ...conversation, messages, used: Date.now() });
+    const others = this.all().filter(({ id }) => id !== conversation.id);
     for (;;) {
       try {
         localStorage.setItem(this.prefix + conversation.id, text);
@@ -42,25 +37,7 @@ export class Conversations {
     }
   }
 
-  // Keep what was added, unless it was removed meanwhile.
-  update(conversation) {
-    if (read(this.prefix + conversation.id)) this.save(conversation);
-  }
-
   remove(id) {
     localStorage.removeItem(this.prefix + id);
-  }
-}
-
-export const settings = {
-  get: () => read(SETTINGS) ?? {},
-  set: (values) => localStorage.setItem(SETTINGS, JSON.stringify(values)),
-};
-
-function read(name) {
-  try {
-    return JSON.parse(localStorage.getItem(name));
-  } catch {
-    return null; // not ours
   }
 }

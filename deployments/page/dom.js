@@ -5,36 +5,42 @@ export function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") node.addEventListener(name.slice(2), value);
-    else if (value === true) node.setAttribute(name, "");
-    else if (value !== false && value !== undefined) node.setAttribute(name, value);
+    else if (value !== undefined) node.setAttribute(name, value);
   }
   node.append(...children);
   return node;
 }
 
+export const button = (words, onclick, attributes = {}) =>
+  el("button", { type: "button", onclick, ...attributes }, words);
+
+export const muted = () => el("span", { class: "muted" });
+
 export const byId = (id) => document.getElementById(id);
+
+export const on = (id, event, listener) => byId(id).addEventListener(event, listener);
 
 // Set a text only where it is new, so that a selection in it stays.
 export function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-// Make the children of a node those of `items`, keeping a child as long as its key is there: focus
-// and selection survive an update. `make(item)` returns a function that shows an item, with the
-// child as its `node`.
+// Make the children of a node those of `items`. A child stays as long as its key is there, and with
+// it focus and selection. `make(item)` returns a child and a function that shows an item in it.
 export function keep(parent, items, keyOf, make) {
-  parent.shown ??= new Map();
+  parent.kept ??= new Map();
   const keys = new Set(items.map(keyOf));
-  for (const [key, show] of parent.shown) {
+  for (const [key, [node]] of parent.kept) {
     if (keys.has(key)) continue;
-    show.node.remove();
-    parent.shown.delete(key);
+    node.remove();
+    parent.kept.delete(key);
   }
   items.forEach((item, index) => {
     const key = keyOf(item);
-    if (!parent.shown.has(key)) parent.shown.set(key, make(item));
-    const show = parent.shown.get(key);
-    if (parent.children[index] !== show.node) parent.insertBefore(show.node, parent.children[index] ?? null);
+    if (!parent.kept.has(key)) parent.kept.set(key, make(item));
+    const [node, show] = parent.kept.get(key);
+    const there = parent.children[index];
+    if (there !== node) parent.insertBefore(node, there ?? null);
     show(item);
   });
 }

@@ -2,31 +2,28 @@
 
 import { Chat } from "./chat.js";
 import { Cluster } from "./cluster.js";
-import { byId, say } from "./dom.js";
+import { byId, on, say } from "./dom.js";
 import { ask, key } from "./server.js";
 
 const PERIOD_MS = 1000; // between two looks at the cluster
+const THEMES = { auto: "light", light: "dark", dark: "auto" }; // by what goes before
 
 const cluster = new Cluster();
-const chat = new Chat({ onUnauthorized: () => signIn("The key isn't valid any more. Sign in again.") });
+const chat = new Chat(() => signIn("The key isn’t valid any more. Sign in again."));
 let isIn = false;
-
-// Sign-in
 
 function signIn(why = "") {
   isIn = false;
   for (const id of ["views", "chat", "cluster", "sign-out"]) byId(id).hidden = true;
   byId("sign-in").hidden = false;
   say(byId("sign-in-error"), why);
-  say(byId("state"), "");
-  byId("state").className = "";
+  showState("", "");
   byId("key").focus();
 }
 
 async function tryKey(event) {
   event.preventDefault();
   key.set(byId("key").value.trim(), byId("remember").checked);
-  say(byId("sign-in-error"), "");
   await look();
   if (isIn) byId("key").value = "";
 }
@@ -47,43 +44,42 @@ function goIn(status) {
   showView();
 }
 
-// The views
-
 function showView() {
   if (!isIn) return;
   const view = location.hash === "#cluster" ? "cluster" : "chat";
   for (const link of byId("views").children) {
     const isCurrent = link.hash === `#${view}`;
     byId(link.hash.slice(1)).hidden = !isCurrent;
-    if (isCurrent) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
+    link.toggleAttribute("aria-current", isCurrent);
+    if (isCurrent) document.title = `${link.textContent} · Briolette`;
   }
-  document.title = view === "chat" ? "Chat · Briolette" : "Cluster · Briolette";
   if (view === "chat") chat.focus();
   else cluster.show();
 }
-
-// The status, once a second while somebody looks
 
 async function look() {
   try {
     const status = await ask("api/status", { signal: AbortSignal.timeout(5000) });
     if (!isIn) goIn(status);
-    showState(status.ready ? "ready" : "unready", status.ready ? "Serving" : "Not serving");
+    if (status.ready) showState("ready", "Serving");
+    else showState("bad", "Not serving");
     chat.update(status);
     cluster.update(status);
   } catch (error) {
-    if (error.status === 401) {
-      const isWrong = key.get() !== null;
-      key.forget();
-      signIn(isWrong ? `Wrong key. ${error.message}` : "");
-    } else if (error.status === 403) {
-      signIn(error.message);
-    } else {
-      say(byId("sign-in-error"), error.message);
-      showState("away", "No connection");
-      cluster.lose(error.message);
-    }
+    refuse(error);
+  }
+}
+
+function refuse({ status, message }) {
+  if (status === 401) {
+    const isWrong = key.get() !== null;
+    key.forget();
+    signIn(isWrong ? `Wrong key. ${message}` : "");
+  } else if (status === 403 || !byId("sign-in").hidden) {
+    signIn(message);
+  } else {
+    showState("bad", "No connection");
+    cluster.showReason(message);
   }
 }
 
@@ -92,33 +88,28 @@ function showState(kind, words) {
   say(byId("state"), words);
 }
 
+// While somebody looks.
 async function lookOn() {
-  const isSigningIn = !byId("sign-in").hidden;
-  if (!document.hidden && !isSigningIn) await look();
+  if (!document.hidden && byId("sign-in").hidden) await look();
   setTimeout(lookOn, PERIOD_MS);
 }
 
-// The theme
-
-const THEMES = { auto: "light", light: "dark", dark: "auto" };
-
-function showTheme() {
-  const theme = document.documentElement.dataset.theme;
+function showTheme(theme) {
+  document.documentElement.dataset.theme = theme;
   say(byId("theme"), `Theme: ${theme}`);
   cluster.draw();
 }
 
 function changeTheme() {
   const next = THEMES[document.documentElement.dataset.theme] ?? "auto";
-  document.documentElement.dataset.theme = next;
   localStorage.setItem("briolette.theme", next);
-  showTheme();
+  showTheme(next);
 }
 
-byId("sign-in").addEventListener("submit", tryKey);
-byId("sign-out").addEventListener("click", signOut);
-byId("theme").addEventListener("click", changeTheme);
+on("sign-in", "submit", tryKey);
+on("sign-out", "click", signOut);
+on("theme", "click", changeTheme);
 addEventListener("hashchange", showView);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
-showTheme();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => cluster.draw());
+showTheme(document.documentElement.dataset.theme);
 lookOn();

@@ -1,18 +1,18 @@
 // Markdown as DOM nodes: model text never becomes markup, whatever stands in it.
 
-import { el } from "./dom.js";
+import { button, el } from "./dom.js";
 
-const DEEPEST = 8; // lists and quotes in each other; deeper ones are shown as text
+const DEEPEST = 8; // lists and quotes in each other; deeper ones stay text
 
 // Show a text in a node. Called again with a longer text, it only makes anew what has changed.
 export function showMarkdown(node, text) {
   const blocks = split(text.replaceAll("\r\n", "\n"), 0);
   const before = node.blocks ?? [];
   let same = 0;
-  while (same < before.length && same < blocks.length && before[same] === blocks[same].source) same++;
+  while (same < before.length && before[same] === blocks[same]?.source) same++;
   while (node.childNodes.length > same) node.lastChild.remove();
-  node.append(...blocks.slice(same).map((block) => block.make()));
-  node.blocks = blocks.map((block) => block.source);
+  node.append(...blocks.slice(same).map(({ make }) => make()));
+  node.blocks = blocks.map(({ source }) => source);
 }
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*$/;
@@ -20,60 +20,53 @@ const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])([ \t]+|$)/;
-const ROW = /^\s*\|?.*\|.*$/;
+const ROW = /\|/;
 const DIVIDER = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 
 // The blocks of a text, each with its source and a function that makes its element.
 function split(text, depth) {
   const lines = text.split("\n");
   const blocks = [];
-  let at = 0;
-  while (at < lines.length) {
-    if (!lines[at].trim()) {
-      at++;
-      continue;
-    }
-    const [end, make] = block(lines, at, depth);
-    blocks.push({ source: lines.slice(at, end).join("\n"), make });
+  for (let at = 0; at < lines.length; ) {
+    const [end, make] = lines[at].trim() ? block(lines, at, depth) : [at + 1];
+    if (make) blocks.push({ source: lines.slice(at, end).join("\n"), make });
     at = end;
   }
   return blocks;
 }
 
-// The block that begins at a line: the line after it, and how to make it.
+const nodes = (text, depth) => split(text, depth).map(({ make }) => make());
+
+// The block that begins at a line: where it ends, and how to make it.
 function block(lines, at, depth) {
   const line = lines[at];
+  const isDeep = depth >= DEEPEST;
   let match;
   if ((match = FENCE.exec(line))) return fence(lines, at, match);
   if ((match = HEADING.exec(line))) {
-    const [, marks, title] = match;
-    // One lower than written: the page has a title of its own.
-    return [at + 1, () => el(`h${Math.min(6, marks.length + 1)}`, {}, ...inline(title))];
+    const level = Math.min(6, match[1].length + 1); // the page has a title of its own
+    return [at + 1, () => el(`h${level}`, {}, ...inline(match[2]))];
   }
   if (RULE.test(line)) return [at + 1, () => el("hr")];
-  if (depth < DEEPEST && QUOTE.test(line)) {
+  if (QUOTE.test(line) && !isDeep) {
     const end = endOf(lines, at, (next) => next.trim());
     const inner = lines.slice(at, end).map((next) => next.replace(QUOTE, "")).join("\n");
     return [end, () => el("blockquote", {}, ...nodes(inner, depth + 1))];
   }
-  if (depth < DEEPEST && ITEM.test(line)) return list(lines, at, depth);
+  if (ITEM.test(line) && !isDeep) return list(lines, at, depth);
   if (ROW.test(line) && DIVIDER.test(lines[at + 1] ?? "")) {
     const end = endOf(lines, at + 2, (next) => ROW.test(next));
     return [end, () => table(lines.slice(at, end))];
   }
-  const end = endOf(lines, at + 1, (next) => next.trim() && !beginsBlock(next, depth));
+  const end = endOf(lines, at + 1, (next) => next.trim() && !(beginsBlock(next) && !isDeep));
   return [end, () => el("p", {}, ...inline(lines.slice(at, end).join("\n").trim()))];
 }
 
-const nodes = (text, depth) => split(text, depth).map((block) => block.make());
-
-const beginsBlock = (line, depth) =>
-  FENCE.test(line) || HEADING.test(line) || RULE.test(line) ||
-  (depth < DEEPEST && (QUOTE.test(line) || ITEM.test(line)));
+const beginsBlock = (line) => [FENCE, HEADING, RULE, QUOTE, ITEM].some((pattern) => pattern.test(line));
 
 function endOf(lines, from, goesOn) {
   let end = from;
-  while (end < lines.length && goesOn(lines[end])) end++;
+  while (end < lines.length && goesOn(lines[end], end)) end++;
   return end;
 }
 
@@ -85,14 +78,9 @@ function fence(lines, at, [, marks, language]) {
 }
 
 export function codeBlock(code, language) {
-  const copy = el("button", { type: "button", class: "quiet", onclick: copied }, "Copy");
+  const copy = button("Copy", copied, { class: "quiet" });
   async function copied() {
-    try {
-      await navigator.clipboard.writeText(code);
-      copy.textContent = "Copied";
-    } catch {
-      copy.textContent = "Select and copy it";
-    }
+    copy.textContent = await navigator.clipboard.writeText(code).then(() => "Copied", () => "Not allowed");
     setTimeout(() => (copy.textContent = "Copy"), 2000);
   }
   const head = el("div", { class: "code-head" }, el("span", {}, language), copy);
@@ -109,29 +97,24 @@ function list(lines, at, depth) {
     items.push([lines[end].slice(match[0].length), ...inner].join("\n"));
     end = stop;
   }
-  const start = isOrdered(first) ? parseInt(first[2], 10) : undefined;
-  const make = () =>
-    el(isOrdered(first) ? "ol" : "ul", { start }, ...items.map((text) => itemElement(text, depth)));
-  return [end, make];
+  const [tag, attributes] = isOrdered(first) ? ["ol", { start: parseInt(first[2], 10) }] : ["ul", {}];
+  return [end, () => el(tag, attributes, ...items.map((text) => itemElement(text, depth + 1)))];
 }
 
 // The lines of an item after its first one: those that are indented, and those that just go on.
 function item(lines, at, [marker, margin]) {
-  const goesOn = (line, index) => {
+  const end = endOf(lines, at + 1, (line, index) => {
     if (!line.trim() || line.search(/\S/) >= margin.length + 2) return true;
-    return lines[index - 1].trim() && !beginsBlock(line, 0);
-  };
-  let end = at + 1;
-  while (end < lines.length && goesOn(lines[end], end)) end++;
-  const indented = new RegExp(`^ {0,${marker.length}}`);
-  return [end, lines.slice(at + 1, end).map((line) => line.replace(indented, ""))];
+    return lines[index - 1].trim() && !beginsBlock(line);
+  });
+  const indent = new RegExp(`^ {0,${marker.length}}`);
+  return [end, lines.slice(at + 1, end).map((line) => line.replace(indent, ""))];
 }
 
 function itemElement(text, depth) {
-  const made = nodes(text, depth + 1);
+  const [first, ...rest] = nodes(text, depth);
   // A tight item is a line, not a paragraph.
-  if (made[0]?.tagName === "P") made.splice(0, 1, ...made[0].childNodes);
-  return el("li", {}, ...made);
+  return el("li", {}, ...(first?.tagName === "P" ? first.childNodes : first ? [first] : []), ...rest);
 }
 
 function table([head, divider, ...rows]) {
@@ -141,54 +124,46 @@ function table([head, divider, ...rows]) {
     cell.endsWith(":") ? (cell.startsWith(":") ? "middle" : "right") : "left");
   const line = (tag, row) =>
     el("tr", {}, ...sides.map((side, i) => el(tag, { class: side }, ...inline(cells(row)[i] ?? ""))));
-  return el("div", { class: "scroll", tabindex: 0 },
-    el("table", {}, el("thead", {}, line("th", head)), el("tbody", {}, ...rows.map((row) => line("td", row)))));
+  const body = el("tbody", {}, ...rows.map((row) => line("td", row)));
+  return el("div", { class: "scroll", tabindex: 0 }, el("table", {}, el("thead", {}, line("th", head)), body));
 }
 
-// What can stand in a line. Each pattern is tried where its first character stands.
-// No span is longer than 2,000 characters: an opening mark that is never closed costs little.
+// What can stand in a line; each pattern is tried where its first character is. No span is longer
+// than 2,000 characters: a mark that is never closed costs little.
 const SPANS = [
   [/\\([\\`*_{}[\]()#+\-.!|~<>])/y, (match) => match[1]],
-  [/(`+)(?!`)([\s\S]{0,2000}?[^`])\1(?!`)/y, (match) => el("code", {}, match[2].replaceAll("\n", " ").replace(/^ (.*) $/, "$1"))],
-  [/(\*\*|__)(?=\S)([\s\S]{0,2000}?\S)\1/y, (match) => el("strong", {}, ...inline(match[2]))],
-  [/~~(?=\S)([\s\S]{0,2000}?\S)~~/y, (match) => el("s", {}, ...inline(match[1]))],
+  [/(`+)(?!`)([\s\S]{0,2000}?[^`])\1(?!`)/y, (match) => el("code", {}, match[2].replace(/^ (.*) $/, "$1"))],
+  [/(\*\*|__)(?=\S)([\s\S]{0,2000}?\S)\1(?!\*)/y, (match) => el("strong", {}, ...inline(match[2]))],
   [/\*(?![\s*])([^*]{0,2000}[^\s*])\*/y, (match) => el("em", {}, ...inline(match[1]))],
   [/(?<!\w)_(?![\s_])([^_]{0,2000}[^\s_])_(?!\w)/y, (match) => el("em", {}, ...inline(match[1]))],
   [/!?\[([^[\]]{0,2000})\]\(\s*<?([^\s()<>]*(?:\([^\s()]*\)[^\s()<>]*)*)>?(?:\s+"[^"]*")?\s*\)/y, (match) => link(match[2], match[1], match[0])],
-  [/<((?:https?:\/\/|mailto:)[^\s<>]+)>/y, (match) => link(match[1], match[1], match[0])],
   [/(?<!\w)https?:\/\/[^\s<>"'`]*[^\s<>"'`.,;:!?)\]*_]/y, (match) => link(match[0], match[0], match[0])],
 ];
-const SPECIAL = /[\\`*_~![<]|https?:\/\//g;
+const SPECIAL = /[\\`*_![]|https?:\/\//g;
 
 function inline(text) {
   const made = [];
-  let plain = 0;
+  let plain = 0; // from here on nothing is made yet
   SPECIAL.lastIndex = 0;
   for (let found; (found = SPECIAL.exec(text)); ) {
-    const at = found.index;
+    const { index } = found;
     for (const [pattern, make] of SPANS) {
-      pattern.lastIndex = at;
+      pattern.lastIndex = index;
       const match = pattern.exec(text);
       if (!match) continue;
-      const end = pattern.lastIndex;
-      made.push(text.slice(plain, at), make(match));
+      const end = pattern.lastIndex; // before `make` looks for spans in this one
+      made.push(text.slice(plain, index), make(match));
       plain = end;
       break;
     }
-    SPECIAL.lastIndex = Math.max(plain, at + 1);
+    SPECIAL.lastIndex = Math.max(plain, index + 1);
   }
-  made.push(text.slice(plain));
-  return made.filter((part) => part !== "");
+  return [...made, text.slice(plain)].filter((part) => part !== "");
 }
 
-// A link out of the page, or the text as it was written where it leads anywhere else.
+// A link out of the page; as it was written where it leads anywhere else.
 function link(address, text, source) {
-  let url;
-  try {
-    url = new URL(address);
-  } catch {
-    return source;
-  }
-  if (!["http:", "https:", "mailto:"].includes(url.protocol)) return source;
+  const url = URL.parse(address);
+  if (!["http:", "https:", "mailto:"].includes(url?.protocol)) return source;
   return el("a", { href: url.href, target: "_blank", rel: "noopener noreferrer" }, text || address);
 }

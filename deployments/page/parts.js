@@ -1,72 +1,59 @@
 // The processes as cards: where each runs and what lives on it.
 
-import { bytes, count, el, keep, say } from "./dom.js";
+import { bytes, count, el, keep, muted, say } from "./dom.js";
 
 // What the cards show, of a status and of the groups' choices per second.
-export function partsOf(status, rates, most) {
-  const heats = new Map(status.group_load.map(({ group_id: id }, index) => [id, { id, rate: rates[index] ?? 0, most }]));
-  const groupsOf = (ids) => ids.map((id) => heats.get(id) ?? { id, rate: 0, most: 0 });
-  const hosts = status.expert_hosts;
+export function partsOf({ load, group_load: groupLoad, expert_hosts: hosts, ...status }, rates, most) {
+  const groups = new Map(groupLoad.map(({ group_id: id }, i) => [id, { id, rate: rates[i] ?? 0, most }]));
   const parts = [
     {
-      id: "decoder",
       title: "Decoder",
       role: "attention, dense MLPs, KV cache, sampler",
       facts: processFacts(status.decoder),
-      bars: status.load.kv_blocks.map(kvBar),
-      groups: hosts.length ? [] : groupsOf([...heats.keys()]),
+      bars: load.kv_blocks.map(kvBar),
+      groups: hosts.length ? [] : [...groups.values()],
     },
-    ...hosts.map((host) => hostPart(host, groupsOf(host.group_ids))),
-    { id: "gateway", title: "Gateway", role: "gRPC, HTTP, this page", facts: processFacts(status.gateway), bars: [], groups: [] },
+    ...hosts.map((host) => hostPart(host, groups)),
+    { title: "Gateway", role: "gRPC, HTTP, this page", facts: processFacts(status.gateway) },
   ];
   if (status.kv_store.address) parts.push(storePart(status.kv_store));
   return parts;
 }
 
-function hostPart(host, groups) {
-  const problem = !host.part.pid ? "not running" : host.link ? "" : "link down";
-  if (problem) groups = groups.map(({ id }) => ({ id })); // another copy answers
-  const facts = processFacts(host.part);
-  if (host.visible_devices) facts.push(["Card", host.visible_devices]);
-  return { id: `host ${host.host_id}`, title: host.host_id, role: "experts", tag: host.link, problem, facts, bars: [], groups };
+function hostPart({ host_id: title, part, link, group_ids: ids, visible_devices: card }, groups) {
+  const problem = !part.pid ? "not running" : link ? "" : "link down";
+  // What a host has that doesn't answer, another one computes.
+  const ours = ids.map((id) => (problem ? { id } : groups.get(id) ?? { id }));
+  const facts = [...processFacts(part), ...(card ? [["Card", card]] : [])];
+  return { title, role: "experts", tag: link, problem, facts, groups: ours };
 }
 
 function processFacts({ pid, device, kernels, metrics_port: port }) {
-  const facts = [["Device", device || "–"], ["Process", pid ? String(pid) : "–"]];
-  if (kernels) facts.push(["Kernels", kernels]);
-  if (port) facts.push(["Metrics", `port ${port}`]);
-  return facts;
+  const facts = [["Device", device], ["Process", pid], ["Kernels", kernels], ["Metrics", port && `port ${port}`]];
+  return facts.filter(([, value]) => value);
 }
 
 function kvBar({ group, used, cached, total }) {
-  const free = total - used - cached;
-  return {
-    name: `KV ${group}`,
-    shares: [used / total, cached / total],
-    words: `${count(used)} used, ${count(cached)} cached, ${count(free)} free`,
-  };
+  const words = `${count(used)} used, ${count(cached)} cached, ${count(total - used - cached)} free`;
+  return { name: `KV ${group}`, shares: [used / total, cached / total], words };
 }
 
-function storePart(store) {
-  const problem = !store.up ? "doesn’t answer" : store.writable ? "" : "refuses to store more";
-  const size = store.max_bytes ? `${bytes(store.used_bytes)} of ${bytes(store.max_bytes)}` : bytes(store.used_bytes);
+function storePart({ address, up, writable, used_bytes: used, max_bytes: most, queue_bytes: queue, fetched, recomputed }) {
   return {
-    id: "redis",
     title: "Redis",
     role: "contexts and sessions",
-    problem,
+    problem: !up ? "doesn’t answer" : writable ? "" : "refuses to store more",
     facts: [
-      ["Address", store.address],
-      ["Waits to be written", bytes(store.queue_bytes)],
-      ["Prefixes", `${count(store.fetched)} fetched, ${count(store.recomputed)} computed instead`],
+      ["Address", address],
+      ["Waits to be written", bytes(queue)],
+      ["Prefixes", `${count(fetched)} fetched, ${count(recomputed)} computed instead`],
     ],
-    bars: [{ name: "Memory", shares: [store.max_bytes ? store.used_bytes / store.max_bytes : 0], words: size }],
-    groups: [],
+    bars: [{ name: "Memory", shares: [most && used / most], words: bytes(used) + (most ? ` of ${bytes(most)}` : "") }],
   };
 }
 
 // A card, for `keep`.
-export function partCard({ id, title }) {
+export function partCard({ title }) {
   const tag = el("span", { class: "tag" });
   const problem = el("span", { class: "tag bad" });
   const role = el("p", { class: "muted" });
@@ -78,39 +65,33 @@ export function partCard({ id, title }) {
     say(tag, part.tag ?? "");
     say(problem, part.problem ?? "");
     keep(facts, part.facts, ([name]) => name, fact);
-    keep(bars, part.bars, ({ name }) => name, bar);
-    keep(groups, part.groups, (group) => group.id, groupChip);
-    groups.hidden = !part.groups.length;
+    keep(bars, part.bars ?? [], ({ name }) => name, bar);
+    keep(groups, part.groups ?? [], ({ id }) => id, groupChip);
   };
-  show.node = el("article", { class: "card part", "data-part": id }, el("h3", {}, title, tag, problem), role, groups, bars, facts);
-  return show;
+  return [el("article", { class: "card" }, el("h3", {}, title, tag, problem), role, groups, bars, facts), show];
 }
 
 function fact([name]) {
   const value = el("dd");
-  const show = ([, words]) => say(value, words);
-  show.node = el("div", {}, el("dt", {}, name), value);
-  return show;
+  return [el("div", {}, el("dt", {}, name), value), ([, words]) => say(value, String(words))];
 }
 
 function bar({ name, shares }) {
-  const words = el("span", { class: "muted" });
-  const parts = shares.map((_, index) => el("span", { class: index ? "cached" : "used" }));
+  const words = muted();
+  const parts = shares.map((_, i) => el("span", { class: i ? "cached" : "used" }));
   const show = (now) => {
     say(words, now.words);
-    parts.forEach((part, index) => (part.style.width = `${100 * now.shares[index]}%`));
+    parts.forEach((part, i) => (part.style.width = `${100 * now.shares[i]}%`));
   };
-  show.node = el("div", { class: "bar" }, el("p", {}, `${name} `, words), el("div", { "aria-hidden": "true" }, ...parts));
-  return show;
+  return [el("div", { class: "bar" }, el("p", {}, `${name} `, words), el("div", {}, ...parts)), show];
 }
 
 function groupChip({ id }) {
-  const rate = el("span", { class: "muted" });
+  const rate = muted();
   const node = el("li", {}, `group ${id} `, rate);
   const show = (group) => {
     say(rate, group.rate === undefined ? "" : `${count(group.rate)}/s`);
-    node.style.setProperty("--heat", `${Math.round((100 * group.rate) / group.most) || 0}%`);
+    node.style.setProperty("--heat", `${(100 * group.rate) / group.most || 0}%`);
   };
-  show.node = node;
-  return show;
+  return [node, show];
 }

@@ -3,7 +3,7 @@
 const KEY = "briolette.key";
 
 export class ServerError extends Error {
-  constructor(status, sentence, retryAfter = null) {
+  constructor(status, sentence, retryAfter) {
     super(sentence);
     this.status = status; // of HTTP; 0: nobody answered
     this.retryAfter = retryAfter; // seconds, where the server knows
@@ -20,74 +20,50 @@ export const key = {
 };
 
 // The JSON of an answer. Throws ServerError.
-export async function ask(path, { method = "GET", signal = AbortSignal.timeout(90_000) } = {}) {
-  const response = await send(path, { method, signal });
+export async function ask(path, options) {
+  const response = await send(path, { signal: AbortSignal.timeout(90_000), ...options });
   return response.json();
 }
 
-// The JSON of each event of a stream, until its end. Throws ServerError, also for an error that
-// comes in the middle.
+// The JSON of each event of a stream. Throws ServerError, also for what ends it too early.
 export async function* stream(path, body, signal) {
-  const response = await send(path, {
-    method: "POST",
-    body: JSON.stringify(body),
-    headers: { "Content-Type": "application/json" },
-    signal,
-  });
+  const headers = { "Content-Type": "application/json" };
+  const response = await send(path, { method: "POST", body: JSON.stringify(body), headers, signal });
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const event = JSON.parse(data);
-    if (event.error) throw new ServerError(event.error.status ?? 500, event.error.message);
+    if (event.error) throw new ServerError(500, event.error.message);
     yield event;
   }
-  throw new ServerError(0, "The answer broke off: the gateway went away.");
 }
 
 async function send(path, { headers = {}, ...options }) {
-  const shown = key.get();
-  if (shown) headers.Authorization = `Bearer ${shown}`;
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers, cache: "no-store" });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ServerError(0, "The gateway doesn't answer. Is the cluster up?");
-  }
-  if (!response.ok) throw await refusal(response);
-  return response;
-}
-
-async function refusal(response) {
-  const retryAfter = Number(response.headers.get("Retry-After")) || null;
-  let sentence = `The gateway answered ${response.status} ${response.statusText}.`;
-  try {
-    sentence = (await response.json()).error.message;
-  } catch {
-    // not in our form: a proxy's, perhaps
-  }
-  return new ServerError(response.status, sentence, retryAfter);
+  if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
+  const response = await reached(fetch(path, { ...options, headers }), "The gateway doesn’t answer. Is the cluster up?");
+  if (response.ok) return response;
+  const body = await response.json().catch(() => undefined); // not of ours: a proxy's, perhaps
+  const sentence = body?.error?.message ?? `The gateway answered ${response.status} ${response.statusText}.`;
+  throw new ServerError(response.status, sentence, response.headers.get("Retry-After"));
 }
 
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { value, done } = await broken(reader.read());
-    if (done) return;
+  for (let text = ""; ; ) {
+    const { value, done } = await reached(reader.read(), "The answer broke off: the gateway went away.");
+    if (done) throw new ServerError(0, "The answer broke off.");
     const parts = (text + value).split(/\r?\n\r?\n/);
     text = parts.pop();
     for (const part of parts) {
-      const lines = part.split(/\r?\n/).filter((line) => line.startsWith("data:"));
-      if (lines.length) yield lines.map((line) => line.slice(5).trimStart()).join("\n");
+      const data = part.match(/^data: ?(.*)$/m);
+      if (data) yield data[1];
     }
   }
 }
 
-async function broken(reading) {
+async function reached(promise, sentence) {
   try {
-    return await reading;
+    return await promise;
   } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ServerError(0, "The answer broke off: the gateway went away.");
+    throw error.name === "AbortError" ? error : new ServerError(0, sentence);
   }
 }
