@@ -144,8 +144,8 @@ class ExpertRouter:
             hidden_states.device,
             Choices(self._cut, topk_ids, topk_weights),
         )
-        self.load.count(layer_idx, handle.choices.experts.reshape(-1).numpy())
         self._send(handle, self._current_plan())
+        self.load.count(layer_idx, handle.choices.experts.reshape(-1).numpy())  # while they compute
         handle.dispatched_s = time.perf_counter()
         return handle
 

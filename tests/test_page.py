@@ -8,19 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx2 as httpx
+import numpy as np
 import pytest
 import torch
 from selenium.webdriver.common.keys import Keys
 from torch import Tensor
 
 from cluster.errors import Unauthenticated
+from cluster.placement import ExpertGroups
 from cluster.tenancy import Lease, OpenLease, Tenant
 from deployments.gateway import Gateway
+from deployments.messages import to_group_load
 from deployments.page_api import PAGE_DIR, shown_to, to_json
 from deployments.tenant_loads import TenantLoads
 from engine.batch import Batch
 from engine.request import Request, RequestState, SamplingParams
 from engine.tokenizer import Tokenizer
+from experts.load import ExpertLoad
 from protos.briolette.v1.admin_pb2 import (
     ClusterStatus,
     ExpertHost,
@@ -508,6 +512,14 @@ def test_json_has_all_fields_and_numbers_that_are_numbers() -> None:
     assert status["load"]["kv_blocks"] == [] and status["decoder"]["pid"] == 0
     assert to_json(Session(name="a"))["tokens_in_memory"] is None
     assert to_json(Session(name="a", tokens_in_memory=0))["tokens_in_memory"] == 0
+
+
+def test_the_heat_of_a_group_is_that_of_its_experts_in_all_layers() -> None:
+    load = ExpertLoad(num_layers=2, num_experts=5)
+    load.count(0, np.array([0, 1, 4]))
+    load.count(1, np.array([4, 4]))
+    groups = to_group_load(load, ExpertGroups(5, 2))
+    assert [(group.group_id, group.choices) for group in groups] == [(0, 2), (1, 3)]
 
 
 def test_only_an_operator_sees_other_tenants() -> None:
