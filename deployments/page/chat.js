@@ -17,7 +17,7 @@ export class Chat {
     this.composer = new Composer(() => this.send());
     on("stop", "click", () => this.stop());
     on("new-chat", "click", () => this.begin());
-    on("chat", "keydown", (event) => event.key === "Escape" && this.stop());
+    addEventListener("keydown", (event) => event.key === "Escape" && this.stop());
     // A browser may keep a page that was left, and go on reading for nobody.
     addEventListener("pagehide", () => this.stopAll());
     byId("conversations").open = matchMedia("(min-width: 52rem)").matches;
@@ -80,7 +80,7 @@ export class Chat {
   }
 
   stop() {
-    this.answering.get(this.conversation.id)?.abort.abort();
+    this.answering.get(this.conversation?.id)?.abort.abort();
   }
 
   stopAll() {
@@ -177,7 +177,7 @@ export class Chat {
     byId("conversations").hidden = !all.length;
     keep(byId("conversations").lastElementChild, all, ({ id }) => id, (conversation) => this.entry(conversation));
     const isAnswering = this.answering.has(this.conversation.id);
-    const hadFocus = document.activeElement.closest("#stop, #send");
+    const hadFocus = document.activeElement?.closest("#stop, #send");
     byId("stop").hidden = !isAnswering;
     byId("send").hidden = isAnswering;
     if (hadFocus) byId(isAnswering ? "stop" : "question").focus();
@@ -190,7 +190,7 @@ export class Chat {
     const remove = button("×", () => this.remove(id), { class: "quiet" });
     const show = ({ title }) => {
       say(open, title);
-      open.toggleAttribute("aria-current", id === this.conversation.id);
+      open.ariaCurrent = id === this.conversation.id ? "true" : null;
       remove.setAttribute("aria-label", `Remove ${title}`);
     };
     return [el("li", {}, open, remove), show];

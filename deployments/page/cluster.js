@@ -22,6 +22,7 @@ export class Cluster {
     this.meters = new Map(); // tenant -> { tokens, at, rate }
     this.stored = {}; // bytes of Redis by tenant
     this.sessionsAt = -Infinity; // when they were looked at
+    this.showSessions([], "");
   }
 
   show() {

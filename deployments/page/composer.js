@@ -73,7 +73,7 @@ const saved = () => JSON.parse(localStorage.getItem(SETTINGS) ?? "{}");
 function keepSettings() {
   const form = byId("settings-form");
   for (const [name, value] of Object.entries(saved())) {
-    const field = form.elements[name];
+    const field = form.elements[name] ?? {};
     if (field.type === "checkbox") field.checked = true;
     else field.value = value;
   }

@@ -19,6 +19,7 @@ export class Heat {
 
   clear() {
     this.samples = []; // { since, until, rates }: choices per second by group, between two times
+    this.most = 0; // of all rates
     this.last = undefined;
   }
 
@@ -36,15 +37,12 @@ export class Heat {
     if (!(elapsed > 0 && grown.every((n) => n >= 0))) return; // the same, or another decoder's
     this.samples.push({ since: last.until, until, rates: grown.map((n) => n / elapsed) });
     while (this.samples[0].until < until - SECONDS) this.samples.shift();
+    this.most = Math.max(0, ...this.samples.flatMap(({ rates }) => rates));
   }
 
   // Choices per second of each group, as seen last.
   get rates() {
     return this.samples.at(-1)?.rates ?? [];
-  }
-
-  get most() {
-    return Math.max(0, ...this.samples.flatMap((sample) => sample.rates));
   }
 
   draw() {

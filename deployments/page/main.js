@@ -50,7 +50,7 @@ function showView() {
   for (const link of byId("views").children) {
     const isCurrent = link.hash === `#${view}`;
     byId(link.hash.slice(1)).hidden = !isCurrent;
-    link.toggleAttribute("aria-current", isCurrent);
+    link.ariaCurrent = isCurrent ? "page" : null;
     if (isCurrent) document.title = `${link.textContent} · Briolette`;
   }
   if (view === "chat") chat.focus();
