@@ -18,7 +18,7 @@ function signIn(why = "") {
   byId("sign-in").hidden = false;
   say(byId("sign-in-error"), why);
   showState("", "");
-  byId("key").focus();
+  byId("key").select();
 }
 
 async function tryKey(event) {
