@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from bench.card import Check, pin, report
+
 STOP_S = 60.0  # to stop what it started, once interrupted
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A bench, the time that it may take, and options for a run that only shows that it works."""
+
+    limit_s: float
+    quick: tuple[str, ...] = ()
+
+
+def gather(
+    bench: str, parts: Mapping[str, Part], about: str | None, argv: Sequence[str] | None
+) -> dict[str, Any]:
+    """Run the parts, print their cards and all checks, return the JSON object."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--quick", action="store_true", help="small sizes: numbers mean nothing")
+    parser.add_argument("--no-keep", dest="keep", action="store_false", help="write no file")
+    args = parser.parse_args(argv)
+    pin(2)
+    results: dict[str, Any] = {}
+    checks: list[Check] = []
+    for name in args.parts:
+        part = parts[name]
+        summary = run(name, part.limit_s, ["--no-keep", *(part.quick if args.quick else ())])
+        if summary is None:
+            checks.append(Check(f"bench.{name} ended without a result", None, "", 1))
+            continue
+        results[name] = summary["results"]
+        checks += map(Check.from_json, summary["checks"])
+    return report(bench, results, checks, [], keep=args.keep)
 
 
 def run(name: str, limit_s: float, options: Sequence[str] = ()) -> dict[str, Any] | None:

@@ -5,22 +5,10 @@ turn and gathers their results and checks.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from bench.card import Check, pin, report
-from bench.in_turn import run
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A bench, the time that it may take, and options for a run that only shows that it works."""
-
-    limit_s: float
-    quick: tuple[str, ...] = ()
-
+from bench.in_turn import Part, gather
 
 # The limits are for a part that hangs: on a quiet machine all together take some 12 minutes.
 PARTS = {
@@ -36,23 +24,7 @@ PARTS = {
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the parts, print their cards and all checks, return the JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--quick", action="store_true", help="small sizes: numbers mean nothing")
-    parser.add_argument("--no-keep", dest="keep", action="store_false", help="write no file")
-    args = parser.parse_args(argv)
-    pin(2)
-    results: dict[str, Any] = {}
-    checks: list[Check] = []
-    for name in args.parts:
-        part = PARTS[name]
-        summary = run(name, part.limit_s, ["--no-keep", *(part.quick if args.quick else ())])
-        if summary is None:
-            checks.append(Check(f"bench.{name} ended without a result", None, "", 1))
-            continue
-        results[name] = summary["results"]
-        checks += map(Check.from_json, summary["checks"])
-    return report("memory", results, checks, [], keep=args.keep)
+    return gather("memory", PARTS, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Cluster:
             },
         )
         try:
-            running = lifecycle.start(self._config, lambda news: None)
+            self.running = lifecycle.start(self._config, lambda news: None)
         except BrioletteError as error:
             shutil.rmtree(self.state_dir, ignore_errors=True)
             raise NotMeasured(f"The cluster did not start: {error}") from None
@@ -72,7 +72,7 @@ class Cluster:
 
         from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 
-        self._channel = grpc.insecure_channel(str(running.address))
+        self._channel = grpc.insecure_channel(str(self.running.address))
         self._stub = InferenceStub(self._channel)
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:

@@ -39,7 +39,7 @@ def _setting(
 class GatewayConfig:
     """Where clients connect."""
 
-    host: str = _setting("127.0.0.1", "loopback address of the gRPC server and of /metrics")
+    host: str = _setting("127.0.0.1", "address of the gRPC server; beyond loopback it needs keys")
     port: int = _setting(50051, "of the gRPC server; 0 takes a free one", "", 0, 65535)
     http_port: int | None = _setting(
         8080,
@@ -48,6 +48,12 @@ class GatewayConfig:
         0,
         65535,
     )
+    auth: Literal["open", "keys"] = _setting("open", "who may call: everybody, or tenants by key")
+    tls_cert_file: Path | None = _setting(None, "PEM, the server's own first; null: no TLS")  # noqa: RUF009
+    tls_key_file: Path | None = _setting(None, "PEM, of that certificate")  # noqa: RUF009
+    tls_client_ca_file: Path | None = _setting(None, "PEM; set, clients need certificates too")  # noqa: RUF009
+    plaintext: bool = _setting(False, "no TLS beyond loopback: a proxy in front of it has it")
+    metrics_host: str = _setting("127.0.0.1", "address of /metrics, of every part")
     metrics_port: int | None = _setting(9464, "of /metrics; 0 takes a free one", "", 0, 65535)
     max_message_bytes: int = _setting(4 << 20, "longest request", "bytes", 1 << 10, 128 << 20)
 
@@ -317,7 +323,7 @@ def _converted(value: Any, hint: Any, unit: str) -> Any:
     if hint is int and is_number and isinstance(value, int):
         return value
     if hint is Path and isinstance(value, str | Path) and value != "":
-        return Path(value).expanduser()
+        return Path(value).expanduser().absolute()  # another process has another directory
     if hint in (bool, str) and isinstance(value, hint) and value != "":
         return value
     is_list = isinstance(value, list | tuple)
@@ -346,11 +352,32 @@ _TYPE_NAMES = {
 
 def _check_together(config: Config) -> None:
     gateway, engine, experts = config.gateway, config.engine, config.experts
+    is_here = _is_loopback(gateway.host)
+    has_tls = gateway.tls_cert_file is not None
     checks = (
+        (":" not in gateway.host, "gateway.host must be a name or an IPv4 address"),
         (
-            _is_loopback(gateway.host),
-            f"gateway.host must be localhost or 127.x.y.z, not {gateway.host!r}: there are no API "
-            "keys and no TLS yet",
+            is_here or gateway.auth == "keys",
+            f"gateway.host {gateway.host!r} lets others in: set gateway.auth to keys, or "
+            "gateway.host to 127.0.0.1",
+        ),
+        (
+            is_here or has_tls or gateway.plaintext,
+            f"gateway.host {gateway.host!r} needs TLS: set gateway.tls_cert_file and "
+            "gateway.tls_key_file, or gateway.plaintext where a proxy in front of it has TLS",
+        ),
+        (
+            has_tls == (gateway.tls_key_file is not None),
+            "gateway.tls_cert_file and gateway.tls_key_file go together",
+        ),
+        (
+            has_tls or gateway.tls_client_ca_file is None,
+            "gateway.tls_client_ca_file needs gateway.tls_cert_file",
+        ),
+        (
+            gateway.auth == "open" or (config.store.enabled and engine.prefix_caching),
+            "gateway.auth keys needs store.enabled and engine.prefix_caching: tenants are kept in "
+            "the store",
         ),
         (
             _are_different(gateway.port, gateway.http_port, gateway.metrics_port),

@@ -38,7 +38,7 @@ LABELS = {
     "the gateway gave up client, deadline or stalled",
     "state": "of a block: used, cached or unused",
     "status": "a gRPC status code's name",
-    "tenant": "who asks",
+    "tenant": "who asks; (none) for calls that no key let in",
 }
 
 
@@ -237,7 +237,9 @@ def start_metrics_server(host: str, port: int, registry: CollectorRegistry) -> M
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except socket.gaierror:
-        raise ConfigError(f"gateway.host: {host!r} is not an address of this machine.") from None
+        raise ConfigError(
+            f"gateway.metrics_host: {host!r} is not an address of this machine."
+        ) from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortTaken(

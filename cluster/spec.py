@@ -89,6 +89,7 @@ class ModelSpec:
     top_k_experts: int
     moe_intermediate_size: int
     bos_token_id: int | None
+    pad_token_id: int  # what per-layer embeddings are looked up by where there is no token
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -169,6 +170,7 @@ class ModelSpec:
             top_k_experts=top_k_experts,
             moe_intermediate_size=_require_count(text, "moe_intermediate_size") if is_moe else 0,
             bos_token_id=text.get("bos_token_id", 2),
+            pad_token_id=text.get("pad_token_id") or 0,
             eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (int(eos),),
         )
 

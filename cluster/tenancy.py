@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
-DEFAULT_TENANT = "default"  # everybody, where there are no keys
+from cluster.errors import InvalidRequest, PermissionDenied
+
+DEFAULT_TENANT = "default"  # everybody, where there are no keys; else who holds the local key
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # also a label in the metrics
+MAX_MODELS = 32
+MOST_WEIGHT = 1000.0
+MOST_COUNT = 2**32 - 1
+LEAST_KV_BYTES, MOST_KV_BYTES = 1 << 20, 1 << 60
+END_OF_TIME = 253_402_300_800.0  # the year 10,000, which no calendar writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,28 +24,101 @@ class Tenant:
 
     name: str = DEFAULT_TENANT
     weight: float = 1.0  # its share of the engine beside others'
-    is_admin: bool = False  # may see and change other tenants
+    tokens_per_minute: int | None = None  # of prompts and answers; None: no limit
+    max_in_flight: int | None = None  # requests; None: no limit
+    kv_bytes: int | None = None  # of the store; None: store.tenant_bytes
+    models: tuple[str, ...] = ()  # that it may use; none named: all
+    expires: float | None = None  # seconds since the epoch; None: never
+    is_disabled: bool = False
+    is_admin: bool = False  # may change tenants
+
+    def check(self) -> Tenant:
+        """Itself. Raises InvalidRequest for terms that can't be."""
+        limits = (self.tokens_per_minute, self.max_in_flight)
+        if not NAME.fullmatch(self.name):
+            raise InvalidRequest(
+                "A tenant's name has 1 to 64 letters, digits, dots, dashes and underscores, and "
+                "begins with a letter or a digit."
+            )
+        if self.name == DEFAULT_TENANT:
+            raise InvalidRequest(f"The name {DEFAULT_TENANT!r} is the operator's own.")
+        if not 0.001 <= self.weight <= MOST_WEIGHT:  # false for NaN too
+            raise InvalidRequest(f"A weight is between 0.001 and {MOST_WEIGHT:g}.")
+        if any(limit is not None and not 1 <= limit <= MOST_COUNT for limit in limits):
+            raise InvalidRequest(
+                f"A quota is from 1 to {MOST_COUNT:,}; to keep a tenant out, disable it."
+            )
+        if self.kv_bytes is not None and not LEAST_KV_BYTES <= self.kv_bytes <= MOST_KV_BYTES:
+            raise InvalidRequest(
+                f"A KV budget is between {LEAST_KV_BYTES:,} and {MOST_KV_BYTES:,} bytes."
+            )
+        if len(self.models) > MAX_MODELS or not all(map(_is_model, self.models)):
+            raise InvalidRequest(f"At most {MAX_MODELS} models, each named by 1 to 200 characters.")
+        if self.expires is not None and not 0 <= self.expires < END_OF_TIME:
+            raise InvalidRequest("An expiry is a time before the year 10,000.")
+        return self
+
+    def check_model(self, model: str) -> None:
+        """Raises PermissionDenied where the tenant may not use this one."""
+        if not self.may_use(model):
+            raise PermissionDenied(f"The tenant {self.name} may not use the model {model}.")
+
+    def may_use(self, model: str) -> bool:
+        """Whether it is among the allowed models."""
+        return not self.models or model in self.models
+
+    def check_admin(self) -> None:
+        """Raises PermissionDenied where the tenant may not change tenants."""
+        if not self.is_admin:
+            raise PermissionDenied(
+                f"The tenant {self.name} may not do this; it takes an operator's key."
+            )
 
 
 class Lease(Protocol):
-    """One admitted call."""
+    """One admitted call. Those that generate hold it in a `with` block: one request in flight."""
 
     @property
     def tenant(self) -> Tenant: ...
+
+    def __enter__(self) -> None:
+        """Raises QuotaExceeded."""
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def charge(self, num_tokens: int) -> None:
+        """For a prompt, before any work. Raises QuotaExceeded, or InvalidRequest where waiting
+        doesn't help.
+        """
+
+    def owe(self, num_tokens: int) -> None:
+        """For an answer, as its tokens come; a negative number gives back what was charged."""
 
 
 class Admission(Protocol):
     """Lets a call in before any work is done for it."""
 
     def admit(self, key: str | None) -> Lease:
-        """Whoever shows this key. Raises what keeps it out."""
+        """Whoever shows this key. Raises Unauthenticated, PermissionDenied."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenLease:
-    """Of a cluster without keys: nothing is counted."""
+    """Nothing is counted: of a cluster without keys, or of who runs it."""
 
     tenant: Tenant = Tenant(is_admin=True)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def charge(self, num_tokens: int) -> None:
+        pass
+
+    def owe(self, num_tokens: int) -> None:
+        pass
 
 
 class OpenAdmission:
@@ -43,3 +126,7 @@ class OpenAdmission:
 
     def admit(self, key: str | None) -> Lease:
         return OpenLease()
+
+
+def _is_model(name: str) -> bool:
+    return 0 < len(name) <= 200 and name.isprintable()

@@ -9,6 +9,7 @@ from contextlib import aclosing
 
 from cluster.errors import ContextTooLong, InvalidRequest, UnknownModel
 from deployments.call import Call
+from deployments.charging import charged
 from deployments.conversations import ChatTokenizer, Conversations, to_turns
 from deployments.messages import to_sampling_params
 from deployments.remote_decoder import RemoteDecoder
@@ -51,14 +52,15 @@ class Answers:
         self, request: ChatRequest | CompleteRequest, call: Call
     ) -> AsyncGenerator[Generation, None]:
         """The pieces of one answer; leaving early aborts the request in the decoder."""
-        self._check_model(request.model)
-        if isinstance(request, ChatRequest) and request.session:
-            outputs = self._turn(request, call)
-        else:
-            outputs = self._answer(await self._encode(request), request, call)
-        async with aclosing(outputs):
-            async for output in outputs:
-                yield output.generation
+        self._check_model(request.model, call)
+        with call.lease:
+            if isinstance(request, ChatRequest) and request.session:
+                outputs = self._turn(request, call)
+            else:
+                outputs = self._answer(await self._encode(request), request, call)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output.generation
 
     async def _answer(
         self,
@@ -78,9 +80,10 @@ class Answers:
             priority=request.priority,
             session=session,
             timeout_s=call.time_remaining_s,
+            kv_bytes=call.lease.tenant.kv_bytes or 0,
         )
         ttft_s = None
-        async with aclosing(self._decoder.generate(add)) as outputs:
+        async with aclosing(charged(self._decoder, add, call.lease)) as outputs:
             async for output in outputs:
                 piece, elapsed_s = output.generation, time.monotonic() - call.started
                 if ttft_s is None:
@@ -119,16 +122,16 @@ class Answers:
                 merge(answer, piece)
         return answer
 
-    async def tokenize(self, request: TokenizeRequest, _: Call) -> TokenizeResponse:
-        self._check_model(request.model)
+    async def tokenize(self, request: TokenizeRequest, call: Call) -> TokenizeResponse:
+        self._check_model(request.model, call)
         if request.messages:
             return TokenizeResponse(token_ids=await self._encode_chat(request.messages))
         ids = await asyncio.to_thread(self._tokenizer.encode, request.text)
         return TokenizeResponse(token_ids=ids)
 
-    async def list_models(self, _: ListModelsRequest, __: Call) -> ListModelsResponse:
+    async def list_models(self, _: ListModelsRequest, call: Call) -> ListModelsResponse:
         status = self._decoder.status
-        if not status.model:
+        if not status.model or not call.lease.tenant.may_use(status.model):
             return ListModelsResponse()
         model = Model(
             id=status.model, context_tokens=status.context_tokens, vocab_size=status.vocab_size
@@ -147,10 +150,12 @@ class Answers:
     async def _encode_chat(self, messages: Iterable[Message]) -> list[int]:
         return await asyncio.to_thread(self._tokenizer.apply_chat_template, to_turns(messages))
 
-    def _check_model(self, model: str) -> None:
+    def _check_model(self, model: str, call: Call) -> None:
         served = self._decoder.status.model
         if model and served and model != served:
             raise UnknownModel(f"No model {model!r} here; this cluster serves {served}.")
+        if served:
+            call.lease.tenant.check_model(served)
 
     def _check_length(self, prompt_ids: list[int]) -> None:
         """Here already: in the decoder, a huge prompt would hold up everybody's step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.tenancy import Lease
@@ -29,3 +30,11 @@ class Call:
         if self.timeout_s is None:
             return None
         return self.started + self.timeout_s - time.monotonic()
+
+
+def key_in(header: Callable[[str], str | None]) -> str | None:
+    """The API key that a call shows: `authorization: Bearer KEY` or `x-api-key: KEY`. `header`
+    looks one up by its name in small letters.
+    """
+    scheme, _, key = (header("authorization") or "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else header("x-api-key")

@@ -1,4 +1,4 @@
-"""The command `briolette`: up, status, chat, sessions, down, demo, verify."""
+"""The command `briolette`: up, status, chat, sessions, keys, down, demo, verify."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.config import Config, parse_overrides
-from cluster.errors import BrioletteError, InvalidRequest, Unavailable
-from deployments import lifecycle
+from cluster.errors import BrioletteError, InvalidRequest
+from deployments import access, key_options, lifecycle
 from deployments.lifecycle import Running
 
 # What brings grpc or torch along is imported by the command that needs it: --help is instant.
@@ -70,6 +70,10 @@ def up(config: Config, args: argparse.Namespace) -> int:
         return 0
     running = _start(config)
     console.print(f"Serving {escape(running.model)} on {running.address} (gRPC).")
+    if running.base_url is not None:
+        console.print(f"OpenAI's clients: base_url={running.base_url}")
+    if config.gateway.auth == "keys":
+        console.print("Everybody else needs a key: briolette keys create NAME")
     console.print('Try: briolette chat "What is 27 + 58?"     Stop it: briolette down')
     return 0
 
@@ -85,27 +89,24 @@ def down(config: Config, args: argparse.Namespace) -> int:
 def status(config: Config, args: argparse.Namespace) -> int:
     """Show the model, where attention and experts run, the queue and the speed."""
     from deployments.cards import status_card
-    from deployments.client import Client
 
     running = lifecycle.find_running(config.state_dir)
     if running is None or running.address is None:
         console.print("Starting." if running else "Nothing is running; start it: briolette up")
         return 1
-    with Client(running.address) as client:
+    with access.connect_here(config) as client:
         answer = client.status()
-    console.print(status_card(answer, running.address, running.started))
+    console.print(status_card(answer, running.address, running.started, running.base_url))
     return 0 if answer.ready else 1
 
 
 def chat(config: Config, args: argparse.Namespace) -> int:
     """Talk to the model."""
     from deployments.chat import Conversation
-    from deployments.client import Client
     from protos.briolette.v1.inference_pb2 import Sampling
 
-    address = args.address or _address(config)
     sampling = Sampling(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)
-    with Client(address) as client:
+    with access.connect(config, args) as client:
         conversation = Conversation(client, sampling, console, args.session)
         if args.question:
             conversation.ask(" ".join(args.question))
@@ -116,13 +117,22 @@ def chat(config: Config, args: argparse.Namespace) -> int:
 
 def sessions(config: Config, args: argparse.Namespace) -> int:
     """List the conversations that are kept, or show, park, resume or delete one."""
-    from deployments.client import Client
     from deployments.session_commands import COMMANDS
 
     if args.action != "list" and args.name is None:
         raise InvalidRequest(f"Which one? briolette sessions {args.action} NAME")
-    with Client(args.address or _address(config)) as client:
+    with access.connect(config, args) as client:
         COMMANDS[args.action](client, args.name or "", console)
+    return 0
+
+
+def keys(config: Config, args: argparse.Namespace) -> int:
+    """List the tenants, or create, change, rotate the key of, disable, enable or delete one."""
+    from deployments.key_commands import COMMANDS
+
+    key_options.check(args)
+    with access.connect(config, args) as client:
+        COMMANDS[args.action](client, args, console)
     return 0
 
 
@@ -130,13 +140,13 @@ def demo(config: Config, args: argparse.Namespace) -> int:
     """Start the cluster, hold a conversation, show the numbers, stop it again."""
     from deployments.cards import demo_card
     from deployments.chat import Conversation
-    from deployments.client import Client
     from protos.briolette.v1.inference_pb2 import Sampling
 
     found = lifecycle.find_running(config.state_dir)
-    running = found or _start(config)
+    if found is None:
+        _start(config)
     try:
-        with Client(running.address or _address(config)) as client:
+        with access.connect_here(config) as client:
             conversation = Conversation(client, Sampling(temperature=0.0, max_tokens=64), console)
             answers = []
             for question in DEMO_QUESTIONS:
@@ -182,15 +192,6 @@ def _start(config: Config) -> Running:
         raise
 
 
-def _address(config: Config) -> str:
-    running = lifecycle.find_running(config.state_dir)
-    if running is None:
-        raise Unavailable("Nothing is running; start it: briolette up")
-    if running.address is None:
-        raise Unavailable("The cluster is still starting.")
-    return running.address
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="briolette", description="Serve a Gemma 4 model from the cards that you have."
@@ -201,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     talk = _command(commands, chat)
     talk.add_argument("question", nargs="*", help="ask this one question, then end")
     talk.add_argument("--session", default="", metavar="NAME", help="a conversation that is kept")
-    _address_option(talk)
+    access.add_options(talk)
     talk.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     talk.add_argument("--seed", type=int, help="makes sampling repeatable")
     talk.add_argument("--max-tokens", type=int, help="longest answer")
@@ -209,7 +210,10 @@ def _parser() -> argparse.ArgumentParser:
     actions = ("list", "show", "park", "resume", "delete")
     kept.add_argument("action", nargs="?", choices=actions, default="list", help="default: list")
     kept.add_argument("name", nargs="?", metavar="NAME", help="of the session")
-    _address_option(kept)
+    access.add_options(kept)
+    tenants = _command(commands, keys)
+    key_options.add_options(tenants)
+    access.add_options(tenants)
     _command(commands, down)
     _command(commands, demo)
     check = _command(commands, verify)
@@ -223,12 +227,6 @@ def _parser() -> argparse.ArgumentParser:
         help="without it differences are shown and are no failure",
     )
     return parser
-
-
-def _address_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--address", help="host:port of a gateway; default: the one that is running"
-    )
 
 
 def _command(commands: Any, function: Callable[[Config, argparse.Namespace], int]) -> Any:

@@ -33,7 +33,7 @@ from deployments.remote_experts import RemoteExperts
 from deployments.replicas import Handle
 from deployments.start_report import Reporter, reporting
 from deployments.step_loop import StepLoop
-from deployments.store import open_kv_store, store_address
+from deployments.store import Budgets, open_kv_store, store_address
 from engine.core import EngineCore
 from engine.model import Experts
 from engine.prefill_meter import PrefillMeter
@@ -62,6 +62,7 @@ class DecoderReplica:
             self._metrics = Metrics(self._registry)
             self._store: KVBlockStore | None = None
             self._expert_load: ExpertLoad | None = None
+            self._budgets = Budgets(config.store.tenant_bytes)
             torch.set_num_threads(decoder_threads(config, len(hosts)))
             placement = place_experts(config, self._source.spec)
             if placement is None:
@@ -119,16 +120,22 @@ class DecoderReplica:
                 config.engine.block_size,
                 self._source.spec.sliding_window,
                 fingerprint(config, self._source),
-                lambda whole: open_kv_store(config, address, whole, self._metrics),
+                lambda whole: open_kv_store(
+                    config, address, whole, self._metrics, self._budgets.of
+                ),
                 meter.seconds,
             )
         return self._store
 
     def _start_serving(self, secret: bytes) -> None:
         config = self._config
-        self._metrics_port = start_metrics_server(config.gateway.host, 0, self._registry).port
+        self._metrics_port = start_metrics_server(
+            config.gateway.metrics_host, 0, self._registry
+        ).port
         meter = EngineMeter(self._metrics, config.model_id)
-        self._loop = StepLoop(self._engine, meter, self._fill_status, self._store)
+        self._loop = StepLoop(
+            self._engine, meter, self._fill_status, self._store, self._budgets.set
+        )
         self._listener = Listener(secret, verify_gateway, transports=transports(config))
         self._loop.start(
             GatewayLinks(

@@ -47,7 +47,9 @@ class ExpertHostReplica:
             self._endpoint = self._host.start()
             self._device, self._kernels = str(source.device), source.kernels
             self._meter = HostMeter(self._host, config.model_id)
-            self._metrics = start_metrics_server(config.gateway.host, 0, self._meter.registry)
+            self._metrics = start_metrics_server(
+                config.gateway.metrics_host, 0, self._meter.registry
+            )
 
     def describe(self) -> dict[str, Any]:
         """Who and where this is, in plain values; see `deployments.host_directory`."""

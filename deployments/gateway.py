@@ -9,20 +9,22 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.admission import KeyAdmission
 from cluster.config import GatewayConfig
 from cluster.errors import PortTaken
 from cluster.links import Endpoint
 from cluster.metrics import Metrics
 from cluster.sessions import Sessions
 from cluster.tenancy import Admission, OpenAdmission
-from deployments import health, inference, sessions
+from deployments import admin, health, inference, sessions
+from deployments.admin import Admin
 from deployments.answers import Answers
-from deployments.call import Call
 from deployments.conversations import ChatTokenizer, Conversations
 from deployments.health import Health
 from deployments.http import HttpServer, make_app
@@ -32,12 +34,12 @@ from deployments.page_api import page_api_router, page_router
 from deployments.remote_decoder import RemoteDecoder
 from deployments.rpc import Methods
 from deployments.sessions import SessionService
-from protos.briolette.v1 import admin_pb2
-from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest, Part
+from deployments.tls import server_context, server_credentials
+from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
+
+HANDSHAKE_S = 10.0  # a connection that hasn't said by then that it speaks HTTP/2 is closed
 
 T = TypeVar("T")
-
-ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
 
 class Gateway:
@@ -58,11 +60,14 @@ class Gateway:
         on_status: Callable[[ClusterStatus], None] = lambda status: None,
         kept: Sessions | None = None,
         admission: Admission | None = None,
+        local_socket: Path | None = None,
     ) -> None:
         """`metrics_port` is where they are shown, for the status; 0 for nowhere.
 
         `on_status` is told what clients are, whenever that is new. `kept` are the sessions, where
-        there is a store. Without an `admission` everybody is one tenant.
+        there is a store. Without an `admission` everybody is one tenant. `local_socket` is where
+        this machine's own commands connect without TLS. Raises ConfigError for TLS files that
+        can't be used.
         """
         self.port = config.port
         self.http_port = config.http_port
@@ -73,20 +78,26 @@ class Gateway:
         self._decoder = RemoteDecoder(find_decoder, secret, self._on_status)
         self._health = Health(inference.NAME)
         self._kept = kept
+        self._local_socket = local_socket
+        self._credentials = server_credentials(config)
+        self._keys = admission if isinstance(admission, KeyAdmission) else None
         conversations = Conversations(kept, self._decoder, tokenizer)
         admission = admission or OpenAdmission()
         answers = Answers(self._decoder, tokenizer, conversations)
-        sessions = SessionService(conversations, self._decoder)
-        self._server = self._make_server(Methods(metrics, admission), Inference(answers), sessions)
+        admin_service = Admin(self._status, self._keys)
+        session_service = SessionService(conversations, self._decoder)
+        self._server = self._make_server(
+            Methods(metrics, admission), Inference(answers), session_service, admin_service
+        )
         self._http: HttpServer | None = None
         if config.http_port is not None:
             routers = [
                 openai_router(answers),
                 page_router(),
-                page_api_router(self._status, sessions, conversations),
+                page_api_router(admin_service, session_service, conversations),
             ]
             app = make_app(config, metrics, admission, self._status, routers)
-            self._http = HttpServer(app, config.host, config.http_port, None)
+            self._http = HttpServer(app, config.host, config.http_port, server_context(config))
 
     async def start(self) -> None:
         """Bind and serve. Raises PortTaken."""
@@ -96,8 +107,18 @@ class Gateway:
             listener = await bind(self._http.listen, self._bind_deadline_s)
             self.http_port = listener.getsockname()[1]
             await self._http.start(listener)
+        if self._local_socket is not None:
+            self._server.add_insecure_port(f"unix:{self._local_socket}")
         await self._server.start()
         self._decoder.connect()
+
+    @property
+    def base_url(self) -> str | None:
+        """Of HTTP, as OpenAI's clients want it; None where there is none."""
+        if self.http_port is None:
+            return None
+        scheme = "http" if self._config.tls_cert_file is None else "https"
+        return f"{scheme}://{self._config.host}:{self.http_port}/v1"
 
     def problem(self) -> str | None:
         """Why a started gateway should be replaced; None while it is well."""
@@ -113,6 +134,8 @@ class Gateway:
         self._decoder.close()
         if self._kept is not None:
             self._kept.close()
+        if self._keys is not None:
+            await asyncio.to_thread(self._keys.close)
 
     def _on_status(self) -> None:
         self._health.show(self._decoder.status.ready)
@@ -125,28 +148,24 @@ class Gateway:
         status.gateway.CopyFrom(self._part)
         return status
 
-    async def _get_status(self, _: GetStatusRequest, __: Call) -> ClusterStatus:
-        return self._status()
-
     def _make_server(
-        self, methods: Methods, *services: Inference | SessionService
+        self, methods: Methods, *services: Inference | SessionService | Admin
     ) -> grpc.aio.Server:
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),  # a second gateway on this port fails, and says so
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
+                ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
                 ("grpc.keepalive_time_ms", 30_000),  # notices a client whose machine is gone
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ]
         )
-        get_status = methods.unary("GetStatus", self._get_status, GetStatusRequest)
-        admin = grpc.method_handlers_generic_handler(ADMIN, {"GetStatus": get_status})
-        server.add_generic_rpc_handlers([*(s.handler(methods) for s in services), admin])
+        server.add_generic_rpc_handlers([service.handler(methods) for service in services])
         self._health.add_to(server)
         names = (
             inference.NAME,
             sessions.NAME,
-            ADMIN,
+            admin.NAME,
             health.NAME,
             reflection.SERVICE_NAME,
         )
@@ -156,7 +175,9 @@ class Gateway:
     def _listen(self) -> int:
         address = f"{self._config.host}:{self._config.port}"
         try:
-            return self._server.add_insecure_port(address)
+            if self._credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, self._credentials)
         except RuntimeError:
             raise PortTaken(
                 f"Another process listens on {address}; choose another gateway.port."

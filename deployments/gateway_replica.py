@@ -8,12 +8,16 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from cluster.admission import KeyAdmission
 from cluster.checkpoint import resolve_model
 from cluster.config import Config, GatewayConfig
 from cluster.errors import LinkError, Unavailable
 from cluster.links import Endpoint
 from cluster.metrics import Metrics, start_metrics_server
 from cluster.sessions import Sessions
+from cluster.tenancy import Admission
+from deployments.access import local_socket
+from deployments.admission import open_admission
 from deployments.gateway import Gateway, bind
 from deployments.replicas import Handle, ask_replicas
 from deployments.scrape_targets import ScrapeTargets
@@ -35,6 +39,7 @@ class GatewayReplica:
             model_dir = resolve_model(config.model_source)
             tokenizer = await asyncio.to_thread(Tokenizer.load, model_dir)
             registry = CollectorRegistry()
+            admission = await asyncio.to_thread(open_admission, config)
             gateway = Gateway(
                 config.gateway,
                 tokenizer,
@@ -43,12 +48,14 @@ class GatewayReplica:
                 Metrics(registry),
                 await bind(lambda: serve_metrics(config.gateway, registry), BIND_DEADLINE_S),
                 BIND_DEADLINE_S,
-                ScrapeTargets(config.state_dir, config.gateway.host).update,
-                kept_sessions(config),
+                ScrapeTargets(config.state_dir, config.gateway.metrics_host).update,
+                kept_sessions(config, admission),
+                admission,
+                local_socket(config),
             )
             await gateway.start()
             self._gateway = gateway
-            reporter.listening(f"{config.gateway.host}:{gateway.port}")
+            reporter.listening(f"{config.gateway.host}:{gateway.port}", gateway.base_url)
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
@@ -60,19 +67,24 @@ class GatewayReplica:
             await self._gateway.stop()
 
 
-def kept_sessions(config: Config) -> Sessions | None:
+def kept_sessions(config: Config, admission: Admission) -> Sessions | None:
     """Where sessions are kept, if there is a store."""
     address = store_address(config)
     if address is None:
         return None
-    return Sessions(address, config.store.ttl_s, lambda tenant: config.store.tenant_bytes)
+
+    def budget_of(tenant: str) -> int:
+        own = admission.kv_bytes(tenant) if isinstance(admission, KeyAdmission) else None
+        return own or config.store.tenant_bytes
+
+    return Sessions(address, config.store.ttl_s, budget_of)
 
 
 def serve_metrics(config: GatewayConfig, registry: CollectorRegistry) -> int:
     """The port of /metrics; 0 where the configuration wants none."""
     if config.metrics_port is None:
         return 0
-    return start_metrics_server(config.host, config.metrics_port, registry).port
+    return start_metrics_server(config.metrics_host, config.metrics_port, registry).port
 
 
 def find_decoder(decoder: Handle) -> Endpoint:

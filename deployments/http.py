@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
 from collections.abc import Callable, Iterable
@@ -11,18 +12,21 @@ from functools import partial
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from starlette.responses import JSONResponse
-from uvicorn.server import ServerState
 
 from cluster.config import GatewayConfig
-from cluster.errors import PortTaken
+from cluster.errors import ConfigError, PortTaken
 from cluster.metrics import Metrics
-from cluster.tenancy import Admission
+from cluster.tenancy import Admission, OpenAdmission
 from deployments.http_calls import Border, Calls
-from deployments.http_connections import HEAD_S, BoundedConnection
+from deployments.http_connections import HEAD_S, BoundedConnection, Connections
 from deployments.http_errors import handle_errors
+from deployments.open_files import raise_limit
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 
 BACKLOG = 4096  # connections that may wait to be taken
+SEND_BYTES = (
+    128 << 10
+)  # in the kernel for one client: with more, a slow one looks like a stalled one
 DEAD_AFTER_S = 30  # a client's machine that acknowledges nothing
 
 
@@ -33,9 +37,16 @@ class HttpServer:
         self._address = host, port
         self._tls = tls
         self._config = uvicorn.Config(
-            app, ws="none", lifespan="off", log_config=None, access_log=False
+            app,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",  # bytes that are no HTTP are the client's affair
+            access_log=False,
+            proxy_headers=False,
+            timeout_keep_alive=int(HEAD_S),
         )
-        self._state = ServerState()
+        self._connections = Connections(raise_limit() * 3 // 4)  # the others are for all else
         self._server: asyncio.Server | None = None
 
     def listen(self) -> socket.socket:
@@ -45,7 +56,7 @@ class HttpServer:
     async def start(self, listener: socket.socket) -> None:
         """Serve whoever connects."""
         self._server = await asyncio.get_running_loop().create_server(
-            partial(BoundedConnection, self._config, self._state, {}),
+            partial(BoundedConnection, self._config, self._connections),
             sock=listener,
             backlog=BACKLOG,
             ssl=self._tls,
@@ -57,15 +68,15 @@ class HttpServer:
         if self._server is None:
             return
         self._server.close()
-        for connection in list(self._state.connections):
+        for connection in list(self._connections.connections):
             connection.shutdown()
-        tasks = set(self._state.tasks)
+        tasks = set(self._connections.tasks)
         if tasks and grace_s:
             await asyncio.wait(tasks, timeout=grace_s)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for connection in list(self._state.connections):
+        for connection in list(self._connections.connections):
             connection.transport.abort()
 
 
@@ -83,7 +94,8 @@ def make_app(
     # The pages that FastAPI offers load scripts from elsewhere.
     app = FastAPI(title="Briolette", docs_url=None, redoc_url=None)
     app.state.calls = Calls(metrics, admission, config.max_message_bytes)
-    app.add_middleware(Border, admission=admission, hosts=own_names(config.host))
+    is_open = isinstance(admission, OpenAdmission)
+    app.add_middleware(Border, own_names=own_names(config.host) if is_open else None)
     handle_errors(app)
     app.include_router(health_router(status))
     for router in routers:
@@ -107,11 +119,11 @@ def health_router(status: Callable[[], ClusterStatus]) -> APIRouter:
 
 def own_names(host: str) -> set[str]:
     """Names under which a browser on this machine finds us."""
-    return {host.lower(), "localhost", "127.0.0.1", "[::1]"}
+    return {host.lower(), "localhost", "127.0.0.1", "::1"}
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """Taken connections inherit what is set here. Raises PortTaken."""
+    """Taken connections inherit what is set here. Raises PortTaken, ConfigError."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -120,10 +132,13 @@ def listening_socket(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, DEAD_AFTER_S // 3)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_AFTER_S * 1000)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         listener.bind((host, port))
-    except OSError:
+    except OSError as error:
         listener.close()
-        raise PortTaken(
-            f"Another process listens on {host}:{port}; choose another gateway.http_port."
-        ) from None
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(
+                f"Another process listens on {host}:{port}; choose another gateway.http_port."
+            ) from None
+        raise ConfigError(f"HTTP can't listen on {host}:{port}: {error.strerror}.") from None
     return listener

@@ -9,6 +9,7 @@ import math
 import uuid
 from collections.abc import Collection
 from typing import Annotated, Any, cast
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.routing import APIRoute
@@ -16,14 +17,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import BrioletteError, InvalidRequest, PermissionDenied
+from cluster.errors import BrioletteError, InvalidRequest, Overloaded, PermissionDenied, Unavailable
 from cluster.metrics import Metrics
-from cluster.tenancy import Admission, OpenAdmission
-from deployments.call import Call
+from cluster.tenancy import Admission
+from deployments.call import Call, key_in
 from deployments.http_errors import error_body, to_response
+from deployments.rpc import NOBODY
 
 BODY_S = 60.0  # for the whole body of a request to arrive
 LONGEST_TIMEOUT_S = 365 * 86400.0  # of x-request-timeout
+REASONS = {"CANCELLED": "client", "DEADLINE_EXCEEDED": "deadline"}  # of what was given up
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +55,23 @@ class Calls:
         """Run `app` on a call that was let in. Raises what keeps it out."""
         state: dict[str, Any] = scope["state"]
         headers = Headers(scope=scope)
-        lease = self._admission.admit(bearer_key(headers))
+        try:
+            lease = self._admission.admit(key_in(headers.get))
+        except BrioletteError as error:
+            self._metrics.gateway_requests_total(NOBODY, name, error.status).inc()
+            raise
         call = state["call"] = Call(lease, timeout_s(headers), state["request_id"])
         self._metrics.gateway_streams(call.tenant, name).inc()
         try:
             body = await read_body(receive, self._max_body_bytes)
             await while_connected(app, scope, body, receive, send)
+        except ClientGone as error:
+            state["status"] = error.status
         except BrioletteError as error:
             state["status"] = error.status
+            raise
+        except asyncio.CancelledError:  # the server ends
+            state["status"] = Unavailable.status
             raise
         except Exception:
             state["status"] = "INTERNAL"
@@ -68,10 +80,9 @@ class Calls:
             self._count(call.tenant, name, state)
 
     def _count(self, tenant: str, name: str, state: dict[str, Any]) -> None:
-        status = state.get("status", "OK")
-        if status in ("CANCELLED", "DEADLINE_EXCEEDED"):
-            reason = "deadline" if status == "DEADLINE_EXCEEDED" else "client"
-            reason = "stalled" if state.get("stalled") else reason
+        status = Overloaded.status if state.get("stalled") else state.get("status", "OK")
+        reason = "stalled" if state.get("stalled") else REASONS.get(status)
+        if reason is not None:
             self._metrics.gateway_aborted_total(tenant, name, reason).inc()
         self._metrics.gateway_streams(tenant, name).dec()
         self._metrics.gateway_requests_total(tenant, name, status).inc()
@@ -88,7 +99,7 @@ class AdmittedRoute(APIRoute):
         await calls.answer(self.path, super().handle, scope, receive, send)
 
 
-def current_call(request: Request) -> Call:
+async def current_call(request: Request) -> Call:  # a plain def would run in a thread
     return cast(Call, request.state.call)
 
 
@@ -98,10 +109,10 @@ CurrentCall = Annotated[Call, Depends(current_call)]  # of a parameter of an Adm
 class Border:
     """Around every request, whoever sends it: its id, the host it asks for, the last resort."""
 
-    def __init__(self, app: ASGIApp, admission: Admission, hosts: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, own_names: Collection[str] | None) -> None:
+        """`own_names` are the hosts that may be asked for; None where a key is needed anyway."""
         self._app = app
-        self._admission = admission
-        self._hosts = frozenset(hosts)
+        self._own_names = own_names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,8 +133,10 @@ class Border:
             await self._app(scope, receive, send_with_id)
         except PermissionDenied as error:
             await to_response(error)(scope, receive, send_with_id)
-        except ClientGone:
-            pass
+        except asyncio.CancelledError:  # the server ends, and this task with it
+            if not is_started:
+                stopped = Unavailable("The gateway stops; ask again.")
+                await to_response(stopped)(scope, receive, send_with_id)
         except Exception:
             log.exception("%s %s failed in the gateway.", scope["method"], scope["path"])
             if is_started:
@@ -135,19 +148,13 @@ class Border:
         """Without keys, whoever can connect may ask: so a web page from elsewhere must not reach us
         through its reader's browser, under our own address or under a name that it gave us.
         """
-        if not isinstance(self._admission, OpenAdmission):
+        if self._own_names is None:
             return
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if not self._is_ours(host):
-            raise PermissionDenied(
-                f"There are no keys, so only this machine's own names are served, not {host!r}."
-            )
-        if origin is not None and not self._is_ours(origin.partition("://")[2]):
-            raise PermissionDenied(f"There are no keys, so no page of {origin} is served.")
-
-    def _is_ours(self, host: str) -> bool:
-        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        return name.lower() in self._hosts
+        for name, place in (("host", headers.get("host", "")), ("origin", headers.get("origin"))):
+            if place is not None and host_of(place) not in self._own_names:
+                raise PermissionDenied(
+                    f"Without keys only this machine's own names are served, not {name} {place!r}."
+                )
 
 
 async def while_connected(
@@ -186,6 +193,14 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
+def host_of(place: str) -> str:
+    """Of a Host or Origin header, in small letters; empty where it names none."""
+    try:
+        return urlsplit(place if "//" in place else f"//{place}").hostname or ""
+    except ValueError:
+        return ""
+
+
 async def read_body(receive: Receive, max_bytes: int) -> bytes:
     """Raises TooLarge, ClientGone, InvalidRequest where it doesn't come."""
     body = bytearray()
@@ -205,12 +220,6 @@ async def read_body(receive: Receive, max_bytes: int) -> bytes:
     except TimeoutError:
         raise InvalidRequest(f"The body didn't arrive within {BODY_S:g} s.") from None
     return bytes(body)
-
-
-def bearer_key(headers: Headers) -> str | None:
-    """The key that a call shows."""
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" and key.strip() else None
 
 
 def timeout_s(headers: Headers) -> float | None:

@@ -4,28 +4,55 @@ from __future__ import annotations
 
 import asyncio
 
+from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from deployments.http_transport import GatheringTransport
 
 HEAD_S = 10.0  # from the connection, or the answer before, to the end of a request's headers
 STALL_S = 20.0  # a client that takes nothing for so long is not reading
 MAX_HEAD_BYTES = 64 << 10
 
 
-class BoundedConnection(HttpToolsProtocol):
-    """Uvicorn's connection, which waits for ever and takes headers of any size, with limits."""
+class Connections(ServerState):
+    """All that are open, and those of them that have no request right now, the oldest first."""
 
-    _head_bytes: int | None = 0  # of the request that is arriving; None: its headers are here
-    _head_timer: asyncio.TimerHandle | None = None
-    _stall_timer: asyncio.TimerHandle | None = None
+    def __init__(self, max_silent: int) -> None:
+        super().__init__()
+        self._max_silent = max_silent
+        self._silent: dict[BoundedConnection, None] = {}
+
+    def add_silent(self, connection: BoundedConnection) -> None:
+        """Whoever says something gets in: above the limit the one that was silent longest goes."""
+        self._silent[connection] = None
+        if len(self._silent) > self._max_silent:
+            oldest = next(iter(self._silent))
+            self.remove_silent(oldest)
+            oldest.transport.abort()
+
+    def remove_silent(self, connection: BoundedConnection) -> None:
+        self._silent.pop(connection, None)
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """Uvicorn's connection, with an end to what it waits for and to what it keeps."""
+
+    def __init__(self, config: Config, connections: Connections) -> None:
+        super().__init__(config, connections, app_state={})
+        self._all = connections
+        self._head_bytes: int | None = 0  # of the request that arrives; None: its headers are here
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(GatheringTransport(transport))  # type: ignore[arg-type]
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        _cancel(self._head_timer)
-        _cancel(self._stall_timer)
+        self._head_is_here()
+        self.resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self._head_bytes is not None:
@@ -36,13 +63,16 @@ class BoundedConnection(HttpToolsProtocol):
             self.send_400_response("The headers are too long.")
 
     def on_headers_complete(self) -> None:
-        self._head_bytes = None
-        _cancel(self._head_timer)
+        self._head_is_here()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._head_bytes = 0
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self.pipeline:
+        if self.cycle.response_complete:  # else a request that came with this one is next
             self._expect_head()
 
     def pause_writing(self) -> None:
@@ -51,27 +81,30 @@ class BoundedConnection(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        _cancel(self._stall_timer)
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
 
     def _expect_head(self) -> None:
+        self._head_is_here()
         self._head_bytes = 0
-        _cancel(self._head_timer)
+        self._all.add_silent(self)
         self._head_timer = self.loop.call_later(HEAD_S, self.transport.close)
 
+    def _head_is_here(self) -> None:
+        self._head_bytes = None
+        self._all.remove_silent(self)
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+
     def _watch_reader(self, num_left: int) -> None:
-        """While writing is paused nothing is added: the client reads if less is left each time."""
+        """Nothing is added while writing is paused: of a client that reads, less is left later."""
         self._stall_timer = self.loop.call_later(STALL_S, self._check_reader, num_left)
 
     def _check_reader(self, num_left: int) -> None:
-        num_still_left = self.transport.get_write_buffer_size()
-        if num_still_left < num_left:
-            self._watch_reader(num_still_left)
+        num_left_now = self.transport.get_write_buffer_size()
+        if num_left_now < num_left:
+            self._watch_reader(num_left_now)
             return
         if self.scope is not None:
             self.scope["state"]["stalled"] = True
         self.transport.abort()  # close() would wait for the client to read
-
-
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()

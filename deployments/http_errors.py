@@ -78,6 +78,9 @@ def handle_errors(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return await on_ours(request, to_invalid_field(error))
 
+    async def on_half_character(request: Request, _: Exception) -> JSONResponse:
+        return await on_ours(request, InvalidField("A text holds half a character.", None))
+
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         request.state.status = "INVALID_ARGUMENT"
@@ -85,6 +88,7 @@ def handle_errors(app: FastAPI) -> None:
         return JSONResponse(body, error.status_code, error.headers)
 
     app.add_exception_handler(BrioletteError, on_ours)
+    app.add_exception_handler(UnicodeEncodeError, on_half_character)  # JSON's "\\ud800"
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
 

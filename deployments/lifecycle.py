@@ -21,6 +21,7 @@ import psutil
 
 from cluster.config import Config
 from cluster.errors import BrioletteError, Unavailable
+from cluster.files import write_private
 
 ROOT = Path(__file__).resolve().parent.parent  # where our packages are
 FILE, LOCK = "running.json", "lock"
@@ -45,6 +46,7 @@ class Running:
     model: str
     started: float  # on time.time's clock
     address: str | None = None  # host:port of the gateway; None while it starts
+    base_url: str | None = None  # of its HTTP
 
     @staticmethod
     def this_process(config: Config) -> Running:
@@ -187,15 +189,6 @@ def is_locked(state_dir: Path) -> bool:
         return False
     except BlockingIOError:
         return True
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only this user can read; a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-    draft.replace(path)
 
 
 def _end(pid: int) -> bool:

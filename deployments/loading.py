@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -235,4 +235,4 @@ def fingerprint(config: Config, source: Source) -> str:
 def with_turn_end(limits: SpecLimits, tokenizer: Tokenizer) -> SpecLimits:
     """The end-of-turn token ends an answer too, also where generation_config.json is missing."""
     ends = dict.fromkeys((*limits.eos_token_ids, *tokenizer.eos_ids))
-    return SpecLimits(limits.max_model_len, limits.sliding_window, limits.vocab_size, tuple(ends))
+    return replace(limits, eos_token_ids=tuple(ends))

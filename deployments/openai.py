@@ -25,10 +25,11 @@ from deployments.streams import merge
 from protos.briolette.v1.inference_pb2 import Generation, ListModelsRequest
 
 DONE = b"data: [DONE]\n\n"
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The answer; with `stream`, in chunks.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "The answer; with `stream`, in chunks, each the data of an event.",
+        "content": {"text/event-stream": {"schema": EVENT}},
     }
 }
 

@@ -98,7 +98,7 @@ class ChatAnswer(_Answer):
         }
 
     def _choice(self, index: int, answer: Generation) -> ChatChoice:
-        calls = _whole_calls(answer.tool_calls)
+        calls = [_call(call) for call in answer.tool_calls]
         message: AnswerMessage = {
             "role": "assistant",
             "content": answer.text if answer.text or not calls else None,
@@ -218,11 +218,6 @@ def _call_delta(piece: ToolCallPiece) -> AnswerToolCall:
     return delta
 
 
-def _whole_calls(pieces: Sequence[ToolCallPiece]) -> list[AnswerToolCall]:
-    calls: dict[int, AnswerToolCall] = {}
-    for piece in pieces:
-        if piece.index not in calls:
-            function: Function = {"name": piece.name, "arguments": ""}
-            calls[piece.index] = {"id": piece.id, "type": "function", "function": function}
-        calls[piece.index]["function"]["arguments"] += piece.arguments
-    return [calls[index] for index in sorted(calls)]
+def _call(call: ToolCallPiece) -> AnswerToolCall:
+    function: Function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}

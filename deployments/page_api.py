@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import mimetypes
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +13,11 @@ from google.protobuf.message import Message
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from cluster.tenancy import Tenant
+from deployments.admin import Admin
 from deployments.conversations import Conversations
 from deployments.http_calls import AdmittedRoute, CurrentCall
 from deployments.sessions import SessionService
-from protos.briolette.v1.admin_pb2 import ClusterStatus
+from protos.briolette.v1.admin_pb2 import GetStatusRequest
 from protos.briolette.v1.sessions_pb2 import (
     DeleteSessionRequest,
     ListSessionsRequest,
@@ -61,19 +60,21 @@ def page_router() -> APIRouter:
 
 
 def page_api_router(
-    status: Callable[[], ClusterStatus], sessions: SessionService, conversations: Conversations
+    admin: Admin, sessions: SessionService, conversations: Conversations
 ) -> APIRouter:
     """The routes under /api."""
     router = APIRouter(prefix="/api", route_class=AdmittedRoute, include_in_schema=False)
 
     @router.get("/status")
     async def get_status(call: CurrentCall) -> dict[str, Any]:
-        return {**to_json(shown_to(call.lease.tenant, status())), "tenant": call.tenant}
+        status = await admin.get_status(GetStatusRequest(), call)
+        return {**to_json(status), "tenant": call.tenant}
 
     @router.get("/sessions")
     async def list_sessions(call: CurrentCall) -> dict[str, Any]:
         answer = await sessions.list_all(ListSessionsRequest(), call)
-        tenants = [load.tenant for load in shown_to(call.lease.tenant, status()).tenants]
+        status = await admin.get_status(GetStatusRequest(), call)
+        tenants = [load.tenant for load in status.tenants]
         stored_bytes = await asyncio.to_thread(conversations.sessions.used_bytes, tenants)
         return {**to_json(answer), "stored_bytes": stored_bytes}
 
@@ -86,18 +87,6 @@ def page_api_router(
         return to_json(await sessions.delete(DeleteSessionRequest(name=name), call))
 
     return router
-
-
-def shown_to(tenant: Tenant, status: ClusterStatus) -> ClusterStatus:
-    """Only an operator sees what other tenants do."""
-    if tenant.is_admin:
-        return status
-    own = [load for load in status.tenants if load.tenant == tenant.name]
-    shown = ClusterStatus()
-    shown.CopyFrom(status)
-    del shown.tenants[:]
-    shown.tenants.extend(own)
-    return shown
 
 
 def to_json(message: Message) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import socket
 from pathlib import Path
@@ -11,6 +12,8 @@ import psutil
 from cluster.config import Config
 from cluster.errors import ConfigError, NotEnoughMemory, PortTaken
 from cluster.spec import ModelSpec
+from deployments.access import local_socket
+from deployments.tls import server_context
 
 PROCESS_BYTES = 350 << 20  # of a Python process with torch loaded
 NUM_PROCESSES = 3  # the gateway, the decoder, and all of Ray's own as one
@@ -21,7 +24,11 @@ def check(config: Config) -> ModelSpec:
     from cluster.checkpoint import resolve_model  # brings torch along
 
     check_port(config.gateway.host, config.gateway.port, "gateway.port")
-    check_port(config.gateway.host, config.gateway.metrics_port or 0, "gateway.metrics_port")
+    check_port(
+        config.gateway.metrics_host, config.gateway.metrics_port or 0, "gateway.metrics_port"
+    )
+    server_context(config.gateway)
+    local_socket(config)
     model_dir = resolve_model(config.model_source)
     spec = ModelSpec.load(model_dir)
     if (
@@ -45,7 +52,11 @@ def check_port(host: str, port: int, key: str) -> None:
             probe.bind((host, port))
         except PermissionError:
             raise ConfigError(f"{key} {port} needs privileges; choose one above 1023.") from None
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # gaierror, for a name, has other numbers
+                raise ConfigError(
+                    f"{key} can't listen on {host}: {error.strerror or error}."
+                ) from None
             raise PortTaken(
                 f"Another process listens on {host}:{port}; choose another {key} "
                 "(0 takes a free one)."

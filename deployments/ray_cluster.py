@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.config import Config
 from cluster.errors import Unavailable
-from deployments.lifecycle import write_private
+from cluster.files import write_private
 
 APP_NAME = "briolette"
 

@@ -6,16 +6,20 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_status.rpc_status import to_status
 
 from cluster.errors import BrioletteError, InvalidRequest, Overloaded
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission
-from deployments.call import Call
+from deployments.call import Call, key_in
 
+NOBODY = "(none)"  # the metrics' tenant of a call that isn't let in: no tenant can have this name
 STALL_S = 20.0  # a client that takes no message for so long is not reading
 
 log = logging.getLogger(__name__)
@@ -69,7 +73,11 @@ class Methods:
     @asynccontextmanager
     async def _answering(self, name: str, context: Context) -> AsyncIterator[Call]:
         """Lets a call in and turns every error into a status and a sentence."""
-        call = Call(self._admission.admit(None), context.time_remaining())
+        try:
+            call = Call(self._admission.admit(key_of(context)), context.time_remaining())
+        except BrioletteError as error:
+            self._metrics.gateway_requests_total(NOBODY, name, error.status).inc()
+            await abort(context, error)
         status, tenant = "OK", call.tenant
         self._metrics.gateway_streams(tenant, name).inc()
         try:
@@ -80,7 +88,7 @@ class Methods:
                 self._metrics.gateway_aborted_total(tenant, name, "stalled").inc()
             elif status == "DEADLINE_EXCEEDED":  # the decoder noticed first
                 self._metrics.gateway_aborted_total(tenant, name, "deadline").inc()
-            await context.abort(grpc.StatusCode[status], str(error))
+            await abort(context, error)
         except asyncio.CancelledError:
             left_s = context.time_remaining()
             is_late = left_s is not None and left_s <= 0
@@ -97,6 +105,27 @@ class Methods:
         finally:
             self._metrics.gateway_streams(tenant, name).dec()
             self._metrics.gateway_requests_total(tenant, name, status).inc()
+
+
+def key_of(context: Context) -> str | None:
+    """The API key that a call shows."""
+    metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
+    return key_in(metadata.get)
+
+
+async def abort(context: Context, error: BrioletteError) -> NoReturn:
+    """End a call with an error's status and sentence, and with the delay to try again after, as
+    google.rpc.RetryInfo in the details of the status and as `retry-after-s`, in seconds.
+    """
+    code, sentence, delay_s = grpc.StatusCode[error.status], str(error), error.retry_after_s
+    trailing: tuple[tuple[str, str | bytes], ...] = ()
+    if delay_s is not None:
+        info = RetryInfo()
+        info.retry_delay.FromNanoseconds(round(delay_s * 1e9))
+        status = Status(code=code.value[0], message=sentence)
+        status.details.add().Pack(info)
+        trailing = (*to_status(status).trailing_metadata, ("retry-after-s", f"{delay_s:.3f}"))
+    await context.abort(code, sentence, trailing)
 
 
 def parse(request_type: type[Message], data: bytes) -> Message:

@@ -12,6 +12,7 @@ import grpc
 from cluster.errors import Unavailable
 from cluster.sessions import SessionInfo
 from deployments.call import Call
+from deployments.charging import charged
 from deployments.conversations import Conversations
 from deployments.remote_decoder import RemoteDecoder
 from deployments.rpc import Methods
@@ -79,7 +80,9 @@ class SessionService:
             return ParkSessionResponse(session=session, freed_bytes=freed_bytes)
 
     async def _resume(self, request: ResumeSessionRequest, call: Call) -> ResumeSessionResponse:
-        tenant = call.tenant
+        tenant, model = call.tenant, self._decoder.status.model
+        if model:
+            call.lease.tenant.check_model(model)
         async with self._conversations.hold(tenant, request.name):
             started = time.monotonic()
             kept = await self._conversations.load(tenant, request.name)
@@ -92,10 +95,12 @@ class SessionService:
                 weight=call.lease.tenant.weight,
                 session=request.name,
                 timeout_s=call.time_remaining_s,
+                kv_bytes=call.lease.tenant.kv_bytes or 0,
             )
-            async with aclosing(self._decoder.generate(add)) as outputs:
-                async for output in outputs:
-                    usage = output.generation.usage
+            with call.lease:
+                async with aclosing(charged(self._decoder, add, call.lease)) as outputs:
+                    async for output in outputs:
+                        usage = output.generation.usage
             return ResumeSessionResponse(
                 memory_tokens=usage.cached_tokens - usage.fetched_tokens,
                 store_tokens=usage.fetched_tokens,

@@ -86,8 +86,11 @@ class StepLoop:
         meter: EngineMeter,
         fill_status: Callable[[ClusterStatus], None],
         store: KeptValues | None = None,
+        on_budget: Callable[[str, int | None], None] = lambda tenant, num_bytes: None,
     ) -> None:
-        """`store` is the one that the engine saves its blocks in, if any."""
+        """`store` is the one that the engine saves its blocks in, if any; `on_budget` is told what
+        a tenant may keep there, where it isn't what all may.
+        """
         self._engine = engine
         self._fill_status = fill_status
         self._gateways: GatewayLinks | None = None
@@ -95,6 +98,7 @@ class StepLoop:
         self._sessions = SessionMemory(engine, store, self._inbox.put)
         self._meter = meter
         self._tenants = TenantLoads(engine.held_bytes)
+        self._on_budget = on_budget
         self._served: dict[str, _Served] = {}
         self._queued: list[_Served] = []  # those whose first step is still to come
         self._status = ClusterStatus()
@@ -230,6 +234,7 @@ class StepLoop:
 
     def _add(self, gateway_id: int, add: Add) -> None:
         now = time.monotonic()
+        self._on_budget(add.tenant, add.kv_bytes or None)
         try:
             request = self._engine.add(
                 request_id=add.request_id,

@@ -103,9 +103,16 @@ def first_key(position: int, window: int | None) -> int:
     return 0 if window is None else max(0, position - window + 1)
 
 
-def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Whether a query sees a key; the two shapes are broadcast."""
-    sees = key_positions <= query_positions
+def visible(
+    query_positions: Tensor,
+    key_positions: Tensor,
+    window: int | None,
+    last_keys: Tensor | None = None,
+) -> Tensor:
+    """Whether a query sees a key; the shapes are broadcast. `last_keys` are the last positions that
+    the queries see, where it isn't their own.
+    """
+    sees = key_positions <= (query_positions if last_keys is None else last_keys)
     return sees if window is None else sees & (key_positions > query_positions - window)
 
 
@@ -126,6 +133,12 @@ class ReferenceAttention:
         self._spans = query_spans(batch)
         self._table = batch.block_tables[kind]
         self._window, self._block_size = window, block_size
+        self._last_keys = {
+            overlay.row + i: overlay.last_position
+            for overlay in batch.overlays
+            if overlay.is_bidirectional and window is not None
+            for i in range(len(overlay.embeddings))
+        }
 
     def __call__(self, query: Tensor, kv: KVTensors) -> Tensor:
         num_heads, num_kv_heads = query.shape[1], kv.value.shape[2]
@@ -136,7 +149,8 @@ class ReferenceAttention:
             keys, values = kv.keys(blocks, positions).float(), kv.values(blocks).float()
             for i in range(span.length):
                 position = span.position + i
-                seen = slice(first_key(position, self._window), position + 1)
+                last_key = self._last_keys.get(span.start + i, position)
+                seen = slice(first_key(position, self._window), last_key + 1)
                 for head in range(num_heads):
                     kv_head = head * num_kv_heads // num_heads
                     weights = keys[seen, kv_head] @ query[span.start + i, head].float()

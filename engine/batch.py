@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from cluster.spec import AttentionKind
 from engine.kv_cache import KVCache
 from engine.scheduler import SchedulerOutput
+from engine.spans import Overlay, overlays
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Batch:
     block_tables: Mapping[AttentionKind, Tensor]  # [num_requests, max_blocks] int64
     slot_mapping: Mapping[AttentionKind, Tensor]  # [num_tokens] int64, block * block_size + offset
     logits_indices: Tensor  # [num_logits] int64, the last row of each request that samples
+    overlays: Sequence[Overlay] = ()  # embeddings that take the place of tokens
 
     @property
     def num_tokens(self) -> int:
@@ -48,6 +50,7 @@ class Batch:
             block_tables={k: t.to(device, non_blocking=True) for k, t in self.block_tables.items()},
             slot_mapping={k: t.to(device, non_blocking=True) for k, t in self.slot_mapping.items()},
             logits_indices=self.logits_indices.to(device, non_blocking=True),
+            overlays=[overlay.to(device) for overlay in self.overlays],
         )
 
 
@@ -62,7 +65,10 @@ def build_batch(output: SchedulerOutput, kv: KVCache) -> Batch:
 
     positions = np.arange(ends[-1]) + np.repeat(starts - (ends - query_lens), query_lens)
     input_ids: list[int] = []
-    for start, stop, item in zip(starts.tolist(), seq_lens.tolist(), scheduled, strict=True):
+    overlaid: list[Overlay] = []
+    parts = zip(starts.tolist(), seq_lens.tolist(), scheduled, strict=True)
+    for i, (start, stop, item) in enumerate(parts):
+        overlaid += overlays(item.request.spans, start, stop, request=i, row=len(input_ids))
         input_ids += item.request.token_ids(start, stop)
 
     block_idx, offset = np.divmod(positions, kv.block_size)
@@ -85,4 +91,5 @@ def build_batch(output: SchedulerOutput, kv: KVCache) -> Batch:
             for kind, group in kv.groups.items()
         },
         logits_indices=torch.from_numpy(ends[samples] - 1),
+        overlays=overlaid,
     )

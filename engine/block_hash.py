@@ -8,6 +8,7 @@ from hashlib import blake2b
 import numpy as np
 
 from engine.request import Request
+from engine.spans import media_digests
 
 HASH_BYTES = 20  # finding two prompts with one hash takes some 2**80 tries
 
@@ -18,7 +19,7 @@ def tenant_salt(tenant: str, shared_tenants: Collection[str] = ()) -> bytes:
 
 
 def block_hash(parent: bytes, token_bytes: bytes, media: bytes = b"") -> bytes:
-    """Names a block and everything before it. `media` are the digests of its images and audio."""
+    """Names a block and everything before it. `media` names its images and audio."""
     return blake2b(parent + token_bytes + media, digest_size=HASH_BYTES).digest()
 
 
@@ -44,7 +45,10 @@ class BlockHasher:
             return
         salt = tenant_salt(request.tenant, self._shared_tenants)
         parent = hashes[-1] if hashes else block_hash(self._model, salt)
-        token_ids = request.token_ids(len(hashes) * size, num_blocks * size)
+        first = len(hashes) * size
+        token_ids = request.token_ids(first, num_blocks * size)
         for tokens in np.array(token_ids, dtype="<u4").reshape(-1, size):
-            parent = block_hash(parent, tokens.tobytes())
+            media = media_digests(request.spans, first, first + size) if request.spans else b""
+            parent = block_hash(parent, tokens.tobytes(), media)
             hashes.append(parent)
+            first += size

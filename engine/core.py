@@ -22,6 +22,7 @@ from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler, SamplerOutput, TokenLogprobs
 from engine.scheduler import Policy, PrefixUse, Scheduler, SchedulerOutput
+from engine.spans import Span, check_spans, longest_step
 from engine.tokenizer import TextStream, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class SpecLimits:
     sliding_window: int
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
+    hidden_size: int = 0  # of a span's embeddings
 
     @staticmethod
     def from_spec(spec: ModelSpec, max_model_len: int | None = None) -> SpecLimits:
@@ -50,6 +52,7 @@ class SpecLimits:
             spec.sliding_window,
             spec.vocab_size,
             spec.eos_token_ids,
+            spec.hidden_size,
         )
 
 
@@ -185,10 +188,12 @@ class EngineCore:
         seed: int | None = None,
         tenant: str = "default",
         session: str | None = None,
+        spans: Sequence[Span] = (),
         deadline_s: float | None = None,
     ) -> Request:
         """Accept a request; `deadline_s` is on time.monotonic's clock. A turn of a kept `session`
-        leaves checkpoints that `drop_session` finds.
+        leaves checkpoints that `drop_session` finds. `spans` are the embeddings that stand in the
+        prompt in place of its tokens.
 
         With `output_ids` a request goes on where another engine left it: positions, penalties,
         seed and text continue as if those tokens had been generated here (pass the seed of the
@@ -202,6 +207,7 @@ class EngineCore:
         self._check_ids(prompt_ids, output_ids)
         if sampling.stop and self.tokenizer is None:
             raise InvalidRequest("Stop strings need a tokenizer, and this engine has none.")
+        spans = self._check_spans(spans, len(prompt_ids))
         request = Request(
             request_id=request_id,
             prompt_ids=list(prompt_ids),
@@ -210,6 +216,7 @@ class EngineCore:
             max_tokens=self._max_tokens(len(prompt_ids), sampling.max_tokens),
             tenant=tenant,
             session=session,
+            spans=spans,
             output_ids=list(output_ids),
             deadline_s=deadline_s,
         )
@@ -394,6 +401,26 @@ class EngineCore:
         for token_ids in (prompt_ids, output_ids):
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.limits.vocab_size:
                 raise InvalidRequest(f"Token ids must be 0 to {self.limits.vocab_size - 1}.")
+
+    def _check_spans(self, spans: Sequence[Span], num_prompt_tokens: int) -> Sequence[Span]:
+        """The spans in order. Tokens that see each other need one step for them all, so a span
+        that no step can hold is refused too.
+        """
+        if not spans:
+            return ()
+        ordered = check_spans(spans, num_prompt_tokens, self.limits.hidden_size)
+        longest, budget = longest_step(ordered), self.scheduler.max_num_batched_tokens
+        if longest > budget:
+            raise InvalidRequest(
+                f"A span has {longest} tokens that see each other, and a step computes at most "
+                f"{budget}: use a smaller image, or raise engine.max_num_batched_tokens."
+            )
+        if not self.kv.can_ever_hold(num_prompt_tokens, longest):
+            raise InvalidRequest(
+                f"A span has {longest} tokens that see each other, more than the sliding KV cache "
+                "holds at once: use a smaller image, or give the KV cache more memory."
+            )
+        return ordered
 
     def _max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """Resolve max_tokens against the context and the KV cache: what can't fit is refused."""

@@ -12,6 +12,7 @@ from engine.block_store import StoredBlock
 from engine.kv_cache_group import KVCacheGroup
 from engine.prefix import NOTHING_FETCHED, Fetched, Prefix, PrefixIndex, PrefixNode
 from engine.request import Owner, Request
+from engine.spans import longest_step, uncut_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +108,24 @@ class KVCache:
             return Prefix(0, 0)
         self._hasher.extend(request)
         num_blocks = (request.num_tokens - 1) // self.block_size
-        return self.index.find(request.block_hashes[:num_blocks], fetched)
+        prefix = self.index.find(request.block_hashes[:num_blocks], fetched)
+        while (num_blocks := self._uncut(request, prefix.num_blocks)) < prefix.num_blocks:
+            prefix = self.index.find(request.block_hashes[:num_blocks], fetched)
+        return prefix
 
     def can_hold(self, request: Request, prefix: Prefix) -> bool:
         """Whether a request that resumes after the prefix fits into what is free now."""
         hashes = request.block_hashes[: prefix.num_blocks]
+        needed = request.num_tokens, longest_step(request.spans)
         return all(
-            group.num_taken(hashes, request.num_tokens) <= group.pool.num_free
+            group.num_taken(hashes, *needed) <= group.pool.num_free
+            for group in self.groups.values()
+        )
+
+    def can_ever_hold(self, num_tokens: int, longest_step: int) -> bool:
+        """Whether a request of so many tokens fits when it is alone."""
+        return all(
+            group.num_needed(num_tokens, longest_step) < group.pool.num_blocks
             for group in self.groups.values()
         )
 
@@ -184,7 +196,7 @@ class KVCache:
         Returns the window's blocks, still referenced; none where it was kept before.
         """
         node = self._running[request].node
-        if node is None:
+        if node is None or self._uncut(request, node.depth) < node.depth:
             return []
         was_kept = node.is_kept
         self.index.keep(node, request.owner)
@@ -239,14 +251,17 @@ class KVCache:
             return []
         return [StoredBlock(AttentionKind.GLOBAL, ids[AttentionKind.GLOBAL], block_hash)]
 
+    def _uncut(self, request: Request, num_blocks: int) -> int:
+        return uncut_blocks(request.spans, num_blocks, self.block_size)
+
     def _is_checkpoint(self, request: Request, num_blocks: int) -> bool:
         """The end of the prompt (as far as the same prompt could resume), where the request left
         what was cached (others may follow it up to there), and every so many blocks.
         """
-        every = self._checkpoint_blocks
+        every, branch = self._checkpoint_blocks, self._running[request].branch
         return (
-            num_blocks == (len(request.prompt_ids) - 1) // self.block_size
-            or num_blocks == self._running[request].branch
+            num_blocks == self._uncut(request, (len(request.prompt_ids) - 1) // self.block_size)
+            or (branch is not None and num_blocks == self._uncut(request, branch))
             or (every > 0 and num_blocks % every == 0)
         )
 

@@ -45,15 +45,20 @@ class KVCacheGroup:
         """The first block that a request reads which resumes after `num_blocks` full blocks."""
         return 0 if self.window_blocks is None else max(0, num_blocks - self.window_blocks)
 
-    def num_needed(self, num_tokens: int) -> int:
-        """Blocks that a request of `num_tokens` needs at once, in the smallest of steps."""
-        if self.window is None:
-            return _cdiv(num_tokens, self.block_size)
-        return sliding_blocks(self.window, 1, self.block_size, num_tokens)
+    def num_needed(self, num_tokens: int, longest_step: int = 1) -> int:
+        """Blocks that a request of `num_tokens` needs at once, in the smallest of steps or in one
+        of `longest_step` tokens.
+        """
+        num_blocks = _cdiv(num_tokens, self.block_size)
+        if self.window_blocks is None:
+            return num_blocks
+        return min(num_blocks, self.window_blocks + 1 + _cdiv(longest_step - 1, self.block_size))
 
-    def num_taken(self, block_hashes: Sequence[bytes], num_tokens: int) -> int:
-        """Free blocks that a request of `num_tokens` takes at once which resumes after the blocks
-        of these hashes; a cached block that nobody reads is free until then.
+    def num_taken(
+        self, block_hashes: Sequence[bytes], num_tokens: int, longest_step: int = 1
+    ) -> int:
+        """Free blocks that a request takes at once (`num_needed`) which resumes after the blocks of
+        these hashes; a cached block that nobody reads is free until then.
         """
 
         def is_read(index: int) -> bool:
@@ -65,7 +70,7 @@ class KVCacheGroup:
             num_read = bisect_left(range(num_blocks), True, key=lambda index: not is_read(index))
         else:
             num_read = sum(map(is_read, range(self.first_read(num_blocks), num_blocks)))
-        return self.num_needed(num_tokens) - num_read
+        return self.num_needed(num_tokens, longest_step) - num_read
 
     def num_missing(self, row: int, num_tokens: int) -> int:
         """Blocks that the row still needs to hold `num_tokens` tokens."""

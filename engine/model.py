@@ -34,7 +34,7 @@ from engine.layers import (
 from engine.native_attention import NativeAttention
 from engine.one_row import OneRow
 from engine.rotary import Rotary
-from engine.torch_attention import FastAttention
+from engine.torch_attention import FastAttention, SpanAttention
 from engine.weights import CheckpointWeights, Progress, Weights, decoder_bytes
 
 PlanAttention = Callable[[Batch, AttentionKind, int | None, int], Attention]
@@ -148,10 +148,7 @@ class GemmaDecoder:
 
         `kv` maps the index of each layer that owns keys and values to its tensors.
         """
-        x = self.embed_tokens(batch.input_ids)
-        per_layer = None
-        if self.per_layer_inputs is not None:
-            per_layer = self.per_layer_inputs(batch.input_ids, x)  # [num_tokens, layers, ple_size]
+        x, per_layer = self._embed(batch)
         step = Step(self, batch, kv, experts)
         logits_indices: Tensor | None = batch.logits_indices
         for idx, layer in enumerate(self.layers):
@@ -170,6 +167,19 @@ class GemmaDecoder:
         logits = self.lm_head(self.norm(x)).float()
         cap = self.spec.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """[num_tokens, hidden_size] and, of a model that has them, what each layer is given beside
+        it, [num_tokens, num_layers, ple_size].
+        """
+        input_ids = batch.input_ids
+        x = self.embed_tokens(input_ids)
+        if batch.overlays:
+            input_ids = input_ids.clone()
+            for overlay in batch.overlays:
+                x[overlay.rows] = overlay.embeddings
+                input_ids[overlay.rows] = self.spec.pad_token_id
+        return x, None if self.per_layer_inputs is None else self.per_layer_inputs(input_ids, x)
 
     def one_row(self, layer: LayerSpec, kv_rows: KVRows) -> OneRow | None:
         """How keys and values come from what a layer keeps; None where it keeps both."""
@@ -197,6 +207,20 @@ class GemmaDecoder:
 
         `is_reference`: by PyTorch's operations where there is a choice.
         """
+        causal = self._plan_causal(batch, kind, window, block_size, is_reference=is_reference)
+        if window is None or not any(overlay.is_bidirectional for overlay in batch.overlays):
+            return causal
+        return SpanAttention(causal, batch, kind, window, block_size, self.dtype)
+
+    def _plan_causal(
+        self,
+        batch: Batch,
+        kind: AttentionKind,
+        window: int | None,
+        block_size: int,
+        *,
+        is_reference: bool,
+    ) -> Attention:
         if isinstance(self.kernels, NativeKernels):
             return NativeAttention(self.kernels, batch, kind, window)
         if self.batch_invariant:
@@ -363,4 +387,5 @@ def _narrow(batch: Batch) -> Batch:
         block_tables={kind: table[requests] for kind, table in batch.block_tables.items()},
         slot_mapping={},
         logits_indices=torch.arange(len(rows), device=requests.device),
+        overlays=(),  # a request's last token sees none behind it
     )

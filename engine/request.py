@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest
+from engine.spans import Span
 
 Owner = tuple[str, str] | None  # tenant and session; None: no session
 
@@ -102,6 +103,7 @@ class Request:
     max_tokens: int  # resolved against the context length
     tenant: str = "default"
     session: str | None = None  # the kept conversation that it is a turn of
+    spans: Sequence[Span] = ()  # of the prompt, in order
     output_ids: list[int] = field(default_factory=list)  # may start filled: a resumed request
     arrival_s: float = field(default_factory=time.monotonic)
     deadline_s: float | None = None  # on time.monotonic's clock

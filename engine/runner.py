@@ -138,6 +138,7 @@ def _slice(batch: Batch, requests: slice, tokens: slice, logits: slice, offset: 
     def cut(tables: Mapping[AttentionKind, Tensor], rows: slice) -> dict[AttentionKind, Tensor]:
         return {kind: table[rows] for kind, table in tables.items()}
 
+    places = range(batch.num_requests)[requests]
     return replace(
         batch,
         input_ids=batch.input_ids[tokens],
@@ -147,6 +148,11 @@ def _slice(batch: Batch, requests: slice, tokens: slice, logits: slice, offset: 
         block_tables=cut(batch.block_tables, requests),
         slot_mapping=cut(batch.slot_mapping, tokens),
         logits_indices=batch.logits_indices[logits] - offset,
+        overlays=[
+            replace(overlay, request=overlay.request - places[0], row=overlay.row - offset)
+            for overlay in batch.overlays
+            if overlay.request in places
+        ],
     )
 
 

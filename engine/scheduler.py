@@ -17,6 +17,7 @@ from engine.block_store import BlockStore, NullBlockStore, StoredBlock
 from engine.kv_cache import KVCache
 from engine.prefix import NOTHING_FETCHED, Fetched
 from engine.request import FinishReason, Request, RequestState
+from engine.spans import uncut
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,24 +157,32 @@ class Scheduler:
         output = SchedulerOutput()
         budget = self.max_num_batched_tokens
         queue = deque(self.policy.order(self.running))
+        is_closed = False  # what is free is needed by one of them
         while queue and budget > 0:
             request = queue.popleft()
             while (num_new := self._num_new_tokens(request, budget)) == 0 and queue:
                 self._preempt(queue.pop(), output)
+            is_closed |= num_new != min(request.num_pending_tokens, budget)
+            if num_new is None:
+                continue
             if num_new == 0:
                 self._preempt(request, output)
                 break
             budget -= self._take(request, num_new, output)
 
         # Blocks that ran out just now wouldn't last for a newcomer either.
-        if budget == 0 or output.preempted or not self._has_room():
+        if budget == 0 or output.preempted or is_closed or not self._has_room():
             return output
         for request in self.policy.order(self.waiting):
             if request.state is RequestState.WAITING_FOR_BLOCKS:
                 continue
             if budget == 0 or not self._has_room() or not self._admit(request):
                 break  # nobody overtakes the first that doesn't fit, else it could wait forever
-            budget -= self._take(request, self._num_new_tokens(request, budget), output)
+            num_new = self._num_new_tokens(request, budget)
+            if num_new:
+                budget -= self._take(request, num_new, output)
+            if num_new != request.num_pending_tokens:
+                break  # what is free is needed by it
         return output
 
     def update(self, output: SchedulerOutput, failed: Collection[Request] = ()) -> None:
@@ -185,8 +194,15 @@ class Scheduler:
                 item.request.num_computed_tokens += item.num_new_tokens
                 self._save(item.request, self.kv.commit(item.request))
 
-    def _num_new_tokens(self, request: Request, budget: int) -> int:
-        return min(request.num_pending_tokens, budget, self.kv.max_new_tokens(request))
+    def _num_new_tokens(self, request: Request, budget: int) -> int | None:
+        """How many of its tokens the step computes: 0 where it lacks blocks, None where a span is
+        next that has to wait for a step with more of the budget left.
+        """
+        start, spans = request.num_computed_tokens, request.spans
+        stop = uncut(spans, start + min(request.num_pending_tokens, budget))
+        if stop == start:
+            return None
+        return uncut(spans, min(stop, start + self.kv.max_new_tokens(request))) - start
 
     def _take(self, request: Request, num_new: int, output: SchedulerOutput) -> int:
         self.kv.allocate(request, num_new)
@@ -238,7 +254,7 @@ class Scheduler:
         """Give it blocks if all its known tokens fit beside the running requests.
 
         Asking for the first chunk only would admit prompts that preempt each other halfway. What
-        the running requests know is allocated: while it isn't, budget or blocks are used up.
+        the running requests know is allocated: while it isn't, nobody is admitted.
         """
         prefix = self.kv.find_prefix(request, fetched)
         if not self.kv.can_hold(request, prefix):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cluster.spec import AttentionKind
 from engine.attention import (
+    Attention,
     KVTensors,
     QuerySpan,
     bucket_by_length,
@@ -21,6 +22,7 @@ from engine.attention import (
     visible,
 )
 from engine.batch import Batch
+from engine.spans import Overlay
 
 # A chunk's queries are cut so that its mask stays below this many elements (16 MiB in fp32).
 MAX_SCORES = 1 << 22
@@ -71,6 +73,38 @@ class FastAttention:
             stop = chunk.start + chunk.length
             out[chunk.start : stop] = chunk.attend(query[chunk.start : stop], kv)
         return out.flatten(1)
+
+
+class SpanAttention:
+    """Lets the tokens of bidirectional spans see each other in a sliding layer, whatever computes
+    the causal attention of the batch: their rows are computed once more, each span in calls of its
+    own, so that no bit of them depends on the rest of the batch either.
+    """
+
+    def __init__(
+        self,
+        causal: Attention,
+        batch: Batch,
+        kind: AttentionKind,
+        window: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._causal = causal
+        table = batch.block_tables[kind]
+        self._chunks = [
+            _plan_chunk(part, table, window, block_size, dtype, overlay.last_position)
+            for overlay in batch.overlays
+            if overlay.is_bidirectional
+            for part in _cut(_queries(overlay), window)
+        ]
+
+    def __call__(self, query: Tensor, kv: KVTensors) -> Tensor:
+        out = self._causal(query, kv)
+        for chunk in self._chunks:
+            rows = slice(chunk.start, chunk.start + chunk.length)
+            out[rows] = chunk.attend(query[rows], kv).flatten(1)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +189,11 @@ def _plan_decodes(
     return _Decodes(rows, blocks, key_positions, slice(None), mask[:, None, None, :])
 
 
+def _queries(overlay: Overlay) -> QuerySpan:
+    num_rows = len(overlay.embeddings)
+    return QuerySpan(overlay.request, overlay.row, num_rows, overlay.position)
+
+
 def _cut(span: QuerySpan, window: int | None) -> list[QuerySpan]:
     """The span in parts whose masks stay small."""
     longest = span.position + span.length
@@ -170,16 +209,25 @@ def _cut(span: QuerySpan, window: int | None) -> list[QuerySpan]:
 
 
 def _plan_chunk(
-    span: QuerySpan, table: Tensor, window: int | None, block_size: int, dtype: torch.dtype
+    span: QuerySpan,
+    table: Tensor,
+    window: int | None,
+    block_size: int,
+    dtype: torch.dtype,
+    last_key: int | None = None,
 ) -> _Chunk:
+    """`last_key`: what all queries see up to; None: each up to itself."""
     device = table.device
     begin = first_key(span.position, window) // block_size
-    end = span.position + span.length
+    stop = span.position + span.length
+    end = stop if last_key is None else last_key + 1
     blocks = table[span.request, begin : math.ceil(end / block_size)]
     first, num_keys = begin * block_size, end - begin * block_size
     key_positions = first + torch.arange(len(blocks) * block_size, device=device)
-    positions = torch.arange(span.position, end, device=device)[:, None]
-    mask = _additive_mask(visible(positions, key_positions[:num_keys], window), dtype)
+    positions = torch.arange(span.position, stop, device=device)[:, None]
+    last_keys = None if last_key is None else torch.full_like(positions, last_key)
+    sees = visible(positions, key_positions[:num_keys], window, last_keys)
+    mask = _additive_mask(sees, dtype)
     return _Chunk(span.start, span.length, blocks, key_positions, mask)
 
 

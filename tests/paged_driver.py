@@ -15,6 +15,7 @@ from engine.batch import Batch
 from engine.kv_cache import KVCacheConfig
 from engine.model import Experts, GemmaDecoder
 from engine.runner import ModelRunner
+from engine.spans import Overlay, Span, overlays
 
 BLOCK_SIZE = 4
 POISON = math.nan  # in freed blocks: whatever is computed with one shows it
@@ -28,6 +29,7 @@ class Sequence:
     num_computed: int = 0
     tables: dict[AttentionKind, list[int]] = field(default_factory=dict)
     logits: dict[int, Tensor] = field(default_factory=dict)  # by position
+    spans: list[Span] = field(default_factory=list)
 
 
 class PagedDriver:
@@ -103,8 +105,10 @@ class PagedDriver:
 def _batch(work: list[tuple[Sequence, int]], all_logits: bool) -> Batch:
     input_ids, positions, logits_indices = [], [], []
     slots: dict[AttentionKind, list[int]] = {kind: [] for kind in AttentionKind}
-    for sequence, num_new in work:
+    overlaid: list[Overlay] = []
+    for i, (sequence, num_new) in enumerate(work):
         start, stop = sequence.num_computed, sequence.num_computed + num_new
+        overlaid += overlays(sequence.spans, start, stop, request=i, row=len(input_ids))
         input_ids += sequence.token_ids[start:stop]
         assert len(sequence.token_ids) >= stop
         positions += range(start, stop)
@@ -125,6 +129,7 @@ def _batch(work: list[tuple[Sequence, int]], all_logits: bool) -> Batch:
         },
         slot_mapping={kind: torch.tensor(rows) for kind, rows in slots.items()},
         logits_indices=torch.tensor(logits_indices),
+        overlays=overlaid,
     )
 
 

@@ -124,7 +124,13 @@ def test_mistakes_name_the_file_and_the_key(path: Path, text: str, sentence: str
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"gateway.host": "0.0.0.0"}, "gateway.host must be localhost"),
+        ({"gateway.host": "0.0.0.0"}, "lets others in: set gateway.auth to keys"),
+        ({"gateway.host": "0.0.0.0", "gateway.auth": "keys"}, "'0.0.0.0' needs TLS"),
+        ({"gateway.host": "::1"}, "a name or an IPv4 address"),
+        ({"gateway.tls_cert_file": "c.pem"}, "tls_key_file go together"),
+        ({"gateway.tls_client_ca_file": "ca.pem"}, "needs gateway.tls_cert_file"),
+        ({"gateway.auth": "keys", "store.enabled": False}, "tenants are kept in the store"),
+        ({"gateway.auth": "keys", "engine.prefix_caching": False}, "needs store.enabled and"),
         ({"gateway.port": 9464}, "http_port and gateway.metrics_port can't be the same"),
         ({"gateway.http_port": 50051}, "http_port and gateway.metrics_port can't be the same"),
         ({"experts.num_copies": 3}, "experts.num_copies can't be above experts.num_hosts"),
@@ -136,6 +142,15 @@ def test_mistakes_name_the_file_and_the_key(path: Path, text: str, sentence: str
 def test_mistakes_in_overrides(overrides: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         Config.load(None, overrides)
+
+
+def test_beyond_loopback_with_keys_and_tls_or_behind_a_proxy() -> None:
+    files = {"gateway.tls_cert_file": "c.pem", "gateway.tls_key_file": "k.pem"}
+    for how in (files, {"gateway.plaintext": True}):
+        beyond = {"gateway.host": "0.0.0.0", "gateway.auth": "keys", **how}
+        assert Config.load(None, beyond).gateway.metrics_host == "127.0.0.1"
+    Config.load(None, files)  # on loopback TLS is a choice
+    Config.load(None, {"gateway.host": "localhost", "gateway.auth": "keys"})
 
 
 def test_a_missing_file_is_a_sentence(path: Path) -> None:

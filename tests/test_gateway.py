@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -166,6 +167,7 @@ def running_gateway(
     kept: Sessions | None = None,
     registry: CollectorRegistry | None = None,
     admission: Admission | None = None,
+    local_socket: Path | None = None,
     **config: Any,
 ) -> Iterator[Gateway]:
     """A gateway on a free port, on an asyncio loop in a thread."""
@@ -177,7 +179,14 @@ def running_gateway(
     async def start() -> Gateway:
         settings = GatewayConfig(**{"port": 0, "http_port": 0, **config})
         gateway = Gateway(
-            settings, tokenizer, find, SECRET, metrics, kept=kept, admission=admission
+            settings,
+            tokenizer,
+            find,
+            SECRET,
+            metrics,
+            kept=kept,
+            admission=admission,
+            local_socket=local_socket,
         )
         await gateway.start()
         return gateway

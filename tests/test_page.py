@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,9 +18,11 @@ from torch import Tensor
 from cluster.errors import Unauthenticated
 from cluster.placement import ExpertGroups
 from cluster.tenancy import Lease, OpenLease, Tenant
+from deployments.admin import Admin
+from deployments.call import Call
 from deployments.gateway import Gateway
 from deployments.messages import to_group_load
-from deployments.page_api import PAGE_DIR, shown_to, to_json
+from deployments.page_api import PAGE_DIR, to_json
 from deployments.tenant_loads import TenantLoads
 from engine.batch import Batch
 from engine.request import Request, RequestState, SamplingParams
@@ -28,6 +31,7 @@ from experts.load import ExpertLoad
 from protos.briolette.v1.admin_pb2 import (
     ClusterStatus,
     ExpertHost,
+    GetStatusRequest,
     GroupLoad,
     Part,
     TenantLoad,
@@ -83,7 +87,7 @@ class Stage(Decoder):
         status.takes_images = self.takes_images
 
 
-class KeyAdmission:
+class OneKey:
     """One key is right."""
 
     def admit(self, key: str | None) -> Lease:
@@ -281,7 +285,7 @@ def test_markdown(page: Browser) -> None:
 def test_a_wrong_key_then_the_right_one(
     browser: Browser, stage: Stage, tokenizer: Tokenizer
 ) -> None:
-    with running_gateway(tokenizer, stage.find, admission=KeyAdmission()) as gateway:
+    with running_gateway(tokenizer, stage.find, admission=OneKey()) as gateway:
         browser.open(url(gateway))
         browser.wait(lambda: browser.focused() == "key")
         assert not browser.shows("#chat")
@@ -523,8 +527,11 @@ def test_the_heat_of_a_group_is_that_of_its_experts_in_all_layers() -> None:
 
 def test_only_an_operator_sees_other_tenants() -> None:
     status = ClusterStatus(tenants=[TenantLoad(tenant="ann"), TenantLoad(tenant="bob")])
-    assert shown_to(Tenant("op", is_admin=True), status) == status
-    assert [load.tenant for load in shown_to(Tenant("bob"), status).tenants] == ["bob"]
+    admin = Admin(lambda: status, None)
+    calls = [Call(OpenLease(tenant)) for tenant in (Tenant("op", is_admin=True), Tenant("bob"))]
+    whole, own = [asyncio.run(admin.get_status(GetStatusRequest(), call)) for call in calls]
+    assert whole == status
+    assert [load.tenant for load in own.tenants] == ["bob"]
     assert len(status.tenants) == 2
 
 

@@ -11,20 +11,43 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.config import DEMO_MODEL_DIR, Config
-from cluster.errors import NotEnoughMemory
+from cluster.errors import ConfigError, NotEnoughMemory
 from cluster.spec import ModelSpec
-from deployments.preflight import PROCESS_BYTES, check_memory, memory_needed
+from deployments.preflight import PROCESS_BYTES, check, check_memory, memory_needed
+from tests.certificates import Authority
 
 SIZES = {name: t.numel() for name, t in load_file(DEMO_MODEL_DIR / "model.safetensors").items()}
 NUM_EXPERT_WEIGHTS = sum(size for name, size in SIZES.items() if ".experts." in name)
 NUM_OTHER_WEIGHTS = sum(SIZES.values()) - NUM_EXPERT_WEIGHTS
 TABLE = SIZES["model.embed_tokens.weight"]
 KV_BYTES = 64 << 20
+PORTS = {"gateway.port": 0, "gateway.metrics_port": 0}
 
 
 def needed(model_dir: Path = DEMO_MODEL_DIR, **overrides: object) -> dict[str, int]:
     settings = {"device": "cpu", "engine.kv_bytes": KV_BYTES, **overrides}
     return memory_needed(Config.load(None, settings), ModelSpec.load(model_dir), model_dir)
+
+
+def test_files_for_tls_are_read_before_anything_starts(tmp_path: Path) -> None:
+    files = {"gateway.tls_cert_file": f"{tmp_path}/c.pem", "gateway.tls_key_file": f"{tmp_path}/k"}
+    with pytest.raises(ConfigError, match=r"gateway\.tls_cert_file .*/c\.pem can't be read"):
+        check(Config.load(None, {**PORTS, **files}))
+
+
+def test_a_host_that_is_not_this_machine_is_said() -> None:
+    beyond = {"gateway.auth": "keys", "gateway.plaintext": True}
+    for host in ("192.0.2.1", "no-such-name.invalid"):
+        with pytest.raises(ConfigError, match=f"gateway.port can't listen on {host}"):
+            check(Config.load(None, {**PORTS, **beyond, "gateway.host": host}))
+
+
+def test_a_socket_needs_a_short_path(tmp_path: Path) -> None:
+    cert_file, key_file = Authority(tmp_path).sign("gateway")
+    files = {"gateway.tls_cert_file": cert_file, "gateway.tls_key_file": key_file}
+    long = {"state_dir": str(tmp_path / ("x" * 100))}
+    with pytest.raises(ConfigError, match="shorter state_dir"):
+        check(Config.load(None, {**PORTS, **files, **long}))
 
 
 def test_each_part_is_counted_once() -> None:

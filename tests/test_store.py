@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.errors import ConfigError
-from deployments.store import problem_of, store_address, store_server
+from deployments.store import Budgets, problem_of, store_address, store_server
 from tests.redis_servers import redis_server
 
 
@@ -55,6 +55,51 @@ def test_an_impossible_address_is_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path, url="http://localhost")
     with pytest.raises(ConfigError, match=r"store\.url"), store_server(config, print):
         pass
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-lfu", "allkeys-random"])
+def test_a_server_that_may_throw_tenants_away_is_refused(tmp_path: Path, policy: str) -> None:
+    with redis_server(tmp_path, "--maxmemory-policy", policy) as elsewhere:
+        settings = {"state_dir": str(tmp_path), "store.url": elsewhere.url}
+        with store_server(Config.load(None, settings), print):
+            pass  # without keys it costs warmth at most
+        config = Config.load(None, {**settings, "gateway.auth": "keys"})
+        with (
+            pytest.raises(ConfigError, match=f"policy {policy}, .* set it to noeviction"),
+            store_server(config, print),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--maxmemory-policy", "noeviction"),
+        ("--maxmemory-policy", "volatile-lru"),
+        ("--rename-command", "CONFIG", ""),
+        ("--rename-command", "INFO", ""),
+    ],
+)
+def test_a_server_that_keeps_tenants_or_does_not_say(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    warnings = list[str]()
+    with redis_server(tmp_path, *options) as elsewhere:
+        settings = {"state_dir": str(tmp_path), "store.url": elsewhere.url}
+        config = Config.load(None, {**settings, "gateway.auth": "keys"})
+        with store_server(config, warnings.append):
+            pass
+    is_silent = "INFO" not in options
+    assert is_silent == (not warnings) and ("noeviction" in "".join(warnings)) == (not is_silent)
+
+
+def test_each_tenant_may_have_a_budget_of_its_own() -> None:
+    budgets = Budgets(usual_bytes=100)
+    budgets.set("ann", 5)
+    assert (budgets.of("ann"), budgets.of("bob")) == (5, 100)
+    budgets.set("ann", None)
+    budgets.set("bob", None)
+    assert (budgets.of("ann"), budgets.of("bob")) == (100, 100)
 
 
 def test_no_store_without_prefix_caching_or_where_it_is_off(tmp_path: Path) -> None:

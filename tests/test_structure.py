@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "experts": {"cluster"},
     "deployments": {"cluster", "engine", "experts", "protos"},
 }
-ONLY_DEPLOYMENTS_KNOW = {"ray", "grpc", "grpc_health", "grpc_reflection"}
+ONLY_DEPLOYMENTS_KNOW = {"ray", "grpc", "grpc_health", "grpc_reflection", "grpc_status"}
 
 
 def modules_of(package: str) -> list[Path]:

@@ -9,8 +9,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig, PreTrainedModel
-from transformers.models.gemma4_unified import Gemma4UnifiedForCausalLM, Gemma4UnifiedTextConfig
+from transformers import (
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    PreTrainedModel,
+)
+from transformers.models.gemma4_unified import (
+    Gemma4UnifiedConfig,
+    Gemma4UnifiedForCausalLM,
+    Gemma4UnifiedForConditionalGeneration,
+    Gemma4UnifiedTextConfig,
+)
+
+IMAGE_TOKEN_ID = 150
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 160,
@@ -57,16 +70,38 @@ def tiny_model(name: str, **overrides: Any) -> PreTrainedModel:
 
     `overrides` are fields of its config. The same arguments give the same weights.
     """
-    fields = {**_COMMON, **_MEMBERS[name], **overrides}
-    if name == "12b":
-        for key in [key for key in fields if "per_layer_input" in key]:
-            del fields[key]
-        model = Gemma4UnifiedForCausalLM(Gemma4UnifiedTextConfig(**fields))
-    else:
-        model = Gemma4ForCausalLM(Gemma4TextConfig(**fields))
+    config = _text_config(name, overrides)
+    model_type = Gemma4UnifiedForCausalLM if name == "12b" else Gemma4ForCausalLM
+    model = model_type(config)
     seed = zlib.crc32(f"{name} {sorted(overrides.items())}".encode())
     randomize(model, seed)
     return model.eval()
+
+
+def tiny_multimodal(name: str, **overrides: Any) -> PreTrainedModel:
+    """As `tiny_model`, the decoder of a model that takes images, without what sees them."""
+    fields: dict[str, Any] = {
+        "text_config": _text_config(name, overrides),
+        "vision_config": None,
+        "audio_config": None,
+        "image_token_id": IMAGE_TOKEN_ID,
+    }
+    model: PreTrainedModel
+    if name == "12b":
+        model = Gemma4UnifiedForConditionalGeneration(Gemma4UnifiedConfig(**fields))
+    else:
+        model = Gemma4ForConditionalGeneration(Gemma4Config(**fields))
+    randomize(model, 5)
+    return model.eval()
+
+
+def _text_config(name: str, overrides: dict[str, Any]) -> Any:
+    fields = {**_COMMON, **_MEMBERS[name], **overrides}
+    if name != "12b":
+        return Gemma4TextConfig(**fields)
+    return Gemma4UnifiedTextConfig(
+        **{key: value for key, value in fields.items() if "per_layer_input" not in key}
+    )
 
 
 def make_tiny(name: str, directory: Path, **overrides: Any) -> Path:

@@ -22,35 +22,56 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/briolette/v1/admin.proto\x12\x0c\x62riolette.v1\"\x12\n\x10GetStatusRequest\"\x9f\x04\n\rClusterStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12#\n\x07gateway\x18\x06 \x01(\x0b\x32\x12.briolette.v1.Part\x12#\n\x07\x64\x65\x63oder\x18\x07 \x01(\x0b\x32\x12.briolette.v1.Part\x12.\n\x0c\x65xpert_hosts\x18\x08 \x03(\x0b\x32\x18.briolette.v1.ExpertHost\x12&\n\x04load\x18\t \x01(\x0b\x32\x18.briolette.v1.EngineLoad\x12/\n\x0c\x65xpert_calls\x18\n \x01(\x0b\x32\x19.briolette.v1.ExpertCalls\x12\x0c\n\x04kind\x18\x0b \x01(\t\x12\x0f\n\x07\x65xperts\x18\x0c \x01(\t\x12\x16\n\x0ekv_fingerprint\x18\r \x01(\t\x12\'\n\x08kv_store\x18\x0e \x01(\x0b\x32\x15.briolette.v1.KvStore\x12\x13\n\x0bmeasured_at\x18\x14 \x01(\x01\x12+\n\ngroup_load\x18\x15 \x03(\x0b\x32\x17.briolette.v1.GroupLoad\x12)\n\x07tenants\x18\x16 \x03(\x0b\x32\x18.briolette.v1.TenantLoad\x12\x14\n\x0ctakes_images\x18\x17 \x01(\x08\"\x99\x01\n\x07KvStore\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\n\n\x02up\x18\x02 \x01(\x08\x12\x10\n\x08writable\x18\x03 \x01(\x08\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x11\n\tmax_bytes\x18\x05 \x01(\x04\x12\x13\n\x0bqueue_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x66\x65tched\x18\x07 \x01(\x04\x12\x12\n\nrecomputed\x18\x08 \x01(\x04\"J\n\x04Part\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x14\n\x0cmetrics_port\x18\x03 \x01(\r\x12\x0f\n\x07kernels\x18\x04 \x01(\t\"y\n\nExpertHost\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12 \n\x04part\x18\x02 \x01(\x0b\x32\x12.briolette.v1.Part\x12\x11\n\tgroup_ids\x18\x03 \x03(\r\x12\x17\n\x0fvisible_devices\x18\x04 \x01(\t\x12\x0c\n\x04link\x18\x05 \x01(\t\".\n\tGroupLoad\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x02 \x01(\x04\"\x86\x01\n\nTenantLoad\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x04\x12\x15\n\routput_tokens\x18\x05 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\"\x86\x02\n\nEngineLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\x04\x12\x15\n\rdecode_tokens\x18\x04 \x01(\x04\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x05 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12)\n\tkv_blocks\x18\x07 \x03(\x0b\x32\x16.briolette.v1.KvBlocks\x12\x16\n\x0eprefix_queries\x18\x08 \x01(\x04\x12\x13\n\x0bprefix_hits\x18\t \x01(\x04\x12\x15\n\rcached_tokens\x18\n \x01(\x04\"W\n\x08KvBlocks\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04used\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\r\x12\x0f\n\x07\x65victed\x18\x05 \x01(\x04\"i\n\x0b\x45xpertCalls\x12\x11\n\tnum_calls\x18\x01 \x01(\x04\x12\x13\n\x0bnum_retries\x18\x02 \x01(\x04\x12\r\n\x05p50_s\x18\x03 \x01(\x01\x12\r\n\x05p99_s\x18\x04 \x01(\x01\x12\x14\n\x0chidden_share\x18\x05 \x01(\x01\x32Q\n\x05\x41\x64min\x12H\n\tGetStatus\x12\x1e.briolette.v1.GetStatusRequest\x1a\x1b.briolette.v1.ClusterStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/briolette/v1/admin.proto\x12\x0c\x62riolette.v1\x1a google/protobuf/field_mask.proto\"\xde\x01\n\x06Tenant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x19\n\x11tokens_per_minute\x18\x03 \x01(\x04\x12\x15\n\rmax_in_flight\x18\x04 \x01(\r\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06models\x18\x06 \x03(\t\x12\x0f\n\x07\x65xpires\x18\x07 \x01(\x01\x12\x10\n\x08\x64isabled\x18\x08 \x01(\x08\x12\r\n\x05\x61\x64min\x18\t \x01(\x08\x12\x0f\n\x07\x63reated\x18\n \x01(\x01\x12\x1f\n\x04keys\x18\x0b \x03(\x0b\x32\x11.briolette.v1.Key\"7\n\x03Key\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x01\x12\x0f\n\x07\x65xpires\x18\x03 \x01(\x01\"\x14\n\x12ListTenantsRequest\"<\n\x13ListTenantsResponse\x12%\n\x07tenants\x18\x01 \x03(\x0b\x32\x14.briolette.v1.Tenant\";\n\x13\x43reateTenantRequest\x12$\n\x06tenant\x18\x01 \x01(\x0b\x32\x14.briolette.v1.Tenant\"\x15\n\x06NewKey\x12\x0b\n\x03key\x18\x01 \x01(\t\"l\n\x13UpdateTenantRequest\x12$\n\x06tenant\x18\x01 \x01(\x0b\x32\x14.briolette.v1.Tenant\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"1\n\x10RotateKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07grace_s\x18\x02 \x01(\x01\"#\n\x13\x44\x65leteTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteTenantResponse\"\x12\n\x10GetStatusRequest\"\x9f\x04\n\rClusterStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12#\n\x07gateway\x18\x06 \x01(\x0b\x32\x12.briolette.v1.Part\x12#\n\x07\x64\x65\x63oder\x18\x07 \x01(\x0b\x32\x12.briolette.v1.Part\x12.\n\x0c\x65xpert_hosts\x18\x08 \x03(\x0b\x32\x18.briolette.v1.ExpertHost\x12&\n\x04load\x18\t \x01(\x0b\x32\x18.briolette.v1.EngineLoad\x12/\n\x0c\x65xpert_calls\x18\n \x01(\x0b\x32\x19.briolette.v1.ExpertCalls\x12\x0c\n\x04kind\x18\x0b \x01(\t\x12\x0f\n\x07\x65xperts\x18\x0c \x01(\t\x12\x16\n\x0ekv_fingerprint\x18\r \x01(\t\x12\'\n\x08kv_store\x18\x0e \x01(\x0b\x32\x15.briolette.v1.KvStore\x12\x13\n\x0bmeasured_at\x18\x14 \x01(\x01\x12+\n\ngroup_load\x18\x15 \x03(\x0b\x32\x17.briolette.v1.GroupLoad\x12)\n\x07tenants\x18\x16 \x03(\x0b\x32\x18.briolette.v1.TenantLoad\x12\x14\n\x0ctakes_images\x18\x17 \x01(\x08\"\x99\x01\n\x07KvStore\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\n\n\x02up\x18\x02 \x01(\x08\x12\x10\n\x08writable\x18\x03 \x01(\x08\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x11\n\tmax_bytes\x18\x05 \x01(\x04\x12\x13\n\x0bqueue_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x66\x65tched\x18\x07 \x01(\x04\x12\x12\n\nrecomputed\x18\x08 \x01(\x04\"J\n\x04Part\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x14\n\x0cmetrics_port\x18\x03 \x01(\r\x12\x0f\n\x07kernels\x18\x04 \x01(\t\"y\n\nExpertHost\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12 \n\x04part\x18\x02 \x01(\x0b\x32\x12.briolette.v1.Part\x12\x11\n\tgroup_ids\x18\x03 \x03(\r\x12\x17\n\x0fvisible_devices\x18\x04 \x01(\t\x12\x0c\n\x04link\x18\x05 \x01(\t\".\n\tGroupLoad\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\x0f\n\x07\x63hoices\x18\x02 \x01(\x04\"\x86\x01\n\nTenantLoad\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x04\x12\x15\n\routput_tokens\x18\x05 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\"\x86\x02\n\nEngineLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\x04\x12\x15\n\rdecode_tokens\x18\x04 \x01(\x04\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x05 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12)\n\tkv_blocks\x18\x07 \x03(\x0b\x32\x16.briolette.v1.KvBlocks\x12\x16\n\x0eprefix_queries\x18\x08 \x01(\x04\x12\x13\n\x0bprefix_hits\x18\t \x01(\x04\x12\x15\n\rcached_tokens\x18\n \x01(\x04\"W\n\x08KvBlocks\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04used\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\r\x12\x0f\n\x07\x65victed\x18\x05 \x01(\x04\"i\n\x0b\x45xpertCalls\x12\x11\n\tnum_calls\x18\x01 \x01(\x04\x12\x13\n\x0bnum_retries\x18\x02 \x01(\x04\x12\r\n\x05p50_s\x18\x03 \x01(\x01\x12\r\n\x05p99_s\x18\x04 \x01(\x01\x12\x14\n\x0chidden_share\x18\x05 \x01(\x01\x32\xd1\x03\n\x05\x41\x64min\x12H\n\tGetStatus\x12\x1e.briolette.v1.GetStatusRequest\x1a\x1b.briolette.v1.ClusterStatus\x12R\n\x0bListTenants\x12 .briolette.v1.ListTenantsRequest\x1a!.briolette.v1.ListTenantsResponse\x12G\n\x0c\x43reateTenant\x12!.briolette.v1.CreateTenantRequest\x1a\x14.briolette.v1.NewKey\x12G\n\x0cUpdateTenant\x12!.briolette.v1.UpdateTenantRequest\x1a\x14.briolette.v1.Tenant\x12\x41\n\tRotateKey\x12\x1e.briolette.v1.RotateKeyRequest\x1a\x14.briolette.v1.NewKey\x12U\n\x0c\x44\x65leteTenant\x12!.briolette.v1.DeleteTenantRequest\x1a\".briolette.v1.DeleteTenantResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.briolette.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSTATUSREQUEST']._serialized_start=49
-  _globals['_GETSTATUSREQUEST']._serialized_end=67
-  _globals['_CLUSTERSTATUS']._serialized_start=70
-  _globals['_CLUSTERSTATUS']._serialized_end=613
-  _globals['_KVSTORE']._serialized_start=616
-  _globals['_KVSTORE']._serialized_end=769
-  _globals['_PART']._serialized_start=771
-  _globals['_PART']._serialized_end=845
-  _globals['_EXPERTHOST']._serialized_start=847
-  _globals['_EXPERTHOST']._serialized_end=968
-  _globals['_GROUPLOAD']._serialized_start=970
-  _globals['_GROUPLOAD']._serialized_end=1016
-  _globals['_TENANTLOAD']._serialized_start=1019
-  _globals['_TENANTLOAD']._serialized_end=1153
-  _globals['_ENGINELOAD']._serialized_start=1156
-  _globals['_ENGINELOAD']._serialized_end=1418
-  _globals['_KVBLOCKS']._serialized_start=1420
-  _globals['_KVBLOCKS']._serialized_end=1507
-  _globals['_EXPERTCALLS']._serialized_start=1509
-  _globals['_EXPERTCALLS']._serialized_end=1614
-  _globals['_ADMIN']._serialized_start=1616
-  _globals['_ADMIN']._serialized_end=1697
+  _globals['_TENANT']._serialized_start=84
+  _globals['_TENANT']._serialized_end=306
+  _globals['_KEY']._serialized_start=308
+  _globals['_KEY']._serialized_end=363
+  _globals['_LISTTENANTSREQUEST']._serialized_start=365
+  _globals['_LISTTENANTSREQUEST']._serialized_end=385
+  _globals['_LISTTENANTSRESPONSE']._serialized_start=387
+  _globals['_LISTTENANTSRESPONSE']._serialized_end=447
+  _globals['_CREATETENANTREQUEST']._serialized_start=449
+  _globals['_CREATETENANTREQUEST']._serialized_end=508
+  _globals['_NEWKEY']._serialized_start=510
+  _globals['_NEWKEY']._serialized_end=531
+  _globals['_UPDATETENANTREQUEST']._serialized_start=533
+  _globals['_UPDATETENANTREQUEST']._serialized_end=641
+  _globals['_ROTATEKEYREQUEST']._serialized_start=643
+  _globals['_ROTATEKEYREQUEST']._serialized_end=692
+  _globals['_DELETETENANTREQUEST']._serialized_start=694
+  _globals['_DELETETENANTREQUEST']._serialized_end=729
+  _globals['_DELETETENANTRESPONSE']._serialized_start=731
+  _globals['_DELETETENANTRESPONSE']._serialized_end=753
+  _globals['_GETSTATUSREQUEST']._serialized_start=755
+  _globals['_GETSTATUSREQUEST']._serialized_end=773
+  _globals['_CLUSTERSTATUS']._serialized_start=776
+  _globals['_CLUSTERSTATUS']._serialized_end=1319
+  _globals['_KVSTORE']._serialized_start=1322
+  _globals['_KVSTORE']._serialized_end=1475
+  _globals['_PART']._serialized_start=1477
+  _globals['_PART']._serialized_end=1551
+  _globals['_EXPERTHOST']._serialized_start=1553
+  _globals['_EXPERTHOST']._serialized_end=1674
+  _globals['_GROUPLOAD']._serialized_start=1676
+  _globals['_GROUPLOAD']._serialized_end=1722
+  _globals['_TENANTLOAD']._serialized_start=1725
+  _globals['_TENANTLOAD']._serialized_end=1859
+  _globals['_ENGINELOAD']._serialized_start=1862
+  _globals['_ENGINELOAD']._serialized_end=2124
+  _globals['_KVBLOCKS']._serialized_start=2126
+  _globals['_KVBLOCKS']._serialized_end=2213
+  _globals['_EXPERTCALLS']._serialized_start=2215
+  _globals['_EXPERTCALLS']._serialized_end=2320
+  _globals['_ADMIN']._serialized_start=2323
+  _globals['_ADMIN']._serialized_end=2788
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdminStub:
-    """Missing associated documentation comment in .proto file."""
+    """All but GetStatus take the key of an admin, and a cluster with keys (gateway.auth).
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -39,13 +40,70 @@ class AdminStub:
                 request_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.ClusterStatus.FromString,
                 _registered_method=True)
+        self.ListTenants = channel.unary_unary(
+                '/briolette.v1.Admin/ListTenants',
+                request_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.ListTenantsRequest.SerializeToString,
+                response_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
+        self.CreateTenant = channel.unary_unary(
+                '/briolette.v1.Admin/CreateTenant',
+                request_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.CreateTenantRequest.SerializeToString,
+                response_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.NewKey.FromString,
+                _registered_method=True)
+        self.UpdateTenant = channel.unary_unary(
+                '/briolette.v1.Admin/UpdateTenant',
+                request_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.UpdateTenantRequest.SerializeToString,
+                response_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.Tenant.FromString,
+                _registered_method=True)
+        self.RotateKey = channel.unary_unary(
+                '/briolette.v1.Admin/RotateKey',
+                request_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.RotateKeyRequest.SerializeToString,
+                response_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.NewKey.FromString,
+                _registered_method=True)
+        self.DeleteTenant = channel.unary_unary(
+                '/briolette.v1.Admin/DeleteTenant',
+                request_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantRequest.SerializeToString,
+                response_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
-    """Missing associated documentation comment in .proto file."""
+    """All but GetStatus take the key of an admin, and a cluster with keys (gateway.auth).
+    """
 
     def GetStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTenants(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateTenant(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateTenant(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateKey(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteTenant(self, request, context):
+        """With its sessions and all that the store has of it. Requests that run go on to their end.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -58,6 +116,31 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.ClusterStatus.SerializeToString,
             ),
+            'ListTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTenants,
+                    request_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.ListTenantsRequest.FromString,
+                    response_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.ListTenantsResponse.SerializeToString,
+            ),
+            'CreateTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateTenant,
+                    request_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.CreateTenantRequest.FromString,
+                    response_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.NewKey.SerializeToString,
+            ),
+            'UpdateTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateTenant,
+                    request_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.UpdateTenantRequest.FromString,
+                    response_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.Tenant.SerializeToString,
+            ),
+            'RotateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateKey,
+                    request_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.RotateKeyRequest.FromString,
+                    response_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.NewKey.SerializeToString,
+            ),
+            'DeleteTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTenant,
+                    request_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantRequest.FromString,
+                    response_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'briolette.v1.Admin', rpc_method_handlers)
@@ -67,7 +150,8 @@ def add_AdminServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Admin:
-    """Missing associated documentation comment in .proto file."""
+    """All but GetStatus take the key of an admin, and a cluster with keys (gateway.auth).
+    """
 
     @staticmethod
     def GetStatus(request,
@@ -86,6 +170,141 @@ class Admin:
             '/briolette.v1.Admin/GetStatus',
             protos_dot_briolette_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
             protos_dot_briolette_dot_v1_dot_admin__pb2.ClusterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/briolette.v1.Admin/ListTenants',
+            protos_dot_briolette_dot_v1_dot_admin__pb2.ListTenantsRequest.SerializeToString,
+            protos_dot_briolette_dot_v1_dot_admin__pb2.ListTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/briolette.v1.Admin/CreateTenant',
+            protos_dot_briolette_dot_v1_dot_admin__pb2.CreateTenantRequest.SerializeToString,
+            protos_dot_briolette_dot_v1_dot_admin__pb2.NewKey.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/briolette.v1.Admin/UpdateTenant',
+            protos_dot_briolette_dot_v1_dot_admin__pb2.UpdateTenantRequest.SerializeToString,
+            protos_dot_briolette_dot_v1_dot_admin__pb2.Tenant.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/briolette.v1.Admin/RotateKey',
+            protos_dot_briolette_dot_v1_dot_admin__pb2.RotateKeyRequest.SerializeToString,
+            protos_dot_briolette_dot_v1_dot_admin__pb2.NewKey.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/briolette.v1.Admin/DeleteTenant',
+            protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantRequest.SerializeToString,
+            protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantResponse.FromString,
             options,
             channel_credentials,
             insecure,

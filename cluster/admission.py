@@ -1,0 +1,174 @@
+"""Admission by key: every call is held to a copy of the tenants that follows Redis and survives it.
+
+A thread asks Redis a few times a second whether anything has changed. What it learns is used at
+once and written to disk, so that known keys work while Redis is away and after a restart meanwhile.
+A Redis that comes back without its data is given what the copy has.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cluster.breaker import Breaker
+from cluster.errors import BrioletteError, PermissionDenied, Unauthenticated, Unavailable
+from cluster.files import write_private
+from cluster.keys import KeyHash, split_key
+from cluster.quota import Usage
+from cluster.tenancy import Lease, OpenLease, Tenant
+from cluster.tenants import Directory, Record, Tenants
+
+POLL_S = 0.25  # changes must act within a second
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLease:
+    """Counts against the tenant's quota."""
+
+    tenant: Tenant
+    usage: Usage
+
+    def __enter__(self) -> None:
+        self.usage.begin()
+
+    def __exit__(self, *_: object) -> None:
+        self.usage.end()
+
+    def charge(self, num_tokens: int) -> None:
+        self.usage.charge(num_tokens)
+
+    def owe(self, num_tokens: int) -> None:
+        self.usage.owe(num_tokens)
+
+
+class _Known(NamedTuple):
+    """What a key's id leads to."""
+
+    tenant: Tenant
+    key: KeyHash
+    usage: Usage
+
+
+class KeyAdmission:
+    """Lets in who shows a tenant's key, or the key of whoever runs this machine's gateway."""
+
+    def __init__(
+        self,
+        tenants: Tenants,
+        copy: Path,
+        local_key: KeyHash,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """`copy` is the file beside Redis. `now` decides what has expired, `clock` fills quotas."""
+        self.tenants = tenants
+        self._copy = copy
+        self._local_key = local_key
+        self._clock = clock
+        self._now = now
+        self._usages: dict[str, Usage] = {}
+        self._use(_read_copy(copy))
+        self._reach = Breaker("The tenants in Redis")
+        self._refreshing = threading.Lock()
+        self._is_closing = threading.Event()
+        self.follow()
+        self._thread = threading.Thread(target=self._watch, name="tenants", daemon=True)
+        self._thread.start()
+
+    def admit(self, key: str | None) -> Lease:
+        """Raises Unauthenticated, PermissionDenied; Unavailable where no tenants were ever seen."""
+        if not key:
+            raise Unauthenticated("This cluster asks for a key; send authorization: Bearer KEY.")
+        key_id, secret = split_key(key) or ("", "")
+        if key_id == self._local_key.key_id and self._local_key.matches(secret):
+            return OpenLease()
+        known = self._known.get(key_id)
+        if known is None or not known.key.matches(secret):
+            raise self._unknown_key()
+        now, tenant = self._now(), known.tenant
+        if known.key.expires is not None and known.key.expires <= now:
+            raise Unauthenticated("This key was replaced by another one and has expired.")
+        if tenant.is_disabled:
+            raise PermissionDenied(f"The tenant {tenant.name} is disabled.")
+        if tenant.expires is not None and tenant.expires <= now:
+            raise PermissionDenied(f"The time of the tenant {tenant.name} is over.")
+        return KeyLease(tenant, known.usage)
+
+    def records(self) -> Mapping[str, Record]:
+        """All tenants by name, as last seen."""
+        return self._directory.records
+
+    def kv_bytes(self, tenant: str) -> int | None:
+        """A tenant's budget in the store, where it has one of its own."""
+        record = self._directory.records.get(tenant)
+        return None if record is None else record.tenant.kv_bytes
+
+    def refresh(self) -> None:
+        """See what has changed now, ahead of the next look; waits for Redis. Raises Unavailable."""
+        with self._refreshing:
+            found = self.tenants.read(self._directory)
+            if found is None:
+                return
+            if self._directory.is_ahead_of(found):
+                if self.tenants.put_back(self._directory):
+                    log.warning("Redis had lost changes of tenants; it has them again.")
+                return
+            self._use(found)
+            self._write_copy()
+
+    def follow(self) -> None:
+        """Refresh; a Redis that is away is looked for again soon, and only the log tells of it."""
+        try:
+            self.refresh()
+            self._reach.succeeded()
+        except BrioletteError as error:
+            self._reach.failed(f"{error}; known keys work on.")
+
+    def close(self) -> None:
+        """End the thread and hang up."""
+        self._is_closing.set()
+        self._thread.join()
+        self.tenants.close()
+
+    def _watch(self) -> None:
+        while not self._is_closing.wait(POLL_S):
+            self.follow()
+
+    def _use(self, directory: Directory) -> None:
+        known: dict[str, _Known] = {}
+        usages: dict[str, Usage] = {}
+        for name, record in directory.records.items():
+            usage = usages[name] = self._usages.get(name) or Usage(name, self._clock)
+            usage.limit(record.tenant.tokens_per_minute, record.tenant.max_in_flight)
+            known |= {key.key_id: _Known(record.tenant, key, usage) for key in record.keys}
+        self._directory, self._usages, self._known = directory, usages, known
+
+    def _write_copy(self) -> None:
+        try:
+            write_private(self._copy, self._directory.to_json())
+        except OSError as error:
+            log.error("%s can't be written: %s.", self._copy, error.strerror)
+
+    def _unknown_key(self) -> BrioletteError:
+        if self._reach.is_closed:
+            return Unauthenticated("This key isn't known here.")
+        if not self._directory.lineage:
+            return Unavailable("Redis, where keys are kept, doesn't answer.")
+        return Unauthenticated("This key isn't known here; new ones aren't while Redis is away.")
+
+
+def _read_copy(path: Path) -> Directory:
+    try:
+        return Directory.from_json(path.read_text())
+    except FileNotFoundError:
+        return Directory()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.error("The copy of the tenants, %s, can't be read: %s.", path, error)
+        return Directory()
