@@ -252,8 +252,8 @@ class EngineCore:
         }
 
     def held_bytes(self, request: Request) -> int:
-        """Of the KV cache that a request holds; 0 while it waits."""
-        return self.kv.held_bytes(request) if request in self.kv.requests else 0
+        """Of the KV cache that a request reads; 0 while it waits."""
+        return self.kv.held_bytes(request)
 
     def stats(self) -> EngineStats:
         groups = self.kv.groups.items()

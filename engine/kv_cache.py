@@ -96,9 +96,12 @@ class KVCache:
         return self._running[request].row
 
     def held_bytes(self, request: Request) -> int:
-        """Of the blocks that a running request reads; others may read them, too."""
-        row = self._running[request].row
-        return sum(g.num_held(row) * self._block_bytes[kind] for kind, g in self.groups.items())
+        """Of the blocks that a request reads; others may read them, too."""
+        running = self._running.get(request)
+        if running is None:
+            return 0
+        held = {kind: group.num_held(running.row) for kind, group in self.groups.items()}
+        return sum(num_blocks * self._block_bytes[kind] for kind, num_blocks in held.items())
 
     # Starting
 

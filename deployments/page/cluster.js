@@ -6,7 +6,7 @@ import { partCard, partsOf } from "./parts.js";
 import { ask } from "./server.js";
 
 const SESSIONS_MS = 5000; // between two looks at them
-const TENANT = ["Tenant", "Running", "Waiting", "Tokens/s", "Tokens read", "Tokens written", "KV in memory", "KV in Redis"];
+const TENANT = ["Tenant", "Running", "Waiting", "Tokens/s", "Tokens read", "Tokens written", "KV in use", "In Redis"];
 const SESSION = ["Session", "Tokens", "Size", "Used", "Where", ""];
 const NO_SESSIONS = "There are none yet. Begin one: briolette chat --session NAME";
 
