@@ -17,16 +17,15 @@ from cluster.config import GatewayConfig
 from cluster.errors import ConfigError, PortTaken
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission, OpenAdmission
-from deployments.http_calls import Border, Calls
+from deployments.http_border import Border, own_names
+from deployments.http_calls import Calls
 from deployments.http_connections import HEAD_S, BoundedConnection, Connections
 from deployments.http_errors import handle_errors
 from deployments.open_files import raise_limit
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 
 BACKLOG = 4096  # connections that may wait to be taken
-SEND_BYTES = (
-    128 << 10
-)  # in the kernel for one client: with more, a slow one looks like a stalled one
+SEND_BYTES = 128 << 10  # in the kernel for a client: with more, slow ones would look stalled
 DEAD_AFTER_S = 30  # a client's machine that acknowledges nothing
 
 
@@ -117,11 +116,6 @@ def health_router(status: Callable[[], ClusterStatus]) -> APIRouter:
     return router
 
 
-def own_names(host: str) -> set[str]:
-    """Names under which a browser on this machine finds us."""
-    return {host.lower(), "localhost", "127.0.0.1", "::1"}
-
-
 def listening_socket(host: str, port: int) -> socket.socket:
     """Taken connections inherit what is set here. Raises PortTaken, ConfigError."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -134,6 +128,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         listener.bind((host, port))
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

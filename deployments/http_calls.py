@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import math
-import uuid
-from collections.abc import Collection
 from typing import Annotated, Any, cast
-from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.routing import APIRoute
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import BrioletteError, InvalidRequest, Overloaded, PermissionDenied, Unavailable
+from cluster.errors import BrioletteError, InvalidRequest, Overloaded, Unavailable
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission
 from deployments.call import Call, key_in
-from deployments.http_errors import error_body, to_response
 from deployments.rpc import NOBODY
 
 BODY_S = 60.0  # for the whole body of a request to arrive
 LONGEST_TIMEOUT_S = 365 * 86400.0  # of x-request-timeout
 REASONS = {"CANCELLED": "client", "DEADLINE_EXCEEDED": "deadline"}  # of what was given up
-
-log = logging.getLogger(__name__)
 
 
 class ClientGone(BrioletteError):
@@ -106,57 +97,6 @@ async def current_call(request: Request) -> Call:  # a plain def would run in a 
 CurrentCall = Annotated[Call, Depends(current_call)]  # of a parameter of an AdmittedRoute
 
 
-class Border:
-    """Around every request, whoever sends it: its id, the host it asks for, the last resort."""
-
-    def __init__(self, app: ASGIApp, own_names: Collection[str] | None) -> None:
-        """`own_names` are the hosts that may be asked for; None where a key is needed anyway."""
-        self._app = app
-        self._own_names = own_names
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        request_id = uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        is_started = False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal is_started
-            if message["type"] == "http.response.start":
-                is_started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        try:
-            self._check_origin(Headers(scope=scope))
-            await self._app(scope, receive, send_with_id)
-        except PermissionDenied as error:
-            await to_response(error)(scope, receive, send_with_id)
-        except asyncio.CancelledError:  # the server ends, and this task with it
-            if not is_started:
-                stopped = Unavailable("The gateway stops; ask again.")
-                await to_response(stopped)(scope, receive, send_with_id)
-        except Exception:
-            log.exception("%s %s failed in the gateway.", scope["method"], scope["path"])
-            if is_started:
-                raise
-            sentence = "The gateway failed on this request; its log says why."
-            await JSONResponse(error_body(500, sentence), 500)(scope, receive, send_with_id)
-
-    def _check_origin(self, headers: Headers) -> None:
-        """Without keys, whoever can connect may ask: so a web page from elsewhere must not reach us
-        through its reader's browser, under our own address or under a name that it gave us.
-        """
-        if self._own_names is None:
-            return
-        for name, place in (("host", headers.get("host", "")), ("origin", headers.get("origin"))):
-            if place is not None and host_of(place) not in self._own_names:
-                raise PermissionDenied(
-                    f"Without keys only this machine's own names are served, not {name} {place!r}."
-                )
-
-
 async def while_connected(
     app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send
 ) -> None:
@@ -171,8 +111,7 @@ async def while_connected(
     finally:
         for task in (answer, gone):
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(answer, gone, return_exceptions=True)
+        await asyncio.gather(answer, gone, return_exceptions=True)
 
 
 async def _run(app: ASGIApp, scope: Scope, body: bytes, send: Send) -> None:
@@ -191,14 +130,6 @@ async def _run(app: ASGIApp, scope: Scope, body: bytes, send: Send) -> None:
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def host_of(place: str) -> str:
-    """Of a Host or Origin header, in small letters; empty where it names none."""
-    try:
-        return urlsplit(place if "//" in place else f"//{place}").hostname or ""
-    except ValueError:
-        return ""
 
 
 async def read_body(receive: Receive, max_bytes: int) -> bytes:

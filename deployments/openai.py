@@ -22,7 +22,11 @@ from deployments.openai_objects import ChatCompletion, Completion, ModelCard, Mo
 from deployments.openai_requests import to_chat_requests, to_complete_requests
 from deployments.openai_schema import ChatBody, CompletionBody, SamplingFields
 from deployments.streams import merge
-from protos.briolette.v1.inference_pb2 import Generation, ListModelsRequest
+from protos.briolette.v1.inference_pb2 import (
+    FINISH_REASON_UNSPECIFIED,
+    Generation,
+    ListModelsRequest,
+)
 
 DONE = b"data: [DONE]\n\n"
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -113,6 +117,8 @@ async def events(
     async with aclosing(pieces):
         async for index, piece in pieces:
             lasts[index] = piece
+            if not has_news(piece):
+                continue
             chunk = answer.chunk(index, piece)
             if wants_usage:
                 chunk["usage"] = None
@@ -120,3 +126,9 @@ async def events(
     if wants_usage:
         yield to_event(answer.last(to_usage(lasts, num_choices)))
     yield DONE
+
+
+def has_news(piece: Generation) -> bool:
+    """False for a token that shows nothing yet: half a character, a step of a tool call."""
+    shown = piece.text or piece.thought or piece.tool_calls or piece.logprobs
+    return bool(shown) or piece.finish_reason != FINISH_REASON_UNSPECIFIED

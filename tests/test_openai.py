@@ -318,6 +318,7 @@ def test_formats(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
 # Tools and thoughts
 
 CALLING = [
+    Generation(token_ids=[1]),  # nothing to show yet
     Generation(thought="They want "),
     Generation(thought="the weather."),
     Generation(text="Let me look."),
@@ -375,11 +376,11 @@ def test_tool_calls_of_a_stream(scripted: openai.OpenAI, answers: ScriptedAnswer
     assert final.choices[0].message.content == "Let me look."
     assert final.choices[0].finish_reason == "tool_calls"
     thoughts = [getattr(chunk.choices[0].delta, "reasoning_content", "") for chunk in chunks]
-    assert "".join(thoughts) == "They want the weather."
+    assert "".join(thoughts) == "They want the weather." and len(chunks) == 6
 
 
 def test_only_calls_are_no_content(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
-    answers.script = CALLING[3:]
+    answers.script = CALLING[4:]
     answer = scripted.chat.completions.create(model="", messages=HELLO, tools=[WEATHER])
     assert answer.choices[0].message.content is None and answer.choices[0].message.tool_calls
 
