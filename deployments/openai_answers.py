@@ -39,6 +39,7 @@ class _Answer:
     kind: str  # begins the id
 
     def __init__(self, request_id: str, model: str, token_bytes: Callable[[int], bytes]) -> None:
+        self._request_id = request_id
         self._id = f"{self.kind}-{request_id}"
         self._model = model
         self._created = int(time.time())
@@ -75,7 +76,7 @@ class ChatAnswer(_Answer):
         if piece.text or "role" in delta:
             delta["content"] = piece.text
         if piece.tool_calls:
-            delta["tool_calls"] = [_call_delta(call) for call in piece.tool_calls]
+            delta["tool_calls"] = [self._call_delta(index, call) for call in piece.tool_calls]
         choice: ChatChunkChoice = {
             "index": index,
             "delta": delta,
@@ -98,7 +99,7 @@ class ChatAnswer(_Answer):
         }
 
     def _choice(self, index: int, answer: Generation) -> ChatChoice:
-        calls = [_call(call) for call in answer.tool_calls]
+        calls = [self._call(index, call) for call in answer.tool_calls]
         message: AnswerMessage = {
             "role": "assistant",
             "content": answer.text if answer.text or not calls else None,
@@ -114,6 +115,21 @@ class ChatAnswer(_Answer):
             "finish_reason": FINISH_REASONS[answer.finish_reason],
             "logprobs": self._logprobs(answer),
         }
+
+    def _call(self, choice: int, call: ToolCallPiece) -> AnswerToolCall:
+        function: Function = {"name": call.name, "arguments": call.arguments}
+        return {"id": self._call_id(choice, call), "type": "function", "function": function}
+
+    def _call_delta(self, choice: int, piece: ToolCallPiece) -> AnswerToolCall:
+        delta: AnswerToolCall = {"index": piece.index, "function": {"arguments": piece.arguments}}
+        if piece.id:
+            delta["id"], delta["type"] = self._call_id(choice, piece), "function"
+            delta["function"]["name"] = piece.name
+        return delta
+
+    def _call_id(self, choice: int, call: ToolCallPiece) -> str:
+        """Ours are unique in an answer, but clients keep those of a whole conversation in a map."""
+        return f"call_{self._request_id}_{choice}_{call.index}"
 
     def _logprobs(self, piece: Generation) -> ChatLogprobs | None:
         if not piece.logprobs:
@@ -207,17 +223,3 @@ def to_usage(lasts: Sequence[Generation], num_choices: int) -> UsageField:
             "reasoning_tokens": sum(last.usage.thought_tokens for last in lasts)
         },
     }
-
-
-def _call_delta(piece: ToolCallPiece) -> AnswerToolCall:
-    delta: AnswerToolCall = {"index": piece.index, "function": {"arguments": piece.arguments}}
-    if piece.id:
-        delta["id"], delta["type"] = piece.id, "function"
-    if piece.name:
-        delta["function"]["name"] = piece.name
-    return delta
-
-
-def _call(call: ToolCallPiece) -> AnswerToolCall:
-    function: Function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}

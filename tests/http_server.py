@@ -92,3 +92,4 @@ def running_server(
         asyncio.run_coroutine_threadsafe(server.stop(grace_s), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
+        loop.close()
