@@ -148,6 +148,18 @@ class Sessions:
             raise self._unknown(tenant, name)
         return removed
 
+    def used_bytes(self, tenants: Iterable[str]) -> dict[str, int]:
+        """Of Redis by tenant: all values and sessions."""
+        names = list(tenants)
+        pipeline = self._client.pipeline(transaction=False)
+        for name in names:
+            pipeline.hget(tenant_prefix(name) + b"usage", "bytes")
+        try:
+            answers = pipeline.execute()
+        except REDIS_ERRORS as error:
+            raise self._unavailable(error) from None
+        return {name: int(used or 0) for name, used in zip(names, answers, strict=True)}
+
     def close(self) -> None:
         """Hang up."""
         self._client.close()
@@ -180,7 +192,10 @@ class Sessions:
         except REDIS_ERRORS as error:
             if isinstance(error, redis.ResponseError) and "OOM" in str(error):
                 raise StoreFull("Redis is full: delete sessions, or give it more memory.") from None
-            raise Unavailable(f"Redis at {self._address} doesn't answer: {error}") from None
+            raise self._unavailable(error) from None
+
+    def _unavailable(self, error: Exception) -> Unavailable:
+        return Unavailable(f"Redis at {self._address} doesn't answer: {error}")
 
 
 def check_name(name: str) -> bytes:

@@ -59,7 +59,7 @@ class Admin:
         """What a gRPC server calls."""
         unary = methods.unary
         by_name = {
-            "GetStatus": unary("GetStatus", self._get_status, GetStatusRequest),
+            "GetStatus": unary("GetStatus", self.get_status, GetStatusRequest),
             "ListTenants": unary("ListTenants", self._list, ListTenantsRequest),
             "CreateTenant": unary("CreateTenant", self._create, CreateTenantRequest),
             "UpdateTenant": unary("UpdateTenant", self._update, UpdateTenantRequest),
@@ -68,8 +68,10 @@ class Admin:
         }
         return grpc.method_handlers_generic_handler(NAME, by_name)
 
-    async def _get_status(self, _: GetStatusRequest, __: Call) -> ClusterStatus:
-        return self._status()
+    async def get_status(self, _: GetStatusRequest, call: Call) -> ClusterStatus:
+        """Only an operator sees what other tenants do."""
+        status = self._status()
+        return status if call.lease.tenant.is_admin else without_others(status, call.tenant)
 
     async def _list(self, _: ListTenantsRequest, call: Call) -> ListTenantsResponse:
         keys = self._for_admins(call)
@@ -116,6 +118,15 @@ class Admin:
         answer = await asyncio.to_thread(change, *args)
         await asyncio.to_thread(keys.follow)
         return answer
+
+
+def without_others(status: ClusterStatus, tenant: str) -> ClusterStatus:
+    """As it concerns one tenant."""
+    shown = ClusterStatus()
+    shown.CopyFrom(status)
+    del shown.tenants[:]
+    shown.tenants.extend(load for load in status.tenants if load.tenant == tenant)
+    return shown
 
 
 def with_terms(tenant: tenancy.Tenant, new: Tenant, fields: Iterable[str]) -> tenancy.Tenant:

@@ -26,7 +26,7 @@ from deployments.loading import (
     load_local_experts,
     warm_up,
 )
-from deployments.messages import to_kv_store
+from deployments.messages import to_group_load, to_kv_store
 from deployments.meters import EngineMeter, ExpertMeter
 from deployments.priority import go_first
 from deployments.remote_experts import RemoteExperts
@@ -38,6 +38,7 @@ from engine.core import EngineCore
 from engine.model import Experts
 from engine.prefill_meter import PrefillMeter
 from engine.runner import ModelRunner
+from experts.load import ExpertLoad
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 
 FLUSH_S = 3.0  # at the end, for what waits to be written to the store
@@ -60,6 +61,7 @@ class DecoderReplica:
             self._registry = CollectorRegistry()
             self._metrics = Metrics(self._registry)
             self._store: KVBlockStore | None = None
+            self._expert_load: ExpertLoad | None = None
             self._budgets = Budgets(config.store.tenant_bytes)
             torch.set_num_threads(decoder_threads(config, len(hosts)))
             placement = place_experts(config, self._source.spec)
@@ -73,6 +75,7 @@ class DecoderReplica:
                     config, self._source, placement, directory, secret, meter
                 )
                 router = self._experts.router
+                self._expert_load = router.load
                 self._engine = self._load(router, reporter)
                 self._experts.wait_ready(config.ray.start_timeout_s)
             warm_up(self._engine)
@@ -100,6 +103,8 @@ class DecoderReplica:
 
     def _load_local(self, reporter: Reporter) -> None:
         experts = load_local_experts(self._config, self._source, reporter.progress)
+        if experts is not None and self._source.device.type == "cpu":  # a GPU's aren't counted
+            self._expert_load = experts.load
         self._engine = self._load(experts, reporter)
 
     def _load(self, experts: Experts | None, reporter: Reporter) -> EngineCore:
@@ -155,10 +160,13 @@ class DecoderReplica:
             )
         )
         if spec.is_moe:
-            num_groups = expert_groups(self._config, spec).num_groups
+            groups = expert_groups(self._config, spec)
             status.experts = (
-                f"{spec.num_experts} experts, top {spec.top_k_experts}, in {num_groups} groups"
+                f"{spec.num_experts} experts, top {spec.top_k_experts}, in {groups.num_groups} "
+                "groups"
             )
+            if self._expert_load is not None:
+                status.group_load.extend(to_group_load(self._expert_load, groups))
         if self._experts is not None:
             self._experts.fill_status(status)
         if self._store is not None:

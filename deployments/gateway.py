@@ -30,6 +30,7 @@ from deployments.health import Health
 from deployments.http import HttpServer, make_app
 from deployments.inference import Inference
 from deployments.openai import openai_router
+from deployments.page_api import page_api_router, page_router
 from deployments.remote_decoder import RemoteDecoder
 from deployments.rpc import Methods
 from deployments.sessions import SessionService
@@ -84,17 +85,20 @@ class Gateway:
         conversations = Conversations(kept, self._decoder, tokenizer)
         admission = admission or OpenAdmission()
         answers = Answers(self._decoder, tokenizer, conversations)
+        admin_service = Admin(self._status, self._keys)
+        session_service = SessionService(conversations, self._decoder)
         self._server = self._make_server(
-            Methods(metrics, admission),
-            Inference(answers),
-            SessionService(conversations, self._decoder),
-            Admin(self._status, self._keys),
+            Methods(metrics, admission), Inference(answers), session_service, admin_service
         )
         self._http: HttpServer | None = None
         if config.http_port is not None:
-            app = make_app(config, metrics, admission, self._status, [openai_router(answers)])
-            tls = server_context(config)
-            self._http = HttpServer(app, config.host, config.http_port, tls)
+            routers = [
+                openai_router(answers),
+                page_router(),
+                page_api_router(admin_service, session_service, conversations),
+            ]
+            app = make_app(config, metrics, admission, self._status, routers)
+            self._http = HttpServer(app, config.host, config.http_port, server_context(config))
 
     async def start(self) -> None:
         """Bind and serve. Raises PortTaken."""

@@ -6,11 +6,13 @@ from typing import Any
 
 from cluster.errors import InvalidRequest
 from cluster.kv_store import StoreStatus
+from cluster.placement import ExpertGroups
 from engine.core import EngineStats, RequestOutput
 from engine.request import FinishReason, SamplingParams
 from engine.sampler import TokenLogprobs
+from experts.load import ExpertLoad
 from protos.briolette.v1 import inference_pb2
-from protos.briolette.v1.admin_pb2 import EngineLoad, KvBlocks, KvStore
+from protos.briolette.v1.admin_pb2 import EngineLoad, GroupLoad, KvBlocks, KvStore
 from protos.briolette.v1.inference_pb2 import (
     Alternative,
     Generation,
@@ -112,6 +114,17 @@ def to_load(stats: EngineStats) -> EngineLoad:
         prefix_hits=sum(use.num_hits for use in stats.prefix_use.values()),
         cached_tokens=sum(use.num_cached_tokens for use in stats.prefix_use.values()),
     )
+
+
+def to_group_load(load: ExpertLoad, groups: ExpertGroups) -> list[GroupLoad]:
+    """By group, over all layers."""
+    by_expert = load.total.sum(0)
+    return [
+        GroupLoad(
+            group_id=group_id, choices=int(by_expert[list(groups.experts_of(group_id))].sum())
+        )
+        for group_id in range(groups.num_groups)
+    ]
 
 
 def to_kv_store(status: StoreStatus) -> KvStore:

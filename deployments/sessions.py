@@ -50,15 +50,15 @@ class SessionService:
         """What a gRPC server calls."""
         unary = methods.unary
         by_name = {
-            "ListSessions": unary("ListSessions", self._list, ListSessionsRequest),
+            "ListSessions": unary("ListSessions", self.list_all, ListSessionsRequest),
             "GetSession": unary("GetSession", self._get, GetSessionRequest),
-            "ParkSession": unary("ParkSession", self._park, ParkSessionRequest),
+            "ParkSession": unary("ParkSession", self.park, ParkSessionRequest),
             "ResumeSession": unary("ResumeSession", self._resume, ResumeSessionRequest),
-            "DeleteSession": unary("DeleteSession", self._delete, DeleteSessionRequest),
+            "DeleteSession": unary("DeleteSession", self.delete, DeleteSessionRequest),
         }
         return grpc.method_handlers_generic_handler(NAME, by_name)
 
-    async def _list(self, _: ListSessionsRequest, call: Call) -> ListSessionsResponse:
+    async def list_all(self, _: ListSessionsRequest, call: Call) -> ListSessionsResponse:
         tenant = call.tenant
         infos = await asyncio.to_thread(self._conversations.sessions.list, tenant)
         in_memory = await self._in_memory(tenant)
@@ -71,7 +71,7 @@ class SessionService:
         messages = [Message(**message) for message in kept.messages]
         return GetSessionResponse(session=session, messages=messages)
 
-    async def _park(self, request: ParkSessionRequest, call: Call) -> ParkSessionResponse:
+    async def park(self, request: ParkSessionRequest, call: Call) -> ParkSessionResponse:
         tenant = call.tenant
         async with self._conversations.hold(tenant, request.name):
             await self._session(tenant, request.name)
@@ -108,7 +108,7 @@ class SessionService:
                 total_s=time.monotonic() - started,
             )
 
-    async def _delete(self, request: DeleteSessionRequest, call: Call) -> DeleteSessionResponse:
+    async def delete(self, request: DeleteSessionRequest, call: Call) -> DeleteSessionResponse:
         tenant = call.tenant
         async with self._conversations.hold(tenant, request.name):
             await self._session(tenant, request.name)

@@ -21,6 +21,7 @@ from deployments.decoder_link import GatewayLinks
 from deployments.messages import to_load, to_output, to_sampling_params
 from deployments.meters import EngineMeter
 from deployments.session_memory import KeptValues, SessionEngine, SessionMemory
+from deployments.tenant_loads import TenantLoads
 from engine.core import EngineStats, RequestOutput
 from engine.request import FinishReason, Request, SamplingParams
 from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad
@@ -63,6 +64,7 @@ class Engine(SessionEngine, Protocol):
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> object: ...
     def step(self) -> list[RequestOutput]: ...
     def stats(self) -> EngineStats: ...
+    def held_bytes(self, request: Request) -> int: ...
 
 
 @dataclass(slots=True)
@@ -98,6 +100,7 @@ class StepLoop:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sessions = SessionMemory(engine, store, self._inbox.put)
         self._meter = meter
+        self._tenants = TenantLoads(engine.held_bytes)
         self._on_budget = on_budget
         self._served: dict[str, _Served] = {}
         self._queued: list[_Served] = []  # those whose first step is still to come
@@ -207,6 +210,7 @@ class StepLoop:
         for output in outputs:
             if (served := self._served.get(output.request_id)) is None:
                 continue  # aborted: nobody waits for it
+            self._tenants.generated(served.request, len(output.new_token_ids))
             item = to_output(output, served.queue_s or 0.0)
             if output.finish_reason is not None:
                 del self._served[output.request_id]
@@ -264,6 +268,7 @@ class StepLoop:
         self._served[add.request_id] = served
         self._queued.append(served)
         self._meter.accepted(request)
+        self._tenants.accepted(request)
 
     def _leave_trace(self, served: _Served) -> None:
         """Tell the gateway what a turn of a session has left in the store."""
@@ -309,6 +314,8 @@ class StepLoop:
     def _refresh_status(self) -> None:
         status = ClusterStatus(load=self._load())
         self._meter.load(status.load)
+        status.measured_at = time.time()
+        status.tenants.extend(self._tenants.of(served.request for served in self._served.values()))
         self._fill_status(status)
         status.kv_fingerprint = self._sessions.fingerprint
         self._status = status

@@ -272,6 +272,10 @@ class EngineCore:
             if owner is not None and owner[0] == tenant
         }
 
+    def held_bytes(self, request: Request) -> int:
+        """Of the KV cache that a request reads; 0 while it waits."""
+        return self.kv.held_bytes(request)
+
     def stats(self) -> EngineStats:
         groups = self.kv.groups.items()
         return EngineStats(

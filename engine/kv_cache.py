@@ -95,6 +95,14 @@ class KVCache:
     def row(self, request: Request) -> int:
         return self._running[request].row
 
+    def held_bytes(self, request: Request) -> int:
+        """Of the blocks that a request reads; others may read them, too."""
+        running = self._running.get(request)
+        if running is None:
+            return 0
+        held = {kind: group.num_held(running.row) for kind, group in self.groups.items()}
+        return sum(num_blocks * self._block_bytes[kind] for kind, num_blocks in held.items())
+
     # Starting
 
     def find_prefix(self, request: Request, fetched: Fetched = NOTHING_FETCHED) -> Prefix:

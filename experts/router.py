@@ -17,6 +17,7 @@ from cluster.spec import ModelSpec
 from experts import wire
 from experts.choices import AskedSlots, Choices, GroupCut
 from experts.fallback import Fallback
+from experts.load import ExpertLoad
 from experts.peers import Peer, Peers
 from experts.stats import CallObserver, CallStats
 
@@ -104,6 +105,7 @@ class ExpertRouter:
         self._peers = Peers(secret, weights_hash, transports, deadline_s)
         self._call_ids = itertools.count(1)
         self._stats = CallStats()
+        self.load = ExpertLoad(spec.num_layers, spec.num_experts)
         self._observer = observer
         self.on_wait: Callable[[], None] = lambda: None  # every WAIT_S of a wait for the fallback
         self._plan = _Plan(None, 0, (), frozenset())
@@ -143,6 +145,7 @@ class ExpertRouter:
             Choices(self._cut, topk_ids, topk_weights),
         )
         self._send(handle, self._current_plan())
+        self.load.count(layer_idx, handle.choices.experts.reshape(-1).numpy())  # while they compute
         handle.dispatched_s = time.perf_counter()
         return handle
 

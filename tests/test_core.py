@@ -512,9 +512,10 @@ def test_an_idle_engine_reports_what_is_leaked(caplog: pytest.LogCaptureFixture)
 
 def test_stats_count_tokens_and_blocks() -> None:
     core = make_core()
-    core.add(request_id="r", prompt_ids=[1] * 10, sampling=GREEDY)
-    assert core.stats().num_waiting == 1
+    request = core.add(request_id="r", prompt_ids=[1] * 10, sampling=GREEDY)
+    assert (core.stats().num_waiting, core.held_bytes(request)) == (1, 0)
     core.step()
+    assert core.held_bytes(request) == 3 + 3  # blocks of a byte
     stats = core.stats()
     assert (stats.num_waiting, stats.num_running, stats.num_steps) == (0, 1, 1)
     assert (stats.num_used_blocks[GLOBAL], stats.num_free_blocks[GLOBAL]) == (3, 97)

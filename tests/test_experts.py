@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from experts.kernels import reference_experts
 from experts.load import ExpertLoad
 from experts.local import LocalExperts
 from experts.weights import load_experts
+from tests.remote_experts import remote_experts
 from tests.tiny_experts import NUM_EXPERTS, random_topk, save_experts, tiny_spec
 
 SPEC = tiny_spec()
@@ -108,3 +111,13 @@ def test_load_counts_by_layer_and_expert() -> None:
     load.count(1, torch.tensor([0, 3, 3]).numpy())
     load.count(0, torch.tensor([2]).numpy())
     assert load.total.tolist() == [[0, 0, 1, 0], [1, 0, 0, 2]]
+
+
+def test_a_router_counts_what_its_hosts_count(tmp_path: Path) -> None:
+    with remote_experts(save_experts(tmp_path), ExpertGroups(NUM_EXPERTS, 3)) as (router, hosts):
+        for layer_idx in range(SPEC.num_layers):
+            hidden, ids, weights = random_topk(SPEC, 5 + layer_idx)
+            router.combine(router.dispatch(layer_idx, hidden, ids, weights))
+        total = router.load.total
+        assert total.sum() == (5 + 6) * SPEC.top_k_experts
+        assert (total == sum(host.load.total for host in hosts)).all()

@@ -193,6 +193,13 @@ def test_a_session_that_does_not_fit_changes_nothing(
     assert address.client().keys("*") == []
 
 
+def test_what_each_tenant_uses_is_known(store: KVStore, sessions: Sessions) -> None:
+    put(store, b"a", b"b")
+    put(store, b"a", tenant="u")
+    used = sessions.used_bytes(["t", "u", "nobody"])
+    assert used["t"] == 2 * used["u"] > 0 == used["nobody"]
+
+
 def test_tenants_do_not_see_each_other(store: KVStore, sessions: Sessions) -> None:
     put(store, b"a")
     put(store, b"a", tenant="u")
@@ -229,3 +236,5 @@ def test_without_redis_there_is_a_sentence(tmp_path: Path) -> None:
     sessions = Sessions(RedisAddress(f"unix://{tmp_path}/none"), 1.0, lambda tenant: BUDGET)
     with pytest.raises(Unavailable, match="doesn't answer"):
         sessions.list("t")
+    with pytest.raises(Unavailable, match="doesn't answer"):
+        sessions.used_bytes(["t"])

@@ -305,6 +305,10 @@ class ClusterStatus(_message.Message):
     EXPERTS_FIELD_NUMBER: _builtins.int
     KV_FINGERPRINT_FIELD_NUMBER: _builtins.int
     KV_STORE_FIELD_NUMBER: _builtins.int
+    MEASURED_AT_FIELD_NUMBER: _builtins.int
+    GROUP_LOAD_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    TAKES_IMAGES_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """a token can be produced"""
     reason: _builtins.str
@@ -318,6 +322,10 @@ class ClusterStatus(_message.Message):
     """in one phrase: "16 experts, top 4, in 4 groups" """
     kv_fingerprint: _builtins.str
     """of all that KV values depend on but the tokens; empty: no store"""
+    measured_at: _builtins.float
+    """by the decoder, in seconds since the epoch"""
+    takes_images: _builtins.bool
+    """the model does"""
     @_builtins.property
     def gateway(self) -> Global___Part: ...
     @_builtins.property
@@ -336,6 +344,14 @@ class ClusterStatus(_message.Message):
     def kv_store(self) -> Global___KvStore:
         """absent: nothing is kept beyond a restart"""
 
+    @_builtins.property
+    def group_load(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupLoad]:
+        """by group; empty: there are none, or nobody counts"""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantLoad]:
+        """those that have asked for something since the start"""
+
     def __init__(
         self,
         *,
@@ -353,10 +369,14 @@ class ClusterStatus(_message.Message):
         experts: _builtins.str = ...,
         kv_fingerprint: _builtins.str = ...,
         kv_store: Global___KvStore | None = ...,
+        measured_at: _builtins.float = ...,
+        group_load: _abc.Iterable[Global___GroupLoad] | None = ...,
+        tenants: _abc.Iterable[Global___TenantLoad] | None = ...,
+        takes_images: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decoder", b"decoder", "expert_calls", b"expert_calls", "gateway", b"gateway", "kv_store", b"kv_store", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decoder", b"decoder", "expert_calls", b"expert_calls", "expert_hosts", b"expert_hosts", "experts", b"experts", "gateway", b"gateway", "kind", b"kind", "kv_fingerprint", b"kv_fingerprint", "kv_store", b"kv_store", "load", b"load", "model", b"model", "ready", b"ready", "reason", b"reason", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "decoder", b"decoder", "expert_calls", b"expert_calls", "expert_hosts", b"expert_hosts", "experts", b"experts", "gateway", b"gateway", "group_load", b"group_load", "kind", b"kind", "kv_fingerprint", b"kv_fingerprint", "kv_store", b"kv_store", "load", b"load", "measured_at", b"measured_at", "model", b"model", "ready", b"ready", "reason", b"reason", "takes_images", b"takes_images", "tenants", b"tenants", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -476,6 +496,68 @@ class ExpertHost(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExpertHost: _TypeAlias = ExpertHost  # noqa: Y015
+
+@_typing.final
+class GroupLoad(_message.Message):
+    """One group of experts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    group_id: _builtins.int
+    choices: _builtins.int
+    """of its experts, one for each token and layer; since the start"""
+    def __init__(
+        self,
+        *,
+        group_id: _builtins.int = ...,
+        choices: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "group_id", b"group_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupLoad: _TypeAlias = GroupLoad  # noqa: Y015
+
+@_typing.final
+class TenantLoad(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    NUM_WAITING_FIELD_NUMBER: _builtins.int
+    NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    num_waiting: _builtins.int
+    num_running: _builtins.int
+    prompt_tokens: _builtins.int
+    """of its requests since the start"""
+    output_tokens: _builtins.int
+    """generated since the start"""
+    kv_bytes: _builtins.int
+    """of memory that its requests hold; what they share counts in each"""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        num_waiting: _builtins.int = ...,
+        num_running: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bytes", b"kv_bytes", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantLoad: _TypeAlias = TenantLoad  # noqa: Y015
 
 @_typing.final
 class EngineLoad(_message.Message):
