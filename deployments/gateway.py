@@ -21,6 +21,7 @@ from cluster.links import Endpoint
 from cluster.metrics import Metrics
 from cluster.sessions import Sessions
 from cluster.tenancy import Admission, OpenAdmission
+from cluster.usage import UsageBooks
 from deployments import admin, health, inference, sessions
 from deployments.admin import Admin
 from deployments.answers import Answers
@@ -28,9 +29,11 @@ from deployments.conversations import ChatTokenizer, Conversations
 from deployments.health import Health
 from deployments.inference import Inference
 from deployments.remote_decoder import RemoteDecoder
+from deployments.request_log import RequestLog
 from deployments.rpc import Methods
 from deployments.sessions import SessionService
 from deployments.tls import server_credentials
+from deployments.usage import UsageService
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 
 
@@ -53,20 +56,26 @@ class Gateway:
         kept: Sessions | None = None,
         admission: Admission | None = None,
         local_socket: Path | None = None,
+        usage: UsageBooks | None = None,
+        log_dir: Path | None = None,
     ) -> None:
         """`metrics_port` is where they are shown, for the status; 0 for nowhere.
 
         `on_status` is told what clients are, whenever that is new. `kept` are the sessions, where
         there is a store. Without an `admission` everybody is one tenant. `local_socket` is where
-        this machine's own commands connect without TLS. Raises ConfigError for TLS files that
-        can't be used.
+        this machine's own commands connect without TLS. Without `usage` it is counted in memory
+        only; `log_dir` is for the log of requests. Raises ConfigError for TLS files that can't be
+        used.
         """
         self.port = config.port
         self._config = config
         self._part = Part(pid=os.getpid(), device="cpu", metrics_port=metrics_port)
         self._bind_deadline_s = bind_deadline_s
         self._tell_status = on_status
-        self._decoder = RemoteDecoder(find_decoder, secret, self._on_status)
+        self._metrics = metrics
+        self._usage = UsageService(usage or UsageBooks(None))
+        self._requests = RequestLog(metrics, log_dir)
+        self._decoder = RemoteDecoder(find_decoder, secret, self._on_status, self._usage.count)
         self._health = Health(inference.NAME)
         self._kept = kept
         self._local_socket = local_socket
@@ -74,10 +83,10 @@ class Gateway:
         self._keys = admission if isinstance(admission, KeyAdmission) else None
         conversations = Conversations(kept, self._decoder, tokenizer)
         self._server = self._make_server(
-            Methods(metrics, admission or OpenAdmission()),
+            Methods(metrics, admission or OpenAdmission(), self._requests),
             Inference(Answers(self._decoder, tokenizer, conversations)),
             SessionService(conversations, self._decoder),
-            Admin(self._status, self._keys),
+            Admin(self._status, self._keys, self._usage),
         )
 
     async def start(self) -> None:
@@ -102,9 +111,14 @@ class Gateway:
             self._kept.close()
         if self._keys is not None:
             await asyncio.to_thread(self._keys.close)
+        await asyncio.to_thread(self._usage.close)
+        self._requests.close()
 
     def _on_status(self) -> None:
-        self._health.show(self._decoder.status.ready)
+        status = self._decoder.status
+        self._health.show(status.ready)
+        if status.model:
+            self._metrics.gateway_ready(status.model).set(status.ready)
         self._tell_status(self._status())
 
     def _status(self) -> ClusterStatus:

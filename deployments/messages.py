@@ -39,7 +39,7 @@ def to_sampling_params(sampling: Sampling) -> SamplingParams:
     )
 
 
-def to_output(output: RequestOutput, queue_s: float) -> Output:
+def to_output(output: RequestOutput, queue_s: float, saved_prefill_s: float) -> Output:
     """What a step brought for one request, for its gateway."""
     reason = output.finish_reason
     if reason is FinishReason.ERROR:
@@ -64,6 +64,7 @@ def to_output(output: RequestOutput, queue_s: float) -> Output:
                 output_tokens=output.num_output_tokens,
                 cached_tokens=output.num_cached_tokens,
                 fetched_tokens=output.num_fetched_tokens,
+                saved_prefill_s=saved_prefill_s,
             )
         )
         piece.timings.CopyFrom(Timings(queue_s=queue_s))
