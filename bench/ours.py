@@ -57,13 +57,14 @@ class Cluster:
                 "experts.num_hosts": 2,
                 "state_dir": str(self.state_dir),
                 "gateway.port": 0,
+                "gateway.http_port": None,
                 "gateway.metrics_port": 0,
                 "ray.start_timeout_s": 240.0,
                 **(overrides or {}),
             },
         )
         try:
-            running = lifecycle.start(self._config, lambda news: None)
+            self.running = lifecycle.start(self._config, lambda news: None)
         except BrioletteError as error:
             shutil.rmtree(self.state_dir, ignore_errors=True)
             raise NotMeasured(f"The cluster did not start: {error}") from None
@@ -71,7 +72,7 @@ class Cluster:
 
         from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 
-        self._channel = grpc.insecure_channel(str(running.address))
+        self._channel = grpc.insecure_channel(str(self.running.address))
         self._stub = InferenceStub(self._channel)
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:

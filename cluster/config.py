@@ -41,6 +41,13 @@ class GatewayConfig:
 
     host: str = _setting("127.0.0.1", "address of the gRPC server; beyond loopback it needs keys")
     port: int = _setting(50051, "of the gRPC server; 0 takes a free one", "", 0, 65535)
+    http_port: int | None = _setting(
+        8080,
+        "of the HTTP server (OpenAI's dialect); 0 takes a free one, null is none",
+        "",
+        0,
+        65535,
+    )
     auth: Literal["open", "keys"] = _setting("open", "who may call: everybody, or tenants by key")
     tls_cert_file: Path | None = _setting(None, "PEM, the server's own first; null: no TLS")  # noqa: RUF009
     tls_key_file: Path | None = _setting(None, "PEM, of that certificate")  # noqa: RUF009
@@ -373,8 +380,8 @@ def _check_together(config: Config) -> None:
             "the store",
         ),
         (
-            gateway.port == 0 or gateway.port != gateway.metrics_port,
-            "gateway.port and gateway.metrics_port can't be the same",
+            _are_different(gateway.port, gateway.http_port, gateway.metrics_port),
+            "gateway.port, gateway.http_port and gateway.metrics_port can't be the same",
         ),
         (
             experts.num_copies <= experts.num_hosts,
@@ -393,6 +400,11 @@ def _check_together(config: Config) -> None:
     for holds, sentence in checks:
         if not holds:
             raise ConfigError(f"{sentence}.")
+
+
+def _are_different(*ports: int | None) -> bool:
+    given = [port for port in ports if port]  # 0 takes a free one
+    return len(given) == len(set(given))
 
 
 def _is_loopback(host: str) -> bool:

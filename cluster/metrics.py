@@ -38,7 +38,7 @@ LABELS = {
     "group": "of the KV cache: global or sliding",
     "host": "an expert host's id",
     "layer": "its position in the model, from 0",
-    "method": "an RPC's name",
+    "method": "an RPC's name, or the path of an HTTP route",
     "model": "the served model's id",
     "outcome": "of a write to the KV store: written, present (it was there), queue_full, "
     "unreachable, server_full, over_budget; of a read: ok, missing, damaged, foreign, unreachable",

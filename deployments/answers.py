@@ -39,6 +39,15 @@ class Answers:
         self._tokenizer = tokenizer
         self._conversations = conversations
 
+    @property
+    def model(self) -> str:
+        """The id of the model that is served; empty while it isn't known."""
+        return self._decoder.status.model
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the text; nothing for control tokens."""
+        return self._tokenizer.token_bytes(token_id)
+
     async def generate(
         self, request: ChatRequest | CompleteRequest, call: Call
     ) -> AsyncGenerator[Generation, None]:

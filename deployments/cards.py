@@ -78,10 +78,14 @@ class Answer:
         return (self.num_tokens - 1) / seconds if seconds > 0 else 0.0
 
 
-def status_card(status: ClusterStatus, address: str, started: float) -> Panel:
+def status_card(
+    status: ClusterStatus, address: str, started: float, base_url: str | None = None
+) -> Panel:
     """Where everything runs and how busy it is."""
     rows = _grid()
     rows.add_row("listens on", f"{address} (gRPC), up for {_span(time.time() - started)}")
+    if base_url is not None:
+        rows.add_row("OpenAI's API", base_url)
     _add_parts(rows, status)
     load = status.load
     rows.add_row("queue", f"{load.num_waiting} waiting, {load.num_running} running")

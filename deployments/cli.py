@@ -70,6 +70,8 @@ def up(config: Config, args: argparse.Namespace) -> int:
         return 0
     running = _start(config)
     console.print(f"Serving {escape(running.model)} on {running.address} (gRPC).")
+    if running.base_url is not None:
+        console.print(f"OpenAI's clients: base_url={running.base_url}")
     if config.gateway.auth == "keys":
         console.print("Everybody else needs a key: briolette keys create NAME")
     console.print('Try: briolette chat "What is 27 + 58?"     Stop it: briolette down')
@@ -94,7 +96,7 @@ def status(config: Config, args: argparse.Namespace) -> int:
         return 1
     with access.connect_here(config) as client:
         answer = client.status()
-    console.print(status_card(answer, running.address, running.started))
+    console.print(status_card(answer, running.address, running.started, running.base_url))
     return 0 if answer.ready else 1
 
 

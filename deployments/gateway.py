@@ -1,4 +1,4 @@
-"""The gRPC gateway: one port with `briolette.v1`, health and reflection; its start and its end.
+"""The gateway: gRPC with `briolette.v1`, health and reflection on one port, HTTP on another.
 
 A plain asyncio server, so that a test can run it without Ray.
 """
@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -27,18 +28,24 @@ from deployments.admin import Admin
 from deployments.answers import Answers
 from deployments.conversations import ChatTokenizer, Conversations
 from deployments.health import Health
+from deployments.http import HttpServer, make_app
 from deployments.inference import Inference
+from deployments.openai import openai_router
 from deployments.remote_decoder import RemoteDecoder
 from deployments.request_log import RequestLog
 from deployments.rpc import Methods
 from deployments.sessions import SessionService
-from deployments.tls import server_credentials
+from deployments.tls import server_context, server_credentials
 from deployments.usage import UsageService
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 
+HANDSHAKE_S = 10.0  # a connection that hasn't said by then that it speaks HTTP/2 is closed
+
+T = TypeVar("T")
+
 
 class Gateway:
-    """Serves `briolette.v1`'s services, health and reflection on one port.
+    """Serves `briolette.v1`'s services, health and reflection, and OpenAI's dialect over HTTP.
 
     Runs on the asyncio loop that calls `start()`.
     """
@@ -68,6 +75,7 @@ class Gateway:
         used.
         """
         self.port = config.port
+        self.http_port = config.http_port
         self._config = config
         self._part = Part(pid=os.getpid(), device="cpu", metrics_port=metrics_port)
         self._bind_deadline_s = bind_deadline_s
@@ -82,21 +90,42 @@ class Gateway:
         self._credentials = server_credentials(config)
         self._keys = admission if isinstance(admission, KeyAdmission) else None
         conversations = Conversations(kept, self._decoder, tokenizer)
+        admission = admission or OpenAdmission()
+        answers = Answers(self._decoder, tokenizer, conversations)
         self._server = self._make_server(
-            Methods(metrics, admission or OpenAdmission(), self._requests),
-            Inference(Answers(self._decoder, tokenizer, conversations)),
+            Methods(metrics, admission, self._requests),
+            Inference(answers),
             SessionService(conversations, self._decoder),
             Admin(self._status, self._keys, self._usage),
         )
+        self._http: HttpServer | None = None
+        if config.http_port is not None:
+            app = make_app(
+                config, metrics, admission, self._requests, self._status, [openai_router(answers)]
+            )
+            tls = server_context(config)
+            self._http = HttpServer(app, config.host, config.http_port, tls)
 
     async def start(self) -> None:
         """Bind and serve. Raises PortTaken."""
         await self._health.start()
         self.port = await bind(self._listen, self._bind_deadline_s)
+        if self._http is not None:
+            listener = await bind(self._http.listen, self._bind_deadline_s)
+            self.http_port = listener.getsockname()[1]
+            await self._http.start(listener)
         if self._local_socket is not None:
             self._server.add_insecure_port(f"unix:{self._local_socket}")
         await self._server.start()
         self._decoder.connect()
+
+    @property
+    def base_url(self) -> str | None:
+        """Of HTTP, as OpenAI's clients want it; None where there is none."""
+        if self.http_port is None:
+            return None
+        scheme = "http" if self._config.tls_cert_file is None else "https"
+        return f"{scheme}://{self._config.host}:{self.http_port}/v1"
 
     def problem(self) -> str | None:
         """Why a started gateway should be replaced; None while it is well."""
@@ -105,7 +134,10 @@ class Gateway:
     async def stop(self, grace_s: float = 5.0) -> None:
         """Say NOT_SERVING, let streams end for a while, stop."""
         await self._health.end()
-        await self._server.stop(grace_s)
+        ends = [self._server.stop(grace_s)]
+        if self._http is not None:
+            ends.append(self._http.stop(grace_s))
+        await asyncio.gather(*ends)
         self._decoder.close()
         if self._kept is not None:
             self._kept.close()
@@ -135,6 +167,7 @@ class Gateway:
             options=[
                 ("grpc.so_reuseport", 0),  # a second gateway on this port fails, and says so
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
+                ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
                 ("grpc.keepalive_time_ms", 30_000),  # notices a client whose machine is gone
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ]
@@ -163,8 +196,8 @@ class Gateway:
             ) from None
 
 
-async def bind(listen: Callable[[], int], deadline_s: float) -> int:
-    """The port that `listen` takes, in the end: a gateway that is being replaced may still hold it.
+async def bind(listen: Callable[[], T], deadline_s: float) -> T:
+    """What `listen` takes, in the end: a gateway that is being replaced may still hold it.
 
     Raises PortTaken.
     """

@@ -58,7 +58,7 @@ class GatewayReplica:
             )
             await gateway.start()
             self._gateway = gateway
-            reporter.listening(f"{config.gateway.host}:{gateway.port}")
+            reporter.listening(f"{config.gateway.host}:{gateway.port}", gateway.base_url)
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

@@ -46,6 +46,7 @@ class Running:
     model: str
     started: float  # on time.time's clock
     address: str | None = None  # host:port of the gateway; None while it starts
+    base_url: str | None = None  # of its HTTP
 
     @staticmethod
     def this_process(config: Config) -> Running:

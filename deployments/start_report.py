@@ -27,6 +27,7 @@ class StartReport:
     progress: float = 0.0  # 0 to 1
     error: str | None = None
     address: str | None = None  # where the gateway listens, once it does
+    base_url: str | None = None  # of its HTTP, as OpenAI's clients want it
 
 
 class Reporter:
@@ -40,8 +41,8 @@ class Reporter:
         """So many of so many tensors are loaded."""
         self._write(StartReport(self._part, num_done / max(1, num_total)))
 
-    def listening(self, address: str) -> None:
-        self._write(StartReport(self._part, 1.0, address=address))
+    def listening(self, address: str, base_url: str | None) -> None:
+        self._write(StartReport(self._part, 1.0, address=address, base_url=base_url))
 
     def failed(self, sentence: str) -> None:
         self._write(StartReport(self._part, error=sentence))

@@ -78,9 +78,16 @@ class Stream:
 
 def merge(answer: Generation, piece: Generation) -> None:
     """Append a piece to what is there of an answer."""
-    text = answer.text + piece.text
+    text, thought = answer.text + piece.text, answer.thought + piece.thought
+    num_calls = len(answer.tool_calls)
     answer.MergeFrom(piece)
-    answer.text = text
+    answer.text, answer.thought = text, thought
+    del answer.tool_calls[num_calls:]
+    for call in piece.tool_calls:
+        if answer.tool_calls and answer.tool_calls[-1].index == call.index:
+            answer.tool_calls[-1].arguments += call.arguments
+        else:
+            answer.tool_calls.append(call)
 
 
 class Streams:

@@ -110,9 +110,10 @@ def supervise(config: Config, news: News) -> None:
 
             news.tell(phase="Starting the parts")
             run_app(build(config, spec, secrets.token_bytes(32), num_gpus()))
-            address = wait_until_serving(config, news)
-            replace(running, address=address).write(config.state_dir)
-            news.tell(serving=address)
+            gateway = wait_until_serving(config, news)
+            running = replace(running, address=gateway.address, base_url=gateway.base_url)
+            running.write(config.state_dir)
+            news.tell(serving=gateway.address)
             news.close()
             while True:
                 signal.pause()  # until Stopped
@@ -126,8 +127,8 @@ def warn(news: News, sentence: str) -> None:
     news.tell(warning=sentence)
 
 
-def wait_until_serving(config: Config, news: News) -> str:
-    """The gateway's address, once it says SERVING. Raises what kept a part from starting, or
+def wait_until_serving(config: Config, news: News) -> StartReport:
+    """The gateway's report, once it says SERVING. Raises what kept a part from starting, or
     Unavailable when nothing moves for `ray.start_timeout_s`.
     """
     give_up_at = time.monotonic() + config.ray.start_timeout_s
@@ -146,9 +147,10 @@ def wait_until_serving(config: Config, news: News) -> str:
         if time.monotonic() > next_check:
             check_app()
             next_check = time.monotonic() + 1.0
-        address = next((r.address for r in reports if r.part == "gateway" and r.address), None)
-        if address is not None and is_serving(local_target(config.state_dir, address)):
-            return address
+        gateway = next((report for report in reports if report.part == "gateway"), None)
+        target = local_target(config.state_dir, gateway.address or "") if gateway else ""
+        if gateway is not None and gateway.address and is_serving(target):
+            return gateway
     raise Unavailable(
         f"The start made no progress for {config.ray.start_timeout_s:g} s (ray.start_timeout_s); "
         f"{config.state_dir}/logs has the logs of its parts."

@@ -69,9 +69,11 @@ def test_the_card_of_a_demo() -> None:
 def test_the_card_of_the_status() -> None:
     unready = status()
     unready.ready, unready.reason = False, "No expert host is alive for groups 1, 3."
-    card = rendered(status_card(unready, "127.0.0.1:50051", 0.0))
+    base_url = "http://127.0.0.1:8080/v1"
+    card = rendered(status_card(unready, "127.0.0.1:50051", 0.0, base_url))
     assert "[demo], not serving: No expert host is alive for groups 1, 3." in card
     assert rows_of(card)["queue"].strip() == "2 waiting, 3 running"
+    assert rows_of(card)["OpenAI's API"].strip() == base_url
 
 
 def test_an_answer_of_one_token_has_no_rate() -> None:

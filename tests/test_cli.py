@@ -56,7 +56,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def settings(tmp_path: Path, **overrides: object) -> Config:
-    ports = {"gateway.port": 0, "gateway.metrics_port": 0}
+    ports = {"gateway.port": 0, "gateway.http_port": 0, "gateway.metrics_port": 0}
     return Config.load(None, {"state_dir": str(tmp_path), **ports, **overrides})
 
 
@@ -83,7 +83,8 @@ def test_up_says_why_it_fails_and_leaves_nothing(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_interrupt_while_starting_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["up", "--set", f"state_dir={tmp_path}", "--set", "gateway.port=0"]
-    arguments += ["--set", "gateway.metrics_port=0", "--set", "engine.kv_bytes=64MiB"]
+    arguments += ["--set", "gateway.http_port=0", "--set", "gateway.metrics_port=0"]
+    arguments += ["--set", "engine.kv_bytes=64MiB"]
     command = [sys.executable, "-m", "deployments.cli", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         running = None
@@ -206,7 +207,7 @@ def in_session(pid: int, session_id: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("key", ["gateway.port", "gateway.metrics_port"])
+@pytest.mark.parametrize("key", ["gateway.port", "gateway.http_port", "gateway.metrics_port"])
 def test_a_taken_port_is_said(tmp_path: Path, taken_port: int, key: str) -> None:
     with pytest.raises(PortTaken, match=f"{taken_port}.*{key}"):
         preflight.check(settings(tmp_path, **{key: taken_port}))

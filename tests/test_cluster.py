@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import openai
 import psutil
 import pytest
 import torch
@@ -36,7 +37,7 @@ LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
 QUESTION = [Message(role="user", content="What is the capital of Norway?")]
 SETTINGS = {
     "batch_invariant": True,
-    "gateway": {"port": 0, "metrics_port": 0},
+    "gateway": {"port": 0, "http_port": 0, "metrics_port": 0},
     "engine": {"kv_bytes": 64 << 20, "max_model_len": 1024},
     "experts": {"num_copies": 2, "num_gpus_per_host": 1, "deadline_s": 5.0},
     "ray": {"num_gpus": 2},
@@ -154,6 +155,19 @@ def test_the_cluster_says_what_the_engine_alone_says(config: Config, client: Cli
     while engine.has_work:
         alone += [token for output in engine.step() for token in output.new_token_ids]
     assert answer(client) == alone
+
+
+def test_openais_client_is_told_the_same(client: Client, running: Running) -> None:
+    answers = openai.OpenAI(base_url=running.base_url, api_key="any", max_retries=0)
+    chunks = answers.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": QUESTION[0].content}],
+        temperature=0,
+        stream=True,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    said = client.chat(QUESTION, Sampling(temperature=0.0))
+    assert text == "".join(piece.text for piece in said) != ""
 
 
 def test_each_host_has_a_card_of_its_own(client: Client) -> None:

@@ -29,7 +29,7 @@ def config() -> Iterator[Config]:
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "batch_invariant": True,
-            "gateway": {"port": 0, "metrics_port": 0},
+            "gateway": {"port": 0, "http_port": 0, "metrics_port": 0},
             "engine": {"kv_bytes": 64 << 20, "max_model_len": 1024},
             "experts": {"mode": "local"},
             "device": "cpu",

@@ -178,7 +178,7 @@ def running_gateway(
     thread.start()
 
     async def start() -> Gateway:
-        settings = GatewayConfig(**{"port": 0, **config})
+        settings = GatewayConfig(**{"port": 0, "http_port": 0, **config})
         gateway = Gateway(
             settings,
             tokenizer,

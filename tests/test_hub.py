@@ -53,7 +53,7 @@ def test_a_model_that_is_not_there_is_said(
     monkeypatch.setenv("HF_HUB_OFFLINE", is_offline)
     state = tmp_path / "state"
     at = ["--set", f"state_dir={state}", "--set", "gateway.port=0"]
-    at += ["--set", "gateway.metrics_port=0"]
+    at += ["--set", "gateway.http_port=0", "--set", "gateway.metrics_port=0"]
     assert cli.main(["up", *at, "--set", "model=some/model"]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert said.startswith("error: 'some/model' is no local directory")
@@ -68,7 +68,7 @@ def test_a_cached_model_needs_no_network(no_network: None, tmp_path: Path, is_of
         "from cluster.checkpoint import resolve_model\n"
         "from cluster.config import Config\n"
         "from deployments.preflight import check\n"
-        "ports = {'gateway.port': 0, 'gateway.metrics_port': 0}\n"
+        "ports = {'gateway.port': 0, 'gateway.http_port': 0, 'gateway.metrics_port': 0}\n"
         "config = Config.load(None, {'model': 'some/model', 'engine.kv_bytes': '1MiB', **ports})\n"
         "print(config.model_id, check(config).num_experts, resolve_model(config.model_source))\n"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
@@ -43,6 +45,7 @@ class Logged:
         self.decoder, self.channel, self.folder = decoder, channel, folder
         self.stub = InferenceStub(channel)
         self.registry = CollectorRegistry()
+        self.http_port: int | None = None
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -65,7 +68,7 @@ def logged(tmp_path: Path) -> Iterator[Logged]:
         wait_for(lambda: serving(gateway))
         with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
             made = Logged(decoder, channel, folder)
-            made.registry = registry
+            made.registry, made.http_port = registry, gateway.http_port
             yield made
     decoder.close()
 
@@ -90,6 +93,27 @@ def test_an_answer_leaves_a_line_with_the_clients_id(logged: Logged) -> None:
     assert SECRET_TEXT not in text and pieces[0].text not in text
     _, unary = logged.stub.ChatOnce.with_call(chat(SECRET_TEXT))
     assert logged.last(2)["request_id"] == id_of(unary)
+
+
+def test_an_answer_over_http_leaves_one_too(logged: Logged) -> None:
+    def ask(**fields: Any) -> Any:
+        body = {"model": "counter", "messages": [{"role": "user", "content": "hello"}], **fields}
+        return urllib.request.Request(
+            f"http://127.0.0.1:{logged.http_port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+
+    with urllib.request.urlopen(ask(max_tokens=4, n=2), timeout=10) as answer:
+        request_id = answer.headers["x-request-id"]
+    line = logged.last(1)
+    assert (line["request_id"], line["status"]) == (request_id, "OK")
+    assert (line["method"], line["output_tokens"]) == ("/v1/chat/completions", 8)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(ask(max_tokens=10_000), timeout=10)
+    line = logged.last(2)
+    assert line["request_id"] == caught.value.headers["x-request-id"]
+    assert (line["status"], line["error"]) == ("INVALID_ARGUMENT", "context_too_long")
 
 
 def test_cancelled_late_and_refused_requests(logged: Logged) -> None:

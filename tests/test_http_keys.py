@@ -1,0 +1,150 @@
+"""HTTP with tenants' keys and TLS, as OpenAI's SDK meets it."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import openai
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cluster.admission import KeyAdmission
+from cluster.keys import new_key
+from cluster.tenancy import Tenant
+from cluster.tenants import Tenants
+from deployments.gateway import Gateway
+from engine.tokenizer import Tokenizer
+from tests.certificates import Authority
+from tests.redis_servers import redis_server
+from tests.test_gateway import Decoder, make_tokenizer, running_gateway, serving, wait_for
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture(scope="module")
+def decoder(tokenizer: Tokenizer) -> Iterator[Decoder]:
+    decoder = Decoder(tokenizer)
+    yield decoder
+    decoder.close()
+
+
+@pytest.fixture(scope="module")
+def admission(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyAdmission]:
+    directory = tmp_path_factory.mktemp("keys")
+    with redis_server(directory) as address:
+        yield KeyAdmission(Tenants(address), directory / "tenants.json", new_key(0.0)[1])
+
+
+@pytest.fixture(scope="module")
+def gateway(
+    tokenizer: Tokenizer,
+    decoder: Decoder,
+    admission: KeyAdmission,
+    registry: CollectorRegistry,
+) -> Iterator[Gateway]:
+    with running_gateway(
+        tokenizer, decoder.find, None, registry, admission, auth="keys"
+    ) as gateway:
+        wait_for(lambda: serving(gateway))
+        yield gateway
+
+
+@pytest.fixture
+def client(
+    gateway: Gateway, admission: KeyAdmission, request: pytest.FixtureRequest
+) -> openai.OpenAI:
+    """Of a tenant that the test's parameter describes."""
+    terms = getattr(request, "param", {})
+    key = admission.tenants.create(Tenant(name=f"t{len(admission.records())}", **terms))
+    admission.refresh()
+    return openai.OpenAI(base_url=gateway.base_url, api_key=key, max_retries=0)
+
+
+def ask(client: openai.OpenAI, text: str = "a", n: int = 1) -> str:
+    answer = client.completions.create(
+        model="counter", prompt=text, temperature=0, max_tokens=8, n=n
+    )
+    return answer.choices[0].text
+
+
+def test_a_key_is_needed(client: openai.OpenAI, registry: CollectorRegistry) -> None:
+    assert ask(client) == "bcdefghi"
+    assert [model.id for model in client.models.list()] == ["counter"]
+    with pytest.raises(openai.AuthenticationError, match="isn't known") as caught:
+        ask(client.with_options(api_key=client.api_key + "0"))
+    assert caught.value.code == "invalid_api_key"
+    labels = {"tenant": "(none)", "method": "/v1/completions", "status": "UNAUTHENTICATED"}
+    assert registry.get_sample_value("briolette_gateway_requests_total", labels) == 1
+    by_name = httpx.get(f"{client.base_url}models", headers={"x-api-key": client.api_key})
+    assert by_name.status_code == 200
+    elsewhere = httpx.get(
+        f"{client.base_url}models", headers={"x-api-key": client.api_key, "host": "gpu.example"}
+    )
+    assert elsewhere.status_code == 200
+
+
+@pytest.mark.parametrize("client", [{"models": ("another",)}], indirect=True)
+def test_a_model_that_is_not_allowed(client: openai.OpenAI) -> None:
+    assert client.models.list().data == []
+    with pytest.raises(openai.PermissionDeniedError, match="may not use"):
+        ask(client)
+
+
+@pytest.mark.parametrize("client", [{"tokens_per_minute": 60}], indirect=True)
+def test_over_quota(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.RateLimitError) as caught:
+        for _ in range(3):
+            ask(client, "x" * 30)
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+    assert caught.value.code == "rate_limit_exceeded"
+
+
+@pytest.mark.parametrize("client", [{"max_in_flight": 2}], indirect=True)
+def test_each_choice_is_a_request_in_flight(client: openai.OpenAI) -> None:
+    assert ask(client, n=2) == "bcdefghi"
+    with pytest.raises(openai.RateLimitError):
+        ask(client, n=3)
+    assert ask(client, n=2) == "bcdefghi"  # nothing stays behind
+
+
+def test_tls_with_and_without_clients_certificates(
+    tokenizer: Tokenizer, decoder: Decoder, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    cert_file, key_file = authority.sign("gateway")
+    own = authority.sign("client")
+    files = {"tls_cert_file": cert_file, "tls_key_file": key_file}
+    for mutual in ({}, {"tls_client_ca_file": authority.file}):
+        with running_gateway(tokenizer, decoder.find, **files, **mutual) as gateway:
+            assert (gateway.base_url or "").startswith("https://127.0.0.1:")
+            context = ssl.create_default_context(cafile=str(authority.file))
+            if mutual:
+                with pytest.raises(openai.APIConnectionError):
+                    models(gateway, context)
+                context.load_cert_chain(*own)
+            wait_for(lambda c=context: models(gateway, c) == ["counter"])  # type: ignore[misc]
+            with pytest.raises(openai.APIConnectionError):
+                models(gateway, ssl.create_default_context())
+            with pytest.raises(httpx.RemoteProtocolError):
+                httpx.get(f"http://127.0.0.1:{gateway.http_port}/healthz")
+
+
+def models(gateway: Gateway, context: ssl.SSLContext) -> list[str]:
+    with openai.OpenAI(
+        base_url=gateway.base_url,
+        api_key="any",
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(verify=context),
+    ) as client:
+        return [model.id for model in client.models.list()]
