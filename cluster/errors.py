@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -14,6 +15,11 @@ class BrioletteError(Exception):
 
     status: ClassVar[str] = "INTERNAL"
     retry_after_s: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """The name of the class as metrics and logs show it: `quota_exceeded`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
 
 class InvalidRequest(BrioletteError):

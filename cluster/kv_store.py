@@ -20,6 +20,7 @@ from cluster.kv_rates import RateMeter, Rates, worth_fetching
 from cluster.kv_reader import Lookup, Read, Reader
 from cluster.kv_value import Buffer, short_fingerprint
 from cluster.kv_writer import Memory, Writer
+from cluster.metric_families import TenantGauge
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
 
@@ -63,6 +64,11 @@ class KVStore:
         self._num_decided = dict.fromkeys(("fetch", "recompute", "given_up"), 0)
         for choice in self._num_decided:
             metrics.kv_store_decisions_total(model, choice)  # shown from the start
+        metrics.kv_store_writes_total(model, "written")
+        metrics.kv_store_reads_total(model, "ok")
+        for direction in ("read", "written"):
+            metrics.kv_store_bytes_total(model, direction)
+        metrics.kv_store_read_bytes_per_second(model)
         ttl_ms, fingerprint = round(config.ttl_s * 1000), short_fingerprint(fingerprint)
         metrics.kv_store_up(model).set(1)
         metrics.kv_store_writable(model).set_function(lambda: self._writer.is_writable)
@@ -80,7 +86,7 @@ class KVStore:
             ttl_ms=ttl_ms,
             budget_of=budget_of or (lambda tenant: config.tenant_bytes),
             on_outcome=self._count_write,
-            on_used=lambda tenant, used: metrics.kv_store_used_bytes(model, tenant).set(used),
+            on_used=TenantGauge(metrics.kv_store_used_bytes, model).set,
             on_memory=self._note_memory,
         )
         self._reader = Reader(
@@ -198,6 +204,7 @@ class KVStore:
     def _note_memory(self, memory: Memory) -> None:
         self._memory = memory
         self._metrics.kv_store_memory_bytes(self._model).set(memory.used_bytes)
+        self._metrics.kv_store_max_bytes(self._model).set(memory.max_bytes)
 
     def _count_write(self, outcome: str, value: Value) -> None:
         self._metrics.kv_store_writes_total(self._model, outcome).inc()

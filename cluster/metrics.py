@@ -5,19 +5,26 @@ from __future__ import annotations
 import errno
 import socket
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, overload
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
 
 from cluster.errors import ConfigError, PortTaken
+from cluster.metric_families import MAX_TENANTS, OTHERS, MetricSpec, TenantNames
 
-PREFIX = "briolette_"
-
-M = TypeVar("M", Counter, Gauge, Histogram)
-
-# Upper bounds in seconds.
-REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
-STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
+# Upper bounds in seconds: from a short prompt that was cached to 256K tokens that were not.
+REQUEST_BUCKETS = (
+    *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    *(1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0),
+)
+STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 10)
 CALL_BUCKETS = (
     *(step * 10.0**exponent for exponent in range(-5, -1) for step in (1, 1.5, 2, 3, 5, 7)),
     *(0.1, 0.2, 0.5, 1, 5, 25),
@@ -26,6 +33,8 @@ CALL_BUCKETS = (
 LABELS = {
     "choice": "fetch or recompute",
     "direction": "read or written",
+    "error": "its kind, as `overloaded`, `quota_exceeded` or `unauthenticated`",
+    "expert_group": "its number, from 0",
     "group": "of the KV cache: global or sliding",
     "host": "an expert host's id",
     "layer": "its position in the model, from 0",
@@ -38,65 +47,9 @@ LABELS = {
     "the gateway gave up client, deadline or stalled",
     "state": "of a block: used, cached or unused",
     "status": "a gRPC status code's name",
-    "tenant": "who asks; (none) for calls that no key let in",
+    "tenant": f"who asks; (none) for calls that no key let in; of more than {MAX_TENANTS}, those "
+    f"that came last are {OTHERS}",
 }
-
-
-class Family(Generic[M]):
-    """One metric with its children by label values; `metrics.preemptions_total("m").inc()`.
-
-    A child that was met before costs one dict lookup. Code that runs for every token or expert
-    call keeps the child itself.
-    """
-
-    def __init__(self, metric: M) -> None:
-        self._metric: M = metric
-        self._children: dict[tuple[str, ...], M] = {}
-
-    def __call__(self, *label_values: str) -> M:
-        """The child with these label values, in the order in which the labels are declared."""
-        child = self._children.get(label_values)
-        if child is None:
-            child = self._children[label_values] = self._metric.labels(*label_values)
-        return child
-
-    def remove(self, *label_values: str) -> None:
-        """Stop showing a child, as when its expert host is gone for good."""
-        if self._children.pop(label_values, None) is not None:
-            self._metric.remove(*label_values)
-
-
-class MetricSpec(Generic[M]):
-    """The declaration of a metric; named by the attribute of `Metrics` that holds it."""
-
-    def __init__(
-        self, kind: type[M], help_text: str, labels: tuple[str, ...], buckets: tuple[float, ...]
-    ) -> None:
-        self.kind: type[M] = kind
-        self.help = help_text
-        self.labels = labels
-        self.buckets = buckets  # of a histogram
-        self.attribute = ""
-
-    @property
-    def name(self) -> str:
-        """As Prometheus shows it."""
-        return PREFIX + self.attribute
-
-    def create(self, registry: CollectorRegistry) -> Family[M]:
-        """The metric itself, shown by a registry."""
-        options: dict[str, Any] = {"buckets": self.buckets} if self.buckets else {}
-        return Family(self.kind(self.name, self.help, self.labels, registry=registry, **options))
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.attribute = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> MetricSpec[M]: ...
-    @overload
-    def __get__(self, instance: object, owner: type) -> Family[M]: ...
-    def __get__(self, instance: object | None, owner: type) -> MetricSpec[M] | Family[M]:
-        return self  # only on the class: an instance holds its Family under the same name
 
 
 def _counter(help_text: str, *labels: str) -> MetricSpec[Counter]:
@@ -122,10 +75,14 @@ class Metrics:
     gateway_streams = _gauge("Calls that are being answered", "tenant", "method")
     gateway_requests_total = _counter("Calls that ended", "tenant", "method", "status")
     gateway_aborted_total = _counter("Calls given up early", "tenant", "method", "reason")
+    gateway_errors_total = _counter("Calls that were refused or failed", "tenant", "error")
+    gateway_ready = _gauge("1 while a token can be produced", "model")
 
     # Requests, as the decoder sees them.
     requests_waiting = _gauge("Requests in the queue", "model")
     requests_running = _gauge("Requests that hold KV blocks", "model")
+    tenant_requests_waiting = _gauge("Of a tenant, in the queue", "model", "tenant")
+    tenant_requests_running = _gauge("Of a tenant, that had a first step", "model", "tenant")
     requests_total = _counter("Requests that ended", "model", "tenant", "reason")
     prompt_tokens_total = _counter("Prompt tokens of accepted requests", "model", "tenant")
     generated_tokens_total = _counter("Tokens sampled", "model", "tenant")
@@ -147,6 +104,9 @@ class Metrics:
     cached_tokens_total = _counter(
         "Tokens that requests found cached and didn't compute", "model", "tenant"
     )
+    saved_prefill_seconds_total = _counter(
+        "What computing them would have taken, as estimated", "model", "tenant"
+    )
 
     # Steps of the engine.
     step_duration_seconds = _histogram("One step of the engine", STEP_BUCKETS, "model")
@@ -161,6 +121,10 @@ class Metrics:
         "model",
         "host",
         "layer",
+    )
+
+    expert_group_tokens_total = _counter(
+        "The same of all layers, by group of experts", "model", "host", "expert_group"
     )
 
     # Expert calls, as the ExpertRouter sees them.
@@ -190,7 +154,10 @@ class Metrics:
     kv_store_queue_bytes = _gauge("Bytes that wait to be written", "model")
     kv_store_used_bytes = _gauge("Bytes in Redis, as last seen", "model", "tenant")
     kv_store_memory_bytes = _gauge("Of the whole Redis server, as last seen", "model")
-    kv_store_read_bytes_per_second = _gauge("What reads reached lately", "model")
+    kv_store_max_bytes = _gauge("That it may use, 0 for no limit, as last seen", "model")
+    kv_store_read_bytes_per_second = _gauge(
+        "What reads reached lately; 0 before the first", "model"
+    )
     kv_store_decisions_total = _counter(
         "Prefixes found in the store; choice: fetch, recompute or given_up (while on its way)",
         "model",
@@ -198,13 +165,21 @@ class Metrics:
     )
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        tenants = TenantNames()
         for spec in METRICS:
-            self.__dict__[spec.attribute] = spec.create(registry)
+            self.__dict__[spec.attribute] = spec.create(registry, tenants)
 
 
 METRICS: tuple[MetricSpec[Any], ...] = tuple(
     value for value in vars(Metrics).values() if isinstance(value, MetricSpec)
 )
+
+
+def part_registry() -> CollectorRegistry:
+    """A registry for one process, which shows its memory, CPU time and open files."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from cluster.errors import ConfigError, InvalidRequest
 from cluster.tenants import Record
 from deployments.call import Call
 from deployments.rpc import Methods
+from deployments.usage import UsageService
 from protos.briolette.v1 import admin_pb2
 from protos.briolette.v1.admin_pb2 import (
     ClusterStatus,
@@ -22,6 +23,7 @@ from protos.briolette.v1.admin_pb2 import (
     DeleteTenantRequest,
     DeleteTenantResponse,
     GetStatusRequest,
+    GetUsageRequest,
     Key,
     ListTenantsRequest,
     ListTenantsResponse,
@@ -51,15 +53,19 @@ TERMS = {
 class Admin:
     """The methods, on top of the tenants in Redis; without keys there are none to change."""
 
-    def __init__(self, status: Callable[[], ClusterStatus], keys: KeyAdmission | None) -> None:
+    def __init__(
+        self, status: Callable[[], ClusterStatus], keys: KeyAdmission | None, usage: UsageService
+    ) -> None:
         self._status = status
         self._keys = keys
+        self._usage = usage
 
     def handler(self, methods: Methods) -> grpc.GenericRpcHandler:
         """What a gRPC server calls."""
         unary = methods.unary
         by_name = {
             "GetStatus": unary("GetStatus", self.get_status, GetStatusRequest),
+            "GetUsage": unary("GetUsage", self._usage.get_usage, GetUsageRequest),
             "ListTenants": unary("ListTenants", self._list, ListTenantsRequest),
             "CreateTenant": unary("CreateTenant", self._create, CreateTenantRequest),
             "UpdateTenant": unary("UpdateTenant", self._update, UpdateTenantRequest),

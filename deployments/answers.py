@@ -88,6 +88,7 @@ class Answers:
             timeout_s=call.time_remaining_s,
             kv_bytes=call.lease.tenant.kv_bytes or 0,
         )
+        call.answered.begin(self._decoder.status.model, len(prompt_ids))
         ttft_s = None
         async with aclosing(charged(self._decoder, add, call.lease)) as outputs:
             async for output in outputs:
@@ -99,6 +100,7 @@ class Answers:
                 if piece.finish_reason != FINISH_REASON_UNSPECIFIED:
                     piece.timings.ttft_s = ttft_s
                     piece.timings.total_s = elapsed_s
+                call.answered.add(piece, ttft_s)
                 yield output
 
     async def _turn(self, request: ChatRequest, call: Call) -> AsyncGenerator[Output, None]:

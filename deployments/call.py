@@ -8,6 +8,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.tenancy import Lease
+from protos.briolette.v1.inference_pb2 import Generation, Timings, Usage
+
+
+@dataclass(slots=True)
+class Answered:
+    """What a call has got so far, for the log; several answers to it add up."""
+
+    model: str = ""  # that generates; empty: none does
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)  # of the last one that began or ended
+
+    def begin(self, model: str, num_prompt_tokens: int) -> None:
+        """A prompt is on its way to the decoder."""
+        self.model = model
+        self.usage.prompt_tokens += num_prompt_tokens
+
+    def add(self, piece: Generation, ttft_s: float) -> None:
+        """A piece of an answer is on its way to the client."""
+        self.usage.output_tokens += len(piece.token_ids)
+        self.usage.cached_tokens += piece.usage.cached_tokens  # in the last piece
+        self.timings.MergeFrom(piece.timings)
+        self.timings.ttft_s = ttft_s
 
 
 @dataclass(slots=True)
@@ -18,6 +40,7 @@ class Call:
     timeout_s: float | None = None  # what the client gave it at the start; None: no limit
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started: float = field(default_factory=time.monotonic)
+    answered: Answered = field(default_factory=Answered)
 
     @property
     def tenant(self) -> str:

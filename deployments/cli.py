@@ -1,4 +1,4 @@
-"""The command `briolette`: up, status, chat, sessions, keys, down, demo, verify."""
+"""The command `briolette`: up, status, chat, sessions, usage, keys, down, demo, verify."""
 
 from __future__ import annotations
 
@@ -126,6 +126,19 @@ def sessions(config: Config, args: argparse.Namespace) -> int:
     return 0
 
 
+def usage(config: Config, args: argparse.Namespace) -> int:
+    """Show what each tenant used on each day."""
+    from deployments.usage_commands import print_table, write_csv
+
+    with access.connect(config, args) as client:
+        days = client.usage(args.tenant, args.since)
+    if args.csv:
+        write_csv(days, sys.stdout)
+    else:
+        print_table(days, console)
+    return 0
+
+
 def keys(config: Config, args: argparse.Namespace) -> int:
     """List the tenants, or create, change, rotate the key of, disable, enable or delete one."""
     from deployments.key_commands import COMMANDS
@@ -212,6 +225,11 @@ def _parser() -> argparse.ArgumentParser:
     kept.add_argument("action", nargs="?", choices=actions, default="list", help="default: list")
     kept.add_argument("name", nargs="?", metavar="NAME", help="of the session")
     access.add_options(kept)
+    used = _command(commands, usage)
+    used.add_argument("--tenant", default="", metavar="NAME", help="default: all that you may see")
+    used.add_argument("--since", default="", metavar="DAY", help="default: 30 days ago")
+    used.add_argument("--csv", action="store_true", help="comma-separated, for other programs")
+    access.add_options(used)
     tenants = _command(commands, keys)
     key_options.add_options(tenants)
     access.add_options(tenants)

@@ -29,8 +29,10 @@ from deployments.access import KEY_VARIABLE, Access
 from protos.briolette.v1.admin_pb2 import (
     ClusterStatus,
     CreateTenantRequest,
+    DayUsage,
     DeleteTenantRequest,
     GetStatusRequest,
+    GetUsageRequest,
     ListTenantsRequest,
     RotateKeyRequest,
     Tenant,
@@ -103,6 +105,12 @@ class Client:
     def status(self) -> ClusterStatus:
         with _our_errors():
             return self._admin.GetStatus(GetStatusRequest(), timeout=5.0)
+
+    def usage(self, tenant: str = "", since: str = "") -> Sequence[DayUsage]:
+        """By day and tenant; `since` is a day as 2026-11-24, by default 30 days ago."""
+        request = GetUsageRequest(tenant=tenant, since=since)
+        with _our_errors():
+            return self._admin.GetUsage(request, timeout=QUICK_S).days
 
     def list_sessions(self) -> Sequence[Session]:
         """The last used one first."""

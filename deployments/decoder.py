@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from prometheus_client import CollectorRegistry
 
 from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.links import Listener
-from cluster.metrics import Metrics, start_metrics_server
+from cluster.metrics import Metrics, part_registry, start_metrics_server
 from deployments.decoder_link import GatewayLinks, verify_gateway
 from deployments.host_directory import HostDirectory
 from deployments.kv_block_store import KVBlockStore, kv_tensors
@@ -58,7 +57,7 @@ class DecoderReplica:
         with reporting(config.state_dir, "decoder") as reporter:
             self._config = config
             self._source = Source.open(config)
-            self._registry = CollectorRegistry()
+            self._registry = part_registry()
             self._metrics = Metrics(self._registry)
             self._store: KVBlockStore | None = None
             self._expert_load: ExpertLoad | None = None

@@ -46,7 +46,7 @@ class ExpertHostReplica:
             )
             self._endpoint = self._host.start()
             self._device, self._kernels = str(source.device), source.kernels
-            self._meter = HostMeter(self._host, config.model_id)
+            self._meter = HostMeter(self._host, placement.groups, config.model_id)
             self._metrics = start_metrics_server(
                 config.gateway.metrics_host, 0, self._meter.registry
             )

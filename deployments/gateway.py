@@ -22,6 +22,7 @@ from cluster.links import Endpoint
 from cluster.metrics import Metrics
 from cluster.sessions import Sessions
 from cluster.tenancy import Admission, OpenAdmission
+from cluster.usage import UsageBooks
 from deployments import admin, health, inference, sessions
 from deployments.admin import Admin
 from deployments.answers import Answers
@@ -32,9 +33,11 @@ from deployments.inference import Inference
 from deployments.openai import openai_router
 from deployments.page_api import page_api_router, page_router
 from deployments.remote_decoder import RemoteDecoder
+from deployments.request_log import RequestLog
 from deployments.rpc import Methods
 from deployments.sessions import SessionService
 from deployments.tls import server_context, server_credentials
+from deployments.usage import UsageService
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 
@@ -62,13 +65,16 @@ class Gateway:
         kept: Sessions | None = None,
         admission: Admission | None = None,
         local_socket: Path | None = None,
+        usage: UsageBooks | None = None,
+        log_dir: Path | None = None,
     ) -> None:
         """`metrics_port` is where they are shown, for the status; 0 for nowhere.
 
         `on_status` is told what clients are, whenever that is new. `kept` are the sessions, where
         there is a store. Without an `admission` everybody is one tenant. `local_socket` is where
-        this machine's own commands connect without TLS. Raises ConfigError for TLS files that
-        can't be used.
+        this machine's own commands connect without TLS. Without `usage` it is counted in memory
+        only; `log_dir` is for the log of requests. Raises ConfigError for TLS files that can't be
+        used.
         """
         self.port = config.port
         self.http_port = config.http_port
@@ -76,7 +82,10 @@ class Gateway:
         self._part = Part(pid=os.getpid(), device="cpu", metrics_port=metrics_port)
         self._bind_deadline_s = bind_deadline_s
         self._tell_status = on_status
-        self._decoder = RemoteDecoder(find_decoder, secret, self._on_status)
+        self._metrics = metrics
+        self._usage = UsageService(usage or UsageBooks(None))
+        self._requests = RequestLog(metrics, log_dir)
+        self._decoder = RemoteDecoder(find_decoder, secret, self._on_status, self._usage.count)
         self._health = Health(inference.NAME)
         self._kept = kept
         self._local_socket = local_socket
@@ -85,10 +94,13 @@ class Gateway:
         conversations = Conversations(kept, self._decoder, tokenizer)
         admission = admission or OpenAdmission()
         answers = Answers(self._decoder, tokenizer, conversations)
-        admin_service = Admin(self._status, self._keys)
+        admin_service = Admin(self._status, self._keys, self._usage)
         session_service = SessionService(conversations, self._decoder)
         self._server = self._make_server(
-            Methods(metrics, admission), Inference(answers), session_service, admin_service
+            Methods(metrics, admission, self._requests),
+            Inference(answers),
+            session_service,
+            admin_service,
         )
         self._http: HttpServer | None = None
         if config.http_port is not None:
@@ -97,7 +109,7 @@ class Gateway:
                 page_router(),
                 page_api_router(admin_service, session_service, conversations),
             ]
-            app = make_app(config, metrics, admission, self._status, routers)
+            app = make_app(config, metrics, admission, self._requests, self._status, routers)
             self._http = HttpServer(app, config.host, config.http_port, server_context(config))
 
     async def start(self) -> None:
@@ -137,9 +149,14 @@ class Gateway:
             self._kept.close()
         if self._keys is not None:
             await asyncio.to_thread(self._keys.close)
+        await asyncio.to_thread(self._usage.close)
+        self._requests.close()
 
     def _on_status(self) -> None:
-        self._health.show(self._decoder.status.ready)
+        status = self._decoder.status
+        self._health.show(status.ready)
+        if status.model:
+            self._metrics.gateway_ready(status.model).set(status.ready)
         self._tell_status(self._status())
 
     def _status(self) -> ClusterStatus:

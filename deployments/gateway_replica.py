@@ -13,9 +13,10 @@ from cluster.checkpoint import resolve_model
 from cluster.config import Config, GatewayConfig
 from cluster.errors import LinkError, Unavailable
 from cluster.links import Endpoint
-from cluster.metrics import Metrics, start_metrics_server
+from cluster.metrics import Metrics, part_registry, start_metrics_server
 from cluster.sessions import Sessions
 from cluster.tenancy import Admission
+from cluster.usage import UsageBooks
 from deployments.access import local_socket
 from deployments.admission import open_admission
 from deployments.gateway import Gateway, bind
@@ -38,7 +39,7 @@ class GatewayReplica:
         with reporting(config.state_dir, "gateway") as reporter:
             model_dir = resolve_model(config.model_source)
             tokenizer = await asyncio.to_thread(Tokenizer.load, model_dir)
-            registry = CollectorRegistry()
+            registry = part_registry()
             admission = await asyncio.to_thread(open_admission, config)
             gateway = Gateway(
                 config.gateway,
@@ -52,6 +53,8 @@ class GatewayReplica:
                 kept_sessions(config, admission),
                 admission,
                 local_socket(config),
+                UsageBooks(store_address(config)),
+                config.state_dir / "logs",
             )
             await gateway.start()
             self._gateway = gateway

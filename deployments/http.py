@@ -22,6 +22,7 @@ from deployments.http_calls import Calls
 from deployments.http_connections import HEAD_S, BoundedConnection, Connections
 from deployments.http_errors import handle_errors
 from deployments.open_files import raise_limit
+from deployments.request_log import RequestLog
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 
 BACKLOG = 4096  # connections that may wait to be taken
@@ -83,6 +84,7 @@ def make_app(
     config: GatewayConfig,
     metrics: Metrics,
     admission: Admission,
+    requests: RequestLog,
     status: Callable[[], ClusterStatus],
     routers: Iterable[APIRouter],
 ) -> FastAPI:
@@ -92,7 +94,7 @@ def make_app(
     """
     # The pages that FastAPI offers load scripts from elsewhere.
     app = FastAPI(title="Briolette", docs_url=None, redoc_url=None)
-    app.state.calls = Calls(metrics, admission, config.max_message_bytes)
+    app.state.calls = Calls(metrics, admission, requests, config.max_message_bytes)
     is_open = isinstance(admission, OpenAdmission)
     app.add_middleware(Border, own_names=own_names(config.host) if is_open else None)
     handle_errors(app)

@@ -15,7 +15,7 @@ from cluster.errors import BrioletteError, InvalidRequest, Overloaded, Unavailab
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission
 from deployments.call import Call, key_in
-from deployments.rpc import NOBODY
+from deployments.request_log import NOBODY, RequestLog
 
 BODY_S = 60.0  # for the whole body of a request to arrive
 LONGEST_TIMEOUT_S = 365 * 86400.0  # of x-request-timeout
@@ -35,9 +35,16 @@ class TooLarge(InvalidRequest):
 class Calls:
     """Lets calls in, reads what they send, watches their clients and counts how they end."""
 
-    def __init__(self, metrics: Metrics, admission: Admission, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        admission: Admission,
+        requests: RequestLog,
+        max_body_bytes: int,
+    ) -> None:
         self._metrics = metrics
         self._admission = admission
+        self._requests = requests
         self._max_body_bytes = max_body_bytes
 
     async def answer(
@@ -50,6 +57,7 @@ class Calls:
             lease = self._admission.admit(key_in(headers.get))
         except BrioletteError as error:
             self._metrics.gateway_requests_total(NOBODY, name, error.status).inc()
+            self._requests.ended(None, name, error.status, error)
             raise
         call = state["call"] = Call(lease, timeout_s(headers), state["request_id"])
         self._metrics.gateway_streams(call.tenant, name).inc()
@@ -59,7 +67,7 @@ class Calls:
         except ClientGone as error:
             state["status"] = error.status
         except BrioletteError as error:
-            state["status"] = error.status
+            state["status"], state["error"] = error.status, error
             raise
         except asyncio.CancelledError:  # the server ends
             state["status"] = Unavailable.status
@@ -68,15 +76,17 @@ class Calls:
             state["status"] = "INTERNAL"
             raise
         finally:
-            self._count(call.tenant, name, state)
+            self._count(call, name, state)
 
-    def _count(self, tenant: str, name: str, state: dict[str, Any]) -> None:
+    def _count(self, call: Call, name: str, state: dict[str, Any]) -> None:
+        tenant = call.tenant
         status = Overloaded.status if state.get("stalled") else state.get("status", "OK")
         reason = "stalled" if state.get("stalled") else REASONS.get(status)
         if reason is not None:
             self._metrics.gateway_aborted_total(tenant, name, reason).inc()
         self._metrics.gateway_streams(tenant, name).dec()
         self._metrics.gateway_requests_total(tenant, name, status).inc()
+        self._requests.ended(call, name, status, state.get("error"))
 
 
 class AdmittedRoute(APIRoute):

@@ -71,7 +71,7 @@ def handle_errors(app: FastAPI) -> None:
 
     async def on_ours(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, BrioletteError)
-        request.state.status = error.status
+        request.state.status, request.state.error = error.status, error
         return to_response(error)
 
     async def on_validation(request: Request, error: Exception) -> JSONResponse:

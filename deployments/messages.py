@@ -52,7 +52,7 @@ def to_sampling_params(sampling: Sampling) -> SamplingParams:
     )
 
 
-def to_output(output: RequestOutput, queue_s: float) -> Output:
+def to_output(output: RequestOutput, queue_s: float, saved_prefill_s: float) -> Output:
     """What a step brought for one request, for its gateway."""
     reason = output.finish_reason
     if reason is FinishReason.ERROR:
@@ -86,6 +86,7 @@ def to_output(output: RequestOutput, queue_s: float) -> Output:
                 cached_tokens=output.num_cached_tokens,
                 fetched_tokens=output.num_fetched_tokens,
                 thought_tokens=output.num_thought_tokens,
+                saved_prefill_s=saved_prefill_s,
             )
         )
         piece.timings.CopyFrom(Timings(queue_s=queue_s))

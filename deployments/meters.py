@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily
 
-from cluster.metrics import Metrics
-from cluster.placement import ExpertPlacement
+from cluster.metric_families import MetricSpec, TenantGauge
+from cluster.metrics import Metrics, part_registry
+from cluster.placement import ExpertGroups, ExpertPlacement
 from engine.core import RequestOutput
 from engine.request import Request
 from experts.host import ExpertHost
@@ -22,6 +25,8 @@ from protos.briolette.v1.admin_pb2 import EngineLoad
 class _Clock:
     tenant: str
     arrived: float
+    gaps: Histogram  # of the tenant: looked up once, observed for every token
+    is_running: bool = False
     last_token: float | None = None
 
 
@@ -32,38 +37,51 @@ class EngineMeter:
         self._metrics = metrics
         self._model = model
         self._clocks: dict[str, _Clock] = {}
+        self._waiting = TenantGauge(metrics.tenant_requests_waiting, model)
+        self._running = TenantGauge(metrics.tenant_requests_running, model)
+        self._tenants: set[str] = set()  # that were seen
         self._computed = {"prefill": 0, "decode": 0}
         self._preemptions = 0
         self._evicted: dict[str, int] = {}
 
     def accepted(self, request: Request) -> None:
         """A request entered the queue."""
-        self._clocks[request.request_id] = _Clock(request.tenant, request.arrival_s)
-        self._metrics.prompt_tokens_total(self._model, request.tenant).inc(len(request.prompt_ids))
-
-    def started(self, request: Request, queue_s: float) -> None:
-        """A request had its first step."""
         labels = (self._model, request.tenant)
+        gaps = self._metrics.inter_token_latency_seconds(*labels)
+        self._clocks[request.request_id] = _Clock(request.tenant, request.arrival_s, gaps)
+        self._tenants.add(request.tenant)
+        self._metrics.prompt_tokens_total(*labels).inc(len(request.prompt_ids))
+
+    def started(self, request: Request, queue_s: float, saved_prefill_s: float) -> None:
+        """A request had its first step; what it found cached saved so many seconds."""
+        labels = (self._model, request.tenant)
+        if (clock := self._clocks.get(request.request_id)) is not None:
+            clock.is_running = True
         self._metrics.queue_time_seconds(*labels).observe(queue_s)
         self._metrics.prefix_queries_total(*labels).inc()
         self._metrics.prefix_hits_total(*labels).inc(request.num_cached_tokens > 0)
         self._metrics.cached_tokens_total(*labels).inc(request.num_cached_tokens)
+        self._metrics.saved_prefill_seconds_total(*labels).inc(saved_prefill_s)
 
     def step(self, outputs: Sequence[RequestOutput], started: float) -> None:
         """A step that began at `started` (time.monotonic) is done."""
         now = time.monotonic()
         self._metrics.step_duration_seconds(self._model).observe(now - started)
+        num_tokens: Counter[str] = Counter()  # by tenant
         for output in outputs:
             clock = self._clocks.get(output.request_id)
             if clock is None:
                 continue
-            labels = (self._model, clock.tenant)
             if output.new_token_ids:
+                num_tokens[clock.tenant] += len(output.new_token_ids)
                 self._token(clock, len(output.new_token_ids), now)
             if output.finish_reason is not None:
                 del self._clocks[output.request_id]
+                labels = (self._model, clock.tenant)
                 self._metrics.requests_total(*labels, output.finish_reason.value).inc()
                 self._metrics.request_duration_seconds(*labels).observe(now - clock.arrived)
+        for tenant, count in num_tokens.items():
+            self._metrics.generated_tokens_total(self._model, tenant).inc(count)
 
     def load(self, load: EngineLoad) -> None:
         """The engine's gauges and counters, once a second."""
@@ -84,15 +102,22 @@ class EngineMeter:
         self._computed = totals
         metrics.preemptions_total(model).inc(load.preemptions - self._preemptions)
         self._preemptions = load.preemptions
+        self._load_by_tenant()
+
+    def _load_by_tenant(self) -> None:
+        clocks = self._clocks.values()
+        running = Counter(clock.tenant for clock in clocks if clock.is_running)
+        waiting = Counter(clock.tenant for clock in clocks if not clock.is_running)
+        for tenant in self._tenants:
+            self._running.set(tenant, running[tenant])
+            self._waiting.set(tenant, waiting[tenant])
 
     def _token(self, clock: _Clock, num_tokens: int, now: float) -> None:
-        labels = (self._model, clock.tenant)
-        self._metrics.generated_tokens_total(*labels).inc(num_tokens)
         if clock.last_token is None:
+            labels = (self._model, clock.tenant)
             self._metrics.time_to_first_token_seconds(*labels).observe(now - clock.arrived)
         else:
-            gap = (now - clock.last_token) / num_tokens
-            self._metrics.inter_token_latency_seconds(*labels).observe(gap)
+            clock.gaps.observe((now - clock.last_token) / num_tokens)
         clock.last_token = now
 
 
@@ -118,6 +143,7 @@ class ExpertMeter:
         for host_id in placement.host_ids:
             is_up = host_id not in problems
             self._metrics.expert_link_up(self._model, host_id).set(is_up)
+            self._metrics.expert_retries_total(self._model, host_id)  # shown from the start
         self._metrics.placement_epoch(self._model).set(placement.epoch)
         waited_s = stats.waited_s
         self._metrics.expert_wait_seconds_total(self._model).inc(waited_s - self._waited_s)
@@ -130,16 +156,27 @@ class ExpertMeter:
 class HostMeter:
     """A host's load, read anew for every scrape, however many scrape at once."""
 
-    def __init__(self, host: ExpertHost, model: str) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, host: ExpertHost, groups: ExpertGroups, model: str) -> None:
+        self.registry = part_registry()
         self._host = host
+        self._groups = groups
         self._model = model
         self.registry.register(self)
 
     def collect(self) -> list[CounterMetricFamily]:
         """Called for every scrape."""
-        spec = Metrics.expert_tokens_total
-        tokens = CounterMetricFamily(spec.name, spec.help, labels=spec.labels)
-        for layer_idx, row in enumerate(self._host.stats().expert_load):
-            tokens.add_metric((self._model, self._host.host_id, str(layer_idx)), sum(row))
-        return [tokens]
+        by_layer, by_group = map(
+            _family, (Metrics.expert_tokens_total, Metrics.expert_group_tokens_total)
+        )
+        labels, stats = (self._model, self._host.host_id), self._host.stats()
+        for layer_idx, row in enumerate(stats.expert_load):
+            by_layer.add_metric((*labels, str(layer_idx)), sum(row))
+        for group_id in stats.group_ids:
+            experts = self._groups.experts_of(group_id)
+            num_tokens = sum(row[expert] for row in stats.expert_load for expert in experts)
+            by_group.add_metric((*labels, str(group_id)), num_tokens)
+        return [by_layer, by_group]
+
+
+def _family(spec: MetricSpec[Any]) -> CounterMetricFamily:
+    return CounterMetricFamily(spec.name, spec.help, labels=spec.labels)

@@ -21,6 +21,7 @@ from protos.briolette.v1.stream_pb2 import (
     SessionAnswer,
     SessionCall,
     SessionTrace,
+    Spent,
     ToDecoder,
 )
 
@@ -33,16 +34,22 @@ class RemoteDecoder:
     """Sends requests to the decoder and keeps what it says; runs on one asyncio loop."""
 
     def __init__(
-        self, find: Callable[[], Endpoint], secret: bytes, on_status: Callable[[], None]
+        self,
+        find: Callable[[], Endpoint],
+        secret: bytes,
+        on_status: Callable[[], None],
+        on_spent: Callable[[Spent], None],
     ) -> None:
         """`find` returns the decoder's endpoint or raises LinkError; it runs in a thread.
 
-        `on_status` is called whenever there is a new `status`.
+        `on_status` is called whenever there is a new `status`, `on_spent` at the end of each
+        request that the decoder accepted, however it ended.
         """
         self.status = ClusterStatus(reason="The decoder is still loading the model.")
         self._find = find
         self._secret = secret
         self._on_status = on_status
+        self._on_spent = on_spent
         self._streams = Streams(self._abort)
         self._calls: dict[str, asyncio.Future[SessionAnswer]] = {}
         self._traces: dict[tuple[str, str], set[bytes]] = {}
@@ -120,6 +127,8 @@ class RemoteDecoder:
     def _on_message(self, message: FromDecoder) -> None:
         for trace in message.session_traces:
             self._note(trace)
+        for spent in message.spent:
+            self._on_spent(spent)
         for output in message.outputs:
             self._streams.push(output)
         for answer in message.session_answers:

@@ -18,8 +18,8 @@ from cluster.errors import BrioletteError, InvalidRequest, Overloaded
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission
 from deployments.call import Call, key_in
+from deployments.request_log import NOBODY, RequestLog
 
-NOBODY = "(none)"  # the metrics' tenant of a call that isn't let in: no tenant can have this name
 STALL_S = 20.0  # a client that takes no message for so long is not reading
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,10 @@ class StalledClient(Overloaded):
 class Methods:
     """Makes gRPC handlers of methods that take parsed requests and raise our errors."""
 
-    def __init__(self, metrics: Metrics, admission: Admission) -> None:
+    def __init__(self, metrics: Metrics, admission: Admission, requests: RequestLog) -> None:
         self._metrics = metrics
         self._admission = admission
+        self._requests = requests
 
     def streamed(
         self,
@@ -77,13 +78,15 @@ class Methods:
             call = Call(self._admission.admit(key_of(context)), context.time_remaining())
         except BrioletteError as error:
             self._metrics.gateway_requests_total(NOBODY, name, error.status).inc()
+            self._requests.ended(None, name, error.status, error)
             await abort(context, error)
-        status, tenant = "OK", call.tenant
+        status, tenant, problem = "OK", call.tenant, None
         self._metrics.gateway_streams(tenant, name).inc()
         try:
+            await context.send_initial_metadata((("x-request-id", call.request_id),))
             yield call
         except BrioletteError as error:
-            status = error.status
+            status, problem = error.status, error
             if isinstance(error, StalledClient):
                 self._metrics.gateway_aborted_total(tenant, name, "stalled").inc()
             elif status == "DEADLINE_EXCEEDED":  # the decoder noticed first
@@ -98,13 +101,14 @@ class Methods:
             raise
         except Exception:
             status = "INTERNAL"
-            log.exception("%s failed in the gateway.", name)
+            log.exception("%s %s failed in the gateway.", name, call.request_id)
             await context.abort(
                 grpc.StatusCode.INTERNAL, "The gateway failed on this request; its log says why."
             )
         finally:
             self._metrics.gateway_streams(tenant, name).dec()
             self._metrics.gateway_requests_total(tenant, name, status).inc()
+            self._requests.ended(call, name, status, problem)
 
 
 def key_of(context: Context) -> str | None:

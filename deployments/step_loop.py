@@ -23,14 +23,17 @@ from deployments.meters import EngineMeter
 from deployments.session_memory import KeptValues, SessionEngine, SessionMemory
 from deployments.tenant_loads import TenantLoads
 from engine.core import EngineStats, RequestOutput
+from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
 from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad
+from protos.briolette.v1.inference_pb2 import Usage
 from protos.briolette.v1.stream_pb2 import (
     Add,
     Failure,
     FromDecoder,
     Output,
     SessionAnswer,
+    Spent,
     ToDecoder,
 )
 
@@ -46,6 +49,8 @@ class Engine(SessionEngine, Protocol):
 
     @property
     def has_work(self) -> bool: ...
+    @property
+    def prefill_meter(self) -> PrefillMeter: ...
     @property
     def waits_for_blocks(self) -> bool: ...
     def add(
@@ -74,6 +79,23 @@ class _Served:
     gateway_id: int
     request: Request
     queue_s: float | None = None  # until its first step
+    saved_prefill_s: float = 0.0  # by what it found cached
+
+    @property
+    def spent(self) -> Spent:
+        """What it has cost."""
+        request = self.request
+        num_reached = request.num_computed_tokens + len(request.output_ids)
+        return Spent(
+            tenant=request.tenant,
+            usage=Usage(
+                prompt_tokens=min(len(request.prompt_ids), num_reached),
+                output_tokens=len(request.output_ids),
+                cached_tokens=request.num_cached_tokens,
+                fetched_tokens=request.num_fetched_tokens,
+                saved_prefill_s=self.saved_prefill_s,
+            ),
+        )
 
 
 class StepLoop:
@@ -206,27 +228,32 @@ class StepLoop:
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """One message for each gateway that has streams in this step."""
-        news: defaultdict[int, list[Output]] = defaultdict(list)
+        news: defaultdict[int, FromDecoder] = defaultdict(FromDecoder)
         for output in outputs:
             if (served := self._served.get(output.request_id)) is None:
                 continue  # aborted: nobody waits for it
             self._tenants.generated(served.request, len(output.new_token_ids))
-            item = to_output(output, served.queue_s or 0.0)
+            message = news[served.gateway_id]
+            item = to_output(output, served.queue_s or 0.0, served.saved_prefill_s)
             if output.finish_reason is not None:
                 del self._served[output.request_id]
                 item.block_keys.extend(self._sessions.keys_of(served.request))
                 self._leave_trace(served)
-            news[served.gateway_id].append(item)
-        for gateway_id, items in news.items():
-            self._send(gateway_id, FromDecoder(outputs=items))
+                message.spent.append(served.spent)
+            message.outputs.append(item)
+        for gateway_id, message in news.items():
+            self._send(gateway_id, message)
 
     def _note_started(self, step_started: float) -> None:
         """Note the time in the queue of those whose first tokens this step has computed."""
         waiting = []
         for served in self._queued:
-            if served.request.num_computed_tokens:
-                served.queue_s = step_started - served.request.arrival_s
-                self._meter.started(served.request, served.queue_s)
+            request = served.request
+            if request.num_computed_tokens:
+                served.queue_s = step_started - request.arrival_s
+                saved_s = self._engine.prefill_meter.seconds(0, request.num_cached_tokens)
+                served.saved_prefill_s = saved_s or 0.0
+                self._meter.started(request, served.queue_s, served.saved_prefill_s)
             elif not served.request.is_finished:
                 waiting.append(served)
         self._queued = waiting
@@ -238,6 +265,7 @@ class StepLoop:
             if (served := self._served.pop(request_id, None)) is not None:
                 self._engine.abort(request_id)
                 self._leave_trace(served)
+                self._send(gateway_id, FromDecoder(spent=[served.spent]))
         for missing in message.missing:
             self._sessions.forget(missing)
         for call in message.session_calls:
@@ -257,7 +285,7 @@ class StepLoop:
                 chat=add.chat,
             )
         except BrioletteError as error:
-            self._refuse(gateway_id, add.request_id, error.status, str(error))
+            self._refuse(gateway_id, add.request_id, error.status, str(error), error.kind)
             return
         except Exception:  # the border of the engine loop: one odd request ends nobody else's
             log.exception("Adding the request %s failed.", add.request_id)
@@ -280,8 +308,10 @@ class StepLoop:
             self._send_status()  # first, so that whoever has the answer sees the memory free
         self._send(gateway_id, FromDecoder(session_answers=[answer]))
 
-    def _refuse(self, gateway_id: int, request_id: str, status: str, sentence: str) -> None:
-        failure = Failure(status=status, sentence=sentence)
+    def _refuse(
+        self, gateway_id: int, request_id: str, status: str, sentence: str, kind: str = ""
+    ) -> None:
+        failure = Failure(status=status, sentence=sentence, kind=kind)
         self._send(
             gateway_id, FromDecoder(outputs=[Output(request_id=request_id, failure=failure)])
         )
@@ -296,6 +326,7 @@ class StepLoop:
         for request_id, served in list(self._served.items()):
             self._engine.abort(request_id, FinishReason.ERROR)
             self._leave_trace(served)
+            self._send(served.gateway_id, FromDecoder(spent=[served.spent]))
             self._refuse(served.gateway_id, request_id, "INTERNAL", sentence)
         self._served.clear()
 

@@ -412,7 +412,8 @@ class EngineCore:
             request.num_lasting_tokens = thoughts[0][0] if thoughts else None
 
     def _fail(self, output: SchedulerOutput, error: Exception) -> None:
-        logger.error("A step of %d tokens failed.", output.num_tokens, exc_info=error)
+        ids = " ".join(item.request.request_id for item in output.scheduled)
+        logger.error("A step of %d tokens failed: %s", output.num_tokens, ids, exc_info=error)
         if not isinstance(error, BrioletteError):
             error = BrioletteError(f"{type(error).__name__} while computing: {error}")
         for item in output.scheduled:

@@ -17,6 +17,7 @@ from cluster.tenancy import Admission, OpenAdmission
 from deployments.call import Call
 from deployments.http import HttpServer, make_app
 from deployments.openai import openai_router
+from deployments.request_log import RequestLog
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 from protos.briolette.v1.inference_pb2 import (
     FINISH_REASON_STOP,
@@ -82,7 +83,14 @@ def running_server(
     thread.start()
     config, metrics = GatewayConfig(), Metrics(registry or CollectorRegistry())
     admission, status = admission or OpenAdmission(), ClusterStatus(ready=True)
-    app = make_app(config, metrics, admission, lambda: status, [openai_router(answers)])
+    app = make_app(
+        config,
+        metrics,
+        admission,
+        RequestLog(metrics, None),
+        lambda: status,
+        [openai_router(answers)],
+    )
     server = HttpServer(app, "127.0.0.1", 0, None)
     listener = server.listen()
     asyncio.run_coroutine_threadsafe(server.start(listener), loop).result(10)

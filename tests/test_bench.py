@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import engine as engine_bench
-from bench import gpu_attention, gpu_engine, kv_store, overlap, peers
+from bench import gpu_attention, gpu_engine, kv_store, metrics_cost, overlap, peers
 from bench.card import Check, report
 from bench.gguf_writer import UNROTATED, gguf_tensors, write_gguf
 from bench.gpu_shapes import CONFIG_26B
@@ -202,3 +202,13 @@ def test_the_kv_store_bench_measures_every_way(capsys: pytest.CaptureFixture[str
     assert rates.keys() >= {kv_store.OURS, kv_store.OURS_ON_DISK, "redis-py"}
     assert all(rate > 0 for one in rates.values() for what in one.values() for rate in what)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary
+
+
+def test_calls_of_metrics_are_counted_for_each_step(tiny_model: BenchModel) -> None:
+    costs = dict.fromkeys(metrics_cost.COUNTED, 1e-6)
+    with metrics_cost.local_engine(tiny_model) as decoder:
+        case = metrics_cost.measure(decoder, costs, 2)
+    assert 4 < case["calls"] < 40  # of two streams and of the step, and what a request makes once
+    assert case["us"] == pytest.approx(case["calls"], abs=0.1)
+    assert case["percent"] == pytest.approx(0.1 * case["us"] / case["step_ms"], rel=0.05)
+    assert set(metrics_cost.measure_costs()) == set(costs)

@@ -170,6 +170,7 @@ def running_gateway(
     registry: CollectorRegistry | None = None,
     admission: Admission | None = None,
     local_socket: Path | None = None,
+    log_dir: Path | None = None,
     **config: Any,
 ) -> Iterator[Gateway]:
     """A gateway on a free port, on an asyncio loop in a thread."""
@@ -189,6 +190,7 @@ def running_gateway(
             kept=kept,
             admission=admission,
             local_socket=local_socket,
+            log_dir=log_dir,
         )
         await gateway.start()
         return gateway

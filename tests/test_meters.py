@@ -9,10 +9,14 @@ from typing import Any, cast
 from prometheus_client import CollectorRegistry
 
 from cluster.metrics import Metrics
+from cluster.placement import ExpertGroups
 from deployments.meters import EngineMeter, HostMeter
-from engine.request import Request, SamplingParams
+from engine.core import RequestOutput
+from engine.request import FinishReason, Request, SamplingParams
 from experts.host import ExpertHost
 from protos.briolette.v1.admin_pb2 import EngineLoad, KvBlocks
+
+GROUPS = ExpertGroups(num_experts=2, num_groups=2)
 
 
 @dataclass
@@ -20,6 +24,7 @@ class Host:
     """The part of an ExpertHost that is metered."""
 
     host_id: str = "host0"
+    group_ids: tuple[int, ...] = (1,)
     expert_load: list[list[int]] = field(default_factory=lambda: [[0, 0], [0, 0]])
 
     def stats(self) -> Any:
@@ -28,7 +33,7 @@ class Host:
 
 def test_a_scrape_shows_the_load_of_now() -> None:
     host = Host()
-    registry = HostMeter(cast(ExpertHost, host), "m").registry
+    registry = HostMeter(cast(ExpertHost, host), GROUPS, "m").registry
 
     def shown() -> list[float]:
         samples = [sample for family in registry.collect() for sample in family.samples]
@@ -38,6 +43,8 @@ def test_a_scrape_shows_the_load_of_now() -> None:
     host.expert_load = [[3, 1], [0, 2]]
     assert shown() == [4, 2]
     assert shown() == [4, 2]
+    group = {"model": "m", "host": "host0", "expert_group": "1"}
+    assert registry.get_sample_value("briolette_expert_group_tokens_total", group) == 1 + 2
 
 
 def test_a_scrape_that_another_overtakes_shows_what_it_read() -> None:
@@ -53,7 +60,7 @@ def test_a_scrape_that_another_overtakes_shows_what_it_read() -> None:
             return read
 
     host, overtaking = SlowHost(expert_load=[[10, 0], [0, 0]]), list[float | None]()
-    registry = HostMeter(cast(ExpertHost, host), "m").registry
+    registry = HostMeter(cast(ExpertHost, host), GROUPS, "m").registry
 
     def shown() -> float | None:
         layer = {"model": "m", "host": "host0", "layer": "0"}
@@ -68,7 +75,7 @@ def test_what_was_found_cached_is_counted_by_tenant() -> None:
     for tenant, num_cached in (("ann", 0), ("ann", 48), ("bob", 0)):
         request = Request("r", [1] * 50, SamplingParams(), 0, max_tokens=1, tenant=tenant)
         request.num_cached_tokens = num_cached
-        meter.started(request, 0.0)
+        meter.started(request, 0.0, 0.5 if num_cached else 0.0)
 
     def shown(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"briolette_{name}", {"model": "m", **labels})
@@ -76,9 +83,42 @@ def test_what_was_found_cached_is_counted_by_tenant() -> None:
     for tenant, counts in (("ann", (2, 1, 48)), ("bob", (1, 0, 0))):
         names = ("prefix_queries_total", "prefix_hits_total", "cached_tokens_total")
         assert tuple(shown(name, tenant=tenant) for name in names) == counts
+    assert shown("saved_prefill_seconds_total", tenant="ann") == 0.5
     for evicted in (3, 7):
         blocks = KvBlocks(group="sliding", used=2, total=20, cached=5, evicted=evicted)
         meter.load(EngineLoad(kv_blocks=[blocks]))
         assert shown("kv_evictions_total", group="sliding") == evicted
     states = [shown("kv_blocks", group="sliding", state=s) for s in ("used", "cached", "unused")]
     assert states == [2, 5, 13]
+
+
+def test_who_waits_and_runs_is_shown_by_tenant() -> None:
+    registry = CollectorRegistry()
+    meter = EngineMeter(Metrics(registry), "m")
+    requests = [
+        Request(f"r{i}", [1], SamplingParams(), 0, max_tokens=1, tenant=tenant)
+        for i, tenant in enumerate(("ann", "ann", "bob"))
+    ]
+
+    def shown(state: str) -> list[float | None]:
+        meter.load(EngineLoad())
+        name = f"briolette_tenant_requests_{state}"
+        return [
+            registry.get_sample_value(name, {"model": "m", "tenant": tenant})
+            for tenant in ("ann", "bob")
+        ]
+
+    for request in requests:
+        meter.accepted(request)
+    assert (shown("waiting"), shown("running")) == ([2, 1], [0, 0])
+    for request in requests[1:]:
+        meter.started(request, 0.0, 0.0)
+    assert (shown("waiting"), shown("running")) == ([1, 0], [1, 1])
+    meter.step([ended(request) for request in requests], 0.0)
+    assert (shown("waiting"), shown("running")) == ([0, 0], [0, 0])
+
+
+def ended(request: Request) -> RequestOutput:
+    return RequestOutput(
+        request.request_id, [], "", None, FinishReason.STOP, None, None, 1, 0, 0, 0, None
+    )

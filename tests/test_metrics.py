@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.errors import ConfigError, PortTaken
-from cluster.metrics import LABELS, METRICS, Metrics, MetricSpec, start_metrics_server
+from cluster.metric_families import MAX_TENANTS, OTHERS, MetricSpec, TenantGauge
+from cluster.metrics import LABELS, METRICS, Metrics, part_registry, start_metrics_server
 
 
 @pytest.fixture
@@ -73,6 +74,35 @@ def test_children_are_kept_and_removed(registry: CollectorRegistry) -> None:
     metrics.expert_retries_total.remove("m", "never there")
     labels = {"model": "m", "host": "host-0"}
     assert registry.get_sample_value("briolette_expert_retries_total", labels) is None
+
+
+def test_of_many_tenants_the_last_are_shown_together(registry: CollectorRegistry) -> None:
+    metrics = Metrics(registry)
+    tenants = [f"t{i}" for i in range(MAX_TENANTS + 5)]
+    memory = TenantGauge(metrics.kv_store_used_bytes, "m")
+    for tenant in tenants:
+        metrics.generated_tokens_total("m", tenant).inc(10)
+        memory.set(tenant, 5)
+        memory.set(tenant, 7)
+    metrics.requests_total("m", tenants[-1], "stop").inc()
+
+    def shown(name: str, tenant: str) -> float | None:
+        return registry.get_sample_value(f"briolette_{name}", {"model": "m", "tenant": tenant})
+
+    for name, value in (("generated_tokens_total", 10), ("kv_store_used_bytes", 7)):
+        assert shown(name, tenants[0]) == shown(name, tenants[MAX_TENANTS - 1]) == value
+        assert shown(name, tenants[MAX_TENANTS]) is None
+        assert shown(name, OTHERS) == 5 * value
+    labels = {"model": "m", "tenant": OTHERS, "reason": "stop"}  # the same in every family
+    assert registry.get_sample_value("briolette_requests_total", labels) == 1
+    families = [family for family in registry.collect() if family.name.endswith("tokens")]
+    names = [s.labels["tenant"] for f in families for s in f.samples if s.name.endswith("_total")]
+    assert len(names) == MAX_TENANTS + 1
+
+
+def test_a_part_shows_its_own_memory() -> None:
+    value = part_registry().get_sample_value("process_resident_memory_bytes")
+    assert value is not None and value > 1 << 20
 
 
 def test_two_registries_share_nothing() -> None:

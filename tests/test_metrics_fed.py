@@ -128,7 +128,8 @@ def test_a_preemption(parts: Parts) -> None:
 def test_an_expert_call_and_a_retry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with cluster(make_tiny("26b", tmp_path / "model"), num_copies=2) as experts:
         hosts = [experts.start("host0"), experts.start("host1")]
-        host_shown = [Shown(HostMeter(host, "m").registry, model="m", layer="0") for host in hosts]
+        meters = [HostMeter(host, experts.placement.groups, "m") for host in hosts]
+        host_shown = [Shown(meter.registry, model="m", layer="0") for meter in meters]
         experts.experts.wait_ready(30)
         shown = Shown(experts.registry, model="m")
 

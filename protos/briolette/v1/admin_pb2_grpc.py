@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminStub:
-    """All but GetStatus take the key of an admin, and a cluster with keys (gateway.auth).
+    """All but GetStatus and GetUsage take the key of an admin, and a cluster with keys (gateway.auth).
     """
 
     def __init__(self, channel):
@@ -65,10 +65,15 @@ class AdminStub:
                 request_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantRequest.SerializeToString,
                 response_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantResponse.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/briolette.v1.Admin/GetUsage',
+                request_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
-    """All but GetStatus take the key of an admin, and a cluster with keys (gateway.auth).
+    """All but GetStatus and GetUsage take the key of an admin, and a cluster with keys (gateway.auth).
     """
 
     def GetStatus(self, request, context):
@@ -108,6 +113,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """What tenants have used, by day.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -141,6 +153,11 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantRequest.FromString,
                     response_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantResponse.SerializeToString,
             ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=protos_dot_briolette_dot_v1_dot_admin__pb2.GetUsageRequest.FromString,
+                    response_serializer=protos_dot_briolette_dot_v1_dot_admin__pb2.GetUsageResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'briolette.v1.Admin', rpc_method_handlers)
@@ -150,7 +167,7 @@ def add_AdminServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Admin:
-    """All but GetStatus take the key of an admin, and a cluster with keys (gateway.auth).
+    """All but GetStatus and GetUsage take the key of an admin, and a cluster with keys (gateway.auth).
     """
 
     @staticmethod
@@ -305,6 +322,33 @@ class Admin:
             '/briolette.v1.Admin/DeleteTenant',
             protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantRequest.SerializeToString,
             protos_dot_briolette_dot_v1_dot_admin__pb2.DeleteTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/briolette.v1.Admin/GetUsage',
+            protos_dot_briolette_dot_v1_dot_admin__pb2.GetUsageRequest.SerializeToString,
+            protos_dot_briolette_dot_v1_dot_admin__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminStub:
-    """All but GetStatus take the key of an admin, and a cluster with keys (gateway.auth)."""
+    """All but GetStatus and GetUsage take the key of an admin, and a cluster with keys (gateway.auth)."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -40,10 +40,12 @@ class AdminStub:
     RotateKey: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RotateKeyRequest, _admin_pb2.NewKey]
     DeleteTenant: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DeleteTenantRequest, _admin_pb2.DeleteTenantResponse]
     """With its sessions and all that the store has of it. Requests that run go on to their end."""
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetUsageRequest, _admin_pb2.GetUsageResponse]
+    """What tenants have used, by day."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
-    """All but GetStatus take the key of an admin, and a cluster with keys (gateway.auth)."""
+    """All but GetStatus and GetUsage take the key of an admin, and a cluster with keys (gateway.auth)."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.ClusterStatus]  # type: ignore[assignment]
@@ -53,9 +55,11 @@ class AdminAsyncStub(AdminStub):
     RotateKey: _aio.UnaryUnaryMultiCallable[_admin_pb2.RotateKeyRequest, _admin_pb2.NewKey]  # type: ignore[assignment]
     DeleteTenant: _aio.UnaryUnaryMultiCallable[_admin_pb2.DeleteTenantRequest, _admin_pb2.DeleteTenantResponse]  # type: ignore[assignment]
     """With its sessions and all that the store has of it. Requests that run go on to their end."""
+    GetUsage: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetUsageRequest, _admin_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """What tenants have used, by day."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
-    """All but GetStatus take the key of an admin, and a cluster with keys (gateway.auth)."""
+    """All but GetStatus and GetUsage take the key of an admin, and a cluster with keys (gateway.auth)."""
 
     @_abc_1.abstractmethod
     def GetStatus(
@@ -99,5 +103,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.DeleteTenantResponse, _abc.Awaitable[_admin_pb2.DeleteTenantResponse]]:
         """With its sessions and all that the store has of it. Requests that run go on to their end."""
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _admin_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetUsageResponse, _abc.Awaitable[_admin_pb2.GetUsageResponse]]:
+        """What tenants have used, by day."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -117,6 +117,7 @@ class FromDecoder(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     SESSION_ANSWERS_FIELD_NUMBER: _builtins.int
     SESSION_TRACES_FIELD_NUMBER: _builtins.int
+    SPENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]: ...
     @_builtins.property
@@ -129,6 +130,10 @@ class FromDecoder(_message.Message):
     def session_traces(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionTrace]:
         """before the output that ends the turn"""
 
+    @_builtins.property
+    def spent(self) -> _containers.RepeatedCompositeFieldContainer[Global___Spent]:
+        """of requests that ended now, whatever ended them"""
+
     def __init__(
         self,
         *,
@@ -136,10 +141,11 @@ class FromDecoder(_message.Message):
         status: _admin_pb2.ClusterStatus | None = ...,
         session_answers: _abc.Iterable[Global___SessionAnswer] | None = ...,
         session_traces: _abc.Iterable[Global___SessionTrace] | None = ...,
+        spent: _abc.Iterable[Global___Spent] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "session_answers", b"session_answers", "session_traces", b"session_traces", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "session_answers", b"session_answers", "session_traces", b"session_traces", "spent", b"spent", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -188,22 +194,53 @@ class Failure(_message.Message):
 
     STATUS_FIELD_NUMBER: _builtins.int
     SENTENCE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     status: _builtins.str
     """name of a gRPC status code"""
     sentence: _builtins.str
+    kind: _builtins.str
+    """of the error, as BrioletteError.kind"""
     def __init__(
         self,
         *,
         status: _builtins.str = ...,
         sentence: _builtins.str = ...,
+        kind: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sentence", b"sentence", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "sentence", b"sentence", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
+
+@_typing.final
+class Spent(_message.Message):
+    """What a request has cost, also one that was given up or failed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    @_builtins.property
+    def usage(self) -> _inference_pb2.Usage:
+        """of the prompt, the tokens that were reached"""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        usage: _inference_pb2.Usage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Spent: _TypeAlias = Spent  # noqa: Y015
 
 @_typing.final
 class Missing(_message.Message):
