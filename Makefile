@@ -1,6 +1,6 @@
 # What people do with a checkout. Every target sets up .venv first and reuses it afterwards.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-memory
+.PHONY: help setup demo test check bench bench-memory bench-team
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ bench: setup .venv/briolette-bench  ## measure Briolette beside its peers; cards
 
 bench-memory: .venv/briolette-bench  ## measure what is remembered: bytes, TTFT from memory and Redis, equal bits
 	@.venv/bin/python -m bench.memory
+
+bench-team: .venv/briolette-bench  ## measure sharing: fairness, many clients for minutes, what gateway and metrics cost
+	@.venv/bin/python -m bench.team
 
 .venv/briolette-bench: pyproject.toml | setup
 	@.venv/bin/pip install --quiet --editable '.[bench]'

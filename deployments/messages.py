@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.errors import InvalidRequest
 from cluster.kv_store import StoreStatus
 from cluster.placement import ExpertGroups
 from engine.core import EngineStats, RequestOutput
@@ -39,8 +38,6 @@ ENDS_WITHOUT_ANSWER = {
 
 def to_sampling_params(sampling: Sampling) -> SamplingParams:
     """The wire's fields as the engine's. Raises InvalidRequest for a value out of range."""
-    if (form := sampling.WhichOneof("format")) is not None:
-        raise InvalidRequest(f"{form} can't be had yet.")
     given: dict[str, Any] = {
         field.name: value for field, value in sampling.ListFields() if field.has_presence
     }
