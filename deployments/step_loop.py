@@ -55,6 +55,8 @@ class Engine(SessionEngine, Protocol):
         seed: int | None = None,
         tenant: str = "default",
         session: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
         deadline_s: float | None = None,
     ) -> Request: ...
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> object: ...
