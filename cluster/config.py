@@ -61,7 +61,14 @@ class EngineConfig:
     block_size: int = _setting(16, "positions in a KV block", "tokens", 1, 1024)
     max_num_batched_tokens: int = _setting(512, "token budget of a step", "tokens", 1)
     max_num_seqs: int = _setting(64, "requests that run at once", "requests", 1)
-    max_queue: int = _setting(256, "requests that may wait; more are refused", "requests", 0)
+    max_queue: int = _setting(
+        256, "requests that may wait; more are refused to who has most of them", "requests", 0
+    )
+    max_queue_per_tenant: int = _setting(64, "of these, of each tenant's", "requests", 0)
+    max_queue_wait_s: float | None = _setting(
+        120.0, "refuse what would wait longer; null: only what would miss its deadline", "s", 0
+    )
+    fair_share: bool = _setting(True, "share steps by tenants' weights; false: by arrival alone")
     max_model_len: int | None = _setting(None, "context length; null is the model's", "tokens", 1)
     kv_bytes: int = _setting(512 << 20, "KV cache on the device", "bytes", 1 << 16)
     num_blocks: int | None = _setting(None, "KV blocks a group, in place of kv_bytes", "blocks", 2)

@@ -18,12 +18,15 @@ from deployments.layout import expert_groups
 from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
 from engine.core import EngineCore, SpecLimits
+from engine.fair_share import FairShare
 from engine.kv_cache import KVCacheConfig
 from engine.kv_sizing import kv_bytes_per_block, longest_context, size_kv_cache
+from engine.load_shedding import LoadShedding
 from engine.model import Experts, GemmaDecoder
 from engine.prefill_meter import PrefillMeter
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
+from engine.token_costs import TokenCosts
 from engine.tokenizer import Tokenizer
 from experts.local import LocalExperts
 
@@ -101,7 +104,12 @@ def load_engine(
         checkpoint_blocks=config.engine.checkpoint_blocks,
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
         max_num_seqs=config.engine.max_num_seqs,
-        max_queue=config.engine.max_queue,
+        policy=FairShare(TokenCosts.from_spec(source.spec)) if config.engine.fair_share else None,
+        load_shedding=LoadShedding(
+            config.engine.max_queue,
+            config.engine.max_queue_per_tenant,
+            config.engine.max_queue_wait_s,
+        ),
         tokenizer=tokenizer,
         store=None if connect is None else connect(runner, meter),
         prefill_meter=meter,

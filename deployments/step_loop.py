@@ -62,6 +62,8 @@ class Engine(SessionEngine, Protocol):
         seed: int | None = None,
         tenant: str = "default",
         session: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
         deadline_s: float | None = None,
         chat: bool = False,
     ) -> Request: ...
@@ -281,6 +283,8 @@ class StepLoop:
                 sampling=to_sampling_params(add.sampling),
                 tenant=add.tenant,
                 session=add.session or None,
+                weight=add.weight or 1.0,
+                priority=add.priority,
                 deadline_s=now + add.timeout_s if add.HasField("timeout_s") else None,
                 chat=add.chat,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -20,10 +21,12 @@ from engine.block_store import BlockStore
 from engine.dialect import NO_DIALECT, AnswerStream, Parts
 from engine.grammar import Grammars
 from engine.kv_cache import KVCache, KVCacheConfig
+from engine.load_shedding import LoadShedding
+from engine.policy import Policy, TenantShare
 from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler, SamplerOutput, TokenLogprobs
-from engine.scheduler import Policy, PrefixUse, Scheduler, SchedulerOutput
+from engine.scheduler import PrefixUse, Scheduler, SchedulerOutput
 from engine.spans import Span, check_spans, longest_step
 from engine.tokenizer import Tokenizer
 from engine.tool_calls import CallPiece
@@ -95,6 +98,7 @@ class EngineStats:
     num_preemptions: int  # counter
     num_evicted_blocks: Mapping[AttentionKind, int]  # counter
     prefix_use: Mapping[str, PrefixUse]  # counters, by tenant
+    fair_share: Mapping[str, TenantShare]  # by tenant; empty without fair share
 
 
 class EngineCore:
@@ -117,7 +121,7 @@ class EngineCore:
         checkpoint_blocks: int = 0,
         max_num_batched_tokens: int = 512,
         max_num_seqs: int = 64,
-        max_queue: int = 1024,
+        load_shedding: LoadShedding | None = None,
         tokenizer: Tokenizer | None = None,
         prefill_meter: PrefillMeter | None = None,
     ) -> None:
@@ -146,8 +150,8 @@ class EngineCore:
             self.kv,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
-            max_queue=max_queue,
             policy=policy,
+            load_shedding=load_shedding,
             store=store,
         )
         self._requests: dict[str, Request] = {}
@@ -198,26 +202,31 @@ class EngineCore:
         tenant: str = "default",
         session: str | None = None,
         spans: Sequence[Span] = (),
+        weight: float = 1.0,
+        priority: int = 0,
         deadline_s: float | None = None,
         chat: bool = False,
     ) -> Request:
         """Accept a request; `deadline_s` is on time.monotonic's clock. A turn of a kept `session`
         leaves checkpoints that `drop_session` finds. `spans` are the embeddings that stand in the
-        prompt in place of its tokens. In a `chat` the answer has parts: thought, text, tool calls;
-        otherwise all of it is text.
+        prompt in place of its tokens. `weight` is the tenant's in the fair share, a higher
+        `priority` goes before the tenant's other requests. In a `chat` the answer has parts:
+        thought, text, tool calls; otherwise all of it is text.
 
         With `output_ids` a request goes on where another engine left it: positions, penalties,
         seed and text continue as if those tokens had been generated here (pass the seed of the
         first engine's Request); they count towards max_tokens and aren't returned again.
 
-        Raises InvalidRequest or ContextTooLong for what can never be answered, Overloaded when the
-        queue is full. Whatever it raises, nothing of the request stays.
+        Raises InvalidRequest or ContextTooLong for what can never be answered, Overloaded when too
+        many wait, or it would wait too long. Whatever it raises, nothing of the request stays.
         """
         if request_id in self._requests:
             raise InvalidRequest(f"A request with the id {request_id!r} is already running.")
         self._check_ids(prompt_ids, output_ids)
         if self.tokenizer is None and (sampling.stop or sampling.grammar):
             raise InvalidRequest("Stop strings and formats need a tokenizer: this engine has none.")
+        if not (0 < weight < math.inf):
+            raise InvalidRequest(f"weight must be a number above 0, not {weight}.")
         spans = self._check_spans(spans, len(prompt_ids))
         request = Request(
             request_id=request_id,
@@ -228,6 +237,8 @@ class EngineCore:
             tenant=tenant,
             session=session,
             spans=spans,
+            weight=weight,
+            priority=priority,
             output_ids=list(output_ids),
             deadline_s=deadline_s,
         )
@@ -290,6 +301,7 @@ class EngineCore:
             num_preemptions=self.scheduler.num_preemptions,
             num_evicted_blocks=dict(self.kv.index.num_evicted),
             prefix_use={tenant: replace(u) for tenant, u in self.scheduler.prefix_use.items()},
+            fair_share=self.scheduler.shares,
         )
 
     def check_integrity(self) -> None:

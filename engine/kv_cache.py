@@ -117,11 +117,13 @@ class KVCache:
         return prefix
 
     def can_hold(self, request: Request, prefix: Prefix) -> bool:
-        """Whether a request that resumes after the prefix fits into what is free now."""
+        """Whether a request that resumes after the prefix fits into what is free now, beside what
+        the running ones know and have no blocks for yet.
+        """
         hashes = request.block_hashes[: prefix.num_blocks]
         needed = request.num_tokens, longest_step(request.spans)
         return all(
-            group.num_taken(hashes, *needed) <= group.pool.num_free
+            group.num_taken(hashes, *needed) + self._num_claimed(group) <= group.pool.num_free
             for group in self.groups.values()
         )
 
@@ -130,6 +132,12 @@ class KVCache:
         return all(
             group.num_needed(num_tokens, longest_step) < group.pool.num_blocks
             for group in self.groups.values()
+        )
+
+    def _num_claimed(self, group: KVCacheGroup) -> int:
+        return sum(
+            group.num_claimed(running.row, request.num_tokens, longest_step(request.spans))
+            for request, running in self._running.items()
         )
 
     def add(self, request: Request, prefix: Prefix) -> list[StoredBlock]:

@@ -76,6 +76,13 @@ class KVCacheGroup:
         """Blocks that the row still needs to hold `num_tokens` tokens."""
         return max(0, _cdiv(num_tokens, self.block_size) - self._end[row])
 
+    def num_claimed(self, row: int, num_tokens: int, longest_step: int) -> int:
+        """Of these, those that it needs at once (`num_needed`): a block that its window leaves is
+        free for the next one.
+        """
+        at_once = max(1, self.num_needed(num_tokens, longest_step) - self.num_held(row))
+        return min(self.num_missing(row, num_tokens), at_once)
+
     def max_tokens(self, row: int) -> int:
         """The length up to which the row can grow with the blocks that are free now."""
         return (self._end[row] + self.pool.num_free) * self.block_size

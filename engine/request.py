@@ -132,6 +132,8 @@ class Request:
     tenant: str = "default"
     session: str | None = None  # the kept conversation that it is a turn of
     spans: Sequence[Span] = ()  # of the prompt, in order
+    weight: float = 1.0  # of its tenant, in the fair share
+    priority: int = 0  # among its tenant's requests; higher goes first
     output_ids: list[int] = field(default_factory=list)  # may start filled: a resumed request
     arrival_s: float = field(default_factory=time.monotonic)
     deadline_s: float | None = None  # on time.monotonic's clock
@@ -140,6 +142,7 @@ class Request:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of these, found cached at the first start
     num_fetched_tokens: int = 0  # of the cached ones, those that only the store had
+    num_charged_tokens: int = 0  # counted by the policy, each position once
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as hashed
     num_preemptions: int = 0
     asks_store: bool = False  # once more: it gave way, and may have lost what was cached

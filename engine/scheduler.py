@@ -8,13 +8,13 @@ prompt, a whole prompt and a decoded token are one case.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from cluster.errors import Overloaded
 from engine.block_store import BlockStore, NullBlockStore, StoredBlock
 from engine.kv_cache import KVCache
+from engine.load_shedding import LoadShedding
+from engine.policy import FirstComeFirstServed, Policy, TenantShare, Work
 from engine.prefix import NOTHING_FETCHED, Fetched
 from engine.request import FinishReason, Request, RequestState
 from engine.spans import uncut
@@ -56,24 +56,6 @@ class SchedulerOutput:
         return [item.request for item in self.scheduled if item.samples]
 
 
-class Policy(Protocol):
-    """Who goes first. A pure function of the requests and of what the policy counted before."""
-
-    def order(self, requests: Iterable[Request]) -> list[Request]:
-        """The requests, the most urgent first; the last one running is preempted first.
-
-        Must be a total order that doesn't change while a step is scheduled, and must bring every
-        request to the front at last: the front one always makes progress.
-        """
-
-
-class FirstComeFirstServed:
-    """By arrival. A preempted request keeps its place before those that came later."""
-
-    def order(self, requests: Iterable[Request]) -> list[Request]:
-        return sorted(requests, key=lambda request: request.arrival_s)
-
-
 @dataclass(slots=True)
 class PrefixUse:
     """Counters of one tenant: requests that were started, and what they found cached."""
@@ -86,9 +68,9 @@ class PrefixUse:
 class Scheduler:
     """Holds the waiting and the running requests and owns their blocks' bookkeeping.
 
-    No request starves: `add` takes only requests that fit alone (the engine core checks), running
-    requests come before waiting ones, and the first in the policy's order can always take blocks
-    from the others.
+    No request starves: `add` takes only requests that fit alone (the engine core checks), nobody
+    overtakes the first in the policy's order that finds no room, and the first one running can
+    always take blocks from the others.
     """
 
     def __init__(
@@ -97,16 +79,16 @@ class Scheduler:
         *,
         max_num_batched_tokens: int = 512,
         max_num_seqs: int = 64,
-        max_queue: int = 1024,
         policy: Policy | None = None,
+        load_shedding: LoadShedding | None = None,
         store: BlockStore | None = None,
     ) -> None:
         assert max_num_batched_tokens >= 1 and 1 <= max_num_seqs <= kv.num_free_rows
         self.kv = kv
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_num_seqs = max_num_seqs
-        self.max_queue = max_queue
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # a token a step for each
         self.policy: Policy = policy or FirstComeFirstServed()
+        self.load_shedding = load_shedding or LoadShedding()
         self.store: BlockStore = store or NullBlockStore()
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -119,13 +101,16 @@ class Scheduler:
         states = {request.state for request in (*self.running, *self.waiting)}
         return states == {RequestState.WAITING_FOR_BLOCKS}
 
+    @property
+    def shares(self) -> dict[str, TenantShare]:
+        """How each tenant stands; empty where the policy makes no difference between them."""
+        return self.policy.shares(self.waiting, self.running)
+
     def add(self, request: Request) -> None:
-        """Queue a request. Raises Overloaded when the queue is full; those that the next step can
-        take on don't count as queued.
-        """
+        """Queue a request. Raises Overloaded when it would wait too long, or too many wait."""
         num_idle = max(0, self.max_num_seqs - len(self.running))
-        if len(self.waiting) >= self.max_queue + num_idle:
-            raise Overloaded(f"{len(self.waiting)} requests are waiting; try again later.")
+        num_ahead = self.policy.num_ahead(request, self.waiting)
+        self.load_shedding.check(request, self.waiting, num_idle, num_ahead)
         self._ask_store(request)
         self.waiting.append(request)
 
@@ -153,37 +138,48 @@ class Scheduler:
         request.finish_reason = reason
 
     def schedule(self) -> SchedulerOutput:
-        """Choose the next step and allocate its blocks; empty when nothing can be computed."""
+        """Choose the next step and allocate its blocks; empty when nothing can be computed.
+
+        A chunk leaves a token of the budget to each decode behind it.
+        """
         self._look_for_blocks()
         output = SchedulerOutput()
+        ready = [r for r in self.waiting if r.state is RequestState.WAITING]
+        order = self.policy.order([*self.running, *ready])
+        queue = deque(order)
         budget = self.max_num_batched_tokens
-        queue = deque(self.policy.order(self.running))
-        is_closed = False  # what is free is needed by one of them
+        num_decodes = sum(request.num_pending_tokens == 1 for request in self.running)
+        is_closed, num_starts = False, 0  # closed: what is free is needed by somebody before
         while queue and budget > 0:
             request = queue.popleft()
-            while (num_new := self._num_new_tokens(request, budget)) == 0 and queue:
-                self._preempt(queue.pop(), output)
-            is_closed |= num_new != min(request.num_pending_tokens, budget)
+            if request in output.preempted:
+                continue
+            is_waiting = request.state is RequestState.WAITING
+            is_decode = not is_waiting and request.num_pending_tokens == 1
+            num_decodes -= is_decode
+            limit = budget if is_decode else budget - num_decodes
+            if limit <= 0:
+                continue
+            if is_waiting:
+                is_closed = is_closed or not self._let_in(request, order, output)
+                if is_closed:
+                    continue
+                num_starts += 1
+                budget = self.max_num_batched_tokens - output.num_tokens  # some may have given way
+            if not output.scheduled and self._num_new_tokens(request, limit) is None:
+                limit = budget  # the first one's span comes before decodes, else it might never fit
+            while (num_new := self._num_new_tokens(request, limit)) == 0 and queue:
+                is_closed = True  # blocks that ran out just now wouldn't last for a newcomer either
+                if (last := queue.pop()).state is RequestState.RUNNING:
+                    self._preempt(last, output)
+            is_closed |= num_new != min(request.num_pending_tokens, limit)
             if num_new is None:
                 continue
             if num_new == 0:
                 self._preempt(request, output)
                 break
             budget -= self._take(request, num_new, output)
-
-        # Blocks that ran out just now wouldn't last for a newcomer either.
-        if budget == 0 or output.preempted or is_closed or not self._has_room():
-            return output
-        for request in self.policy.order(self.waiting):
-            if request.state is RequestState.WAITING_FOR_BLOCKS:
-                continue
-            if budget == 0 or not self._has_room() or not self._admit(request):
-                break  # nobody overtakes the first that doesn't fit, else it could wait forever
-            num_new = self._num_new_tokens(request, budget)
-            if num_new:
-                budget -= self._take(request, num_new, output)
-            if num_new != request.num_pending_tokens:
-                break  # what is free is needed by it
+        self.load_shedding.saw_step(num_starts, len(self.waiting))
         return output
 
     def update(self, output: SchedulerOutput, failed: Collection[Request] = ()) -> None:
@@ -193,6 +189,8 @@ class Scheduler:
         for item in output.scheduled:
             if item.request not in failed:
                 item.request.num_computed_tokens += item.num_new_tokens
+                work = Work.DECODE if item.is_decode else Work.PREFILL
+                self.policy.charge(item.request, item.request.num_computed_tokens, work)
                 self._save(item.request, self.kv.commit(item.request))
 
     def _num_new_tokens(self, request: Request, budget: int) -> int | None:
@@ -223,9 +221,6 @@ class Scheduler:
             request.state = RequestState.WAITING_FOR_BLOCKS
         return request.state is RequestState.WAITING_FOR_BLOCKS
 
-    def _has_room(self) -> bool:
-        return bool(self.waiting) and len(self.running) < self.max_num_seqs
-
     def _look_for_blocks(self) -> None:
         """Ask the store how far it is, also while there is no room: it goes on when asked."""
         for request in self.waiting:
@@ -233,9 +228,40 @@ class Scheduler:
             if is_waiting and self.store.fetched(request) is not None:
                 request.state = RequestState.WAITING
 
+    def _let_in(self, request: Request, order: list[Request], output: SchedulerOutput) -> bool:
+        """Start it, in place of running ones if the policy says so."""
+        while not self._has_room(request):
+            places = {other: self._places(other) for other in (*self.running, request)}
+            running = [other for other in order if other.state is RequestState.RUNNING]
+            last = self.policy.gives_way(request, running, places, self.max_num_seqs)
+            if last is None:
+                return False
+            output.scheduled[:] = [item for item in output.scheduled if item.request is not last]
+            self._preempt(last, output)
+        return self._admit(request)
+
+    def _places(self, request: Request) -> float:
+        """One of `max_num_seqs`, or as many as its part of the KV cache comes to."""
+        capacity = self.kv.max_request_tokens
+        part = 0.0 if capacity is None else request.num_tokens / capacity
+        return max(1.0, part * self.max_num_seqs)
+
+    def _has_room(self, request: Request) -> bool:
+        if len(self.running) >= self.max_num_seqs:
+            return False
+        fetched = self.store.fetched(request) or NOTHING_FETCHED
+        return self._fits(request, fetched) or (bool(fetched) and self._fits(request))
+
+    def _fits(self, request: Request, fetched: Fetched = NOTHING_FETCHED) -> bool:
+        """Whether all its known tokens fit beside those of the running requests.
+
+        Asking for the first chunk only would admit prompts that preempt each other halfway.
+        """
+        return self.kv.can_hold(request, self.kv.find_prefix(request, fetched))
+
     def _admit(self, request: Request) -> bool:
         """Start it behind what is cached or fetched of it, if it fits."""
-        if request.asks_store and self.kv.can_hold(request, self.kv.find_prefix(request)):
+        if request.asks_store:
             request.asks_store = False
             if self._ask_store(request):
                 return False
@@ -252,14 +278,10 @@ class Scheduler:
         return True
 
     def _start(self, request: Request, fetched: Fetched = NOTHING_FETCHED) -> bool:
-        """Give it blocks if all its known tokens fit beside the running requests.
-
-        Asking for the first chunk only would admit prompts that preempt each other halfway. What
-        the running requests know is allocated: while it isn't, nobody is admitted.
-        """
-        prefix = self.kv.find_prefix(request, fetched)
-        if not self.kv.can_hold(request, prefix):
+        """Give it the blocks of its prefix, if it fits."""
+        if not self._fits(request, fetched):
             return False
+        prefix = self.kv.find_prefix(request, fetched)
         lacking = self.kv.add(request, prefix)
         if lacking:
             if not self.store.load(request, lacking):
@@ -268,6 +290,7 @@ class Scheduler:
                 return False
             self.kv.loaded(request, prefix.num_blocks)
         request.num_computed_tokens = prefix.num_blocks * self.kv.block_size
+        self.policy.charge(request, request.num_computed_tokens, Work.CACHED)
         return True
 
     def _count_prefix(self, request: Request, num_in_memory: int) -> None:

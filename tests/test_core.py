@@ -18,6 +18,7 @@ from engine.batch import Batch
 from engine.block_hash import BlockHasher
 from engine.core import EngineCore, RequestOutput, SpecLimits
 from engine.kv_cache import KVCacheConfig
+from engine.load_shedding import LoadShedding
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler
 from engine.tokenizer import Tokenizer
@@ -313,7 +314,9 @@ def test_an_error_fails_the_requests_of_its_step_and_no_others() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_every_accepted_request_has_one_end_in_any_chaos(seed: int) -> None:
     rng = random.Random(seed)
-    core = make_core(max_queue=6, tokenizer=letters(), eos_token_ids=(7,), **CRAMPED)
+    core = make_core(
+        load_shedding=LoadShedding(6), tokenizer=letters(), eos_token_ids=(7,), **CRAMPED
+    )
     accepted: set[str] = set()
     ends: list[str] = []
     for step in range(400):
@@ -491,7 +494,7 @@ def test_a_small_cache_bounds_the_context() -> None:
 
 
 def test_a_full_queue_refuses_and_forgets_the_request() -> None:
-    core = make_core(max_queue=0, max_num_seqs=1)
+    core = make_core(load_shedding=LoadShedding(0), max_num_seqs=1)
     core.add(request_id="a", prompt_ids=[1], sampling=GREEDY)
     with pytest.raises(Overloaded):
         core.add(request_id="b", prompt_ids=[1], sampling=GREEDY)

@@ -51,6 +51,7 @@ from engine.batch import Batch
 from engine.block_hash import BlockHasher
 from engine.core import EngineCore, SpecLimits
 from engine.kv_cache import KVCacheConfig
+from engine.load_shedding import LoadShedding
 from engine.token_bytes import byte_level
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest
@@ -128,7 +129,7 @@ class Decoder:
             spec_limits=SpecLimits(CONTEXT, 64, tokenizer.vocab_size, tokenizer.eos_ids),
             max_num_batched_tokens=256,
             max_num_seqs=max_num_seqs,
-            max_queue=max_queue,
+            load_shedding=LoadShedding(max_queue),
             store=store,
             hasher=None if store is None else BlockHasher(16, "counter"),
             tokenizer=tokenizer,

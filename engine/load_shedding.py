@@ -1,0 +1,79 @@
+"""Load shedding: who is refused at arrival, instead of waiting in a queue that is too long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from cluster.errors import Overloaded
+from engine.request import Request
+
+REMEMBERED_S = 30.0  # seconds in which somebody waited; older ones weigh half
+
+
+class LoadShedding:
+    """Bounds the queue, each tenant's part of it, and the time in it.
+
+    A full queue locks out no tenant that has less than its share of it.
+    """
+
+    def __init__(
+        self,
+        max_queue: int = 1024,
+        max_queue_per_tenant: int | None = None,
+        max_queue_wait_s: float | None = None,
+    ) -> None:
+        self._max_queue = max_queue
+        self._max_queue_per_tenant = max_queue_per_tenant
+        self._max_queue_wait_s = max_queue_wait_s
+        self._num_starts = self._seconds = 0.0
+        self._last_s: float | None = None  # the last step that left somebody waiting
+
+    def check(
+        self, request: Request, waiting: Sequence[Request], num_idle: int, num_ahead: float
+    ) -> None:
+        """Raises Overloaded for a request that may not wait, or would wait too long. Those that
+        the next step can take on, `num_idle`, don't count as queued.
+        """
+        num_own = sum(other.tenant == request.tenant for other in waiting)
+        most = self._max_queue_per_tenant
+        if most is not None and num_own >= most + num_idle:
+            raise Overloaded(
+                f"{num_own} of your requests are waiting, the most that may; wait for an answer."
+            )
+        share = _share(request, waiting)
+        if len(waiting) >= self._max_queue + num_idle and num_own >= share * self._max_queue:
+            raise Overloaded(f"{len(waiting)} requests are waiting; try again later.")
+        wait_s, most_s = self.wait_s(num_ahead - num_idle), self._most_s(request)
+        if most_s is not None and wait_s > most_s:
+            raise Overloaded(
+                f"About {wait_s:.0f} s of waiting are ahead of this request, which may wait "
+                f"{max(0, most_s):.0f} s; try again later."
+            )
+
+    def saw_step(self, num_starts: int, num_waiting: int) -> None:
+        """A step took on so many requests and left so many waiting."""
+        now_s = time.monotonic()
+        if self._last_s is not None:
+            self._seconds += now_s - self._last_s
+            self._num_starts += num_starts
+        if self._seconds > REMEMBERED_S:
+            self._seconds, self._num_starts = self._seconds / 2, self._num_starts / 2
+        self._last_s = now_s if num_waiting else None
+
+    def wait_s(self, num_ahead: float) -> float:
+        """How long so many starts take, by the rate of late; 0 while that isn't known."""
+        return max(0.0, num_ahead) * self._seconds / max(1.0, self._num_starts)
+
+    def _most_s(self, request: Request) -> float | None:
+        """How long the request may wait: as configured, and not past its deadline."""
+        limits = [] if self._max_queue_wait_s is None else [self._max_queue_wait_s]
+        if request.deadline_s is not None:
+            limits.append(request.deadline_s - time.monotonic())
+        return min(limits, default=None)
+
+
+def _share(request: Request, waiting: Sequence[Request]) -> float:
+    """The tenant's part of the queue, by weight, of those that are in it."""
+    weights = {other.tenant: other.weight for other in waiting} | {request.tenant: request.weight}
+    return request.weight / sum(weights.values())

@@ -1,0 +1,110 @@
+"""Load shedding: who is refused at arrival."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cluster.errors import Overloaded
+from engine.fair_share import FairShare
+from engine.load_shedding import LoadShedding
+from engine.policy import FirstComeFirstServed
+from engine.request import Request
+from tests.test_scheduler import make_request, make_scheduler, run_step
+
+
+class Clock:
+    """time.monotonic that moves by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
+
+
+def a_request(tenant: str, weight: float = 1.0, deadline_s: float | None = None) -> Request:
+    request = make_request(tenant, 4)
+    request.tenant, request.weight, request.deadline_s = tenant, weight, deadline_s
+    return request
+
+
+def is_refused(shedding: LoadShedding, request: Request, waiting: list[Request]) -> bool:
+    try:
+        shedding.check(request, waiting, 0, FairShare().num_ahead(request, waiting))
+    except Overloaded:
+        return True
+    return False
+
+
+def test_a_full_queue_refuses_only_who_has_their_share_of_it() -> None:
+    shedding = LoadShedding(max_queue=10)
+    waiting = [a_request("heavy") for _ in range(10)]
+    assert is_refused(shedding, a_request("heavy"), waiting)
+    for _ in range(5):  # half of ten
+        assert not is_refused(shedding, a_request("light"), waiting)
+        waiting.append(a_request("light"))
+    assert is_refused(shedding, a_request("light"), waiting)
+    assert not is_refused(shedding, a_request("vip", weight=8.0), waiting)
+
+
+def test_each_tenant_has_a_bound_of_its_own() -> None:
+    shedding = LoadShedding(max_queue=10, max_queue_per_tenant=3)
+    waiting = [a_request("a") for _ in range(3)]
+    with pytest.raises(Overloaded, match="3 of your requests are waiting"):
+        shedding.check(a_request("a"), waiting, 0, 0)
+    shedding.check(a_request("a"), waiting, 1, 0)  # the next step takes one on
+    shedding.check(a_request("b"), waiting, 0, 0)
+
+
+def test_what_would_wait_too_long_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    shedding = LoadShedding(max_queue_wait_s=10.0)
+    waiting = [a_request("a") for _ in range(20)]
+    assert not is_refused(shedding, a_request("a"), waiting)  # nothing is known yet
+    for _ in range(5):
+        shedding.saw_step(1, 20)
+        clock.now_s += 1.0
+    shedding.saw_step(1, 0)  # five starts in five seconds
+    assert shedding.wait_s(20) == 20
+    with pytest.raises(Overloaded, match=r"About 20 s of waiting .* may wait 10 s"):
+        shedding.check(a_request("a"), waiting, 0, 20)
+    assert not is_refused(shedding, a_request("a"), waiting[:8])
+    assert not is_refused(shedding, a_request("b"), waiting)  # it goes before them
+    shedding.check(a_request("a"), waiting, 15, 20)  # the next step takes on fifteen
+
+    clock.now_s += 1000.0  # nobody waited: the rate stays
+    shedding.saw_step(1, 0)
+    assert shedding.wait_s(20) == 20
+    assert LoadShedding().wait_s(20) == 0
+
+
+def test_a_deadline_that_would_be_missed_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    scheduler = make_scheduler(policy=FairShare(), max_num_seqs=1)
+    for index in range(6):
+        scheduler.add(make_request(f"r{index}", 4, max_tokens=2, arrival=index))
+    for _ in range(6):
+        run_step(scheduler)
+        clock.now_s += 1.0
+    num_waiting = len(scheduler.waiting)
+    assert num_waiting == 3  # two steps each
+    late = make_request("late", 4)
+    late.deadline_s = clock.now_s + 3.0
+    with pytest.raises(Overloaded, match=r"may wait 3 s"):
+        scheduler.add(late)
+    late.deadline_s = clock.now_s + 20.0
+    scheduler.add(late)
+
+
+def test_who_waits_behind_whom() -> None:
+    waiting = [a_request("heavy") for _ in range(10)]
+    light = a_request("light", weight=3.0)
+    assert FirstComeFirstServed().num_ahead(light, waiting) == 10
+    assert FairShare().num_ahead(light, waiting) == 0
+    waiting += [a_request("light", weight=3.0) for _ in range(3)]
+    assert FairShare().num_ahead(light, waiting) == 4  # three of its own, and one of the others
+    light.priority = 1
+    assert FairShare().num_ahead(light, waiting) == 0
+    assert FairShare().num_ahead(a_request("heavy"), waiting) == 13
