@@ -12,6 +12,7 @@ from cluster.metrics import Metrics
 from cluster.placement import ExpertGroups
 from deployments.meters import EngineMeter, HostMeter
 from engine.core import RequestOutput
+from engine.policy import TenantShare
 from engine.request import FinishReason, Request, SamplingParams
 from experts.host import ExpertHost
 from protos.briolette.v1.admin_pb2 import EngineLoad, KvBlocks
@@ -122,3 +123,12 @@ def ended(request: Request) -> RequestOutput:
     return RequestOutput(
         request.request_id, [], "", None, FinishReason.STOP, None, None, 1, 0, 0, 0, None
     )
+
+
+def test_service_is_counted_by_tenant() -> None:
+    registry = CollectorRegistry()
+    meter = EngineMeter(Metrics(registry), "m")
+    for service in (10.0, 25.0):
+        meter.shares({"ann": TenantShare(1.0, 0, 1, service, service)})
+        labels = {"model": "m", "tenant": "ann"}
+        assert registry.get_sample_value("briolette_tenant_service_total", labels) == service
