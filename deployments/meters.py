@@ -15,6 +15,7 @@ from cluster.metric_families import MetricSpec, TenantGauge
 from cluster.metrics import Metrics, part_registry
 from cluster.placement import ExpertGroups, ExpertPlacement
 from engine.core import RequestOutput
+from engine.policy import TenantShare
 from engine.request import Request
 from experts.host import ExpertHost
 from experts.stats import CallStats
@@ -40,6 +41,7 @@ class EngineMeter:
         self._waiting = TenantGauge(metrics.tenant_requests_waiting, model)
         self._running = TenantGauge(metrics.tenant_requests_running, model)
         self._tenants: set[str] = set()  # that were seen
+        self._service: dict[str, float] = {}  # by tenant
         self._computed = {"prefill": 0, "decode": 0}
         self._preemptions = 0
         self._evicted: dict[str, int] = {}
@@ -103,6 +105,13 @@ class EngineMeter:
         metrics.preemptions_total(model).inc(load.preemptions - self._preemptions)
         self._preemptions = load.preemptions
         self._load_by_tenant()
+
+    def shares(self, shares: Mapping[str, TenantShare]) -> None:
+        """What each tenant has received of the engine, once a second."""
+        for tenant, share in shares.items():
+            grown = share.service - self._service.get(tenant, 0.0)
+            self._metrics.tenant_service_total(self._model, tenant).inc(grown)
+            self._service[tenant] = share.service
 
     def _load_by_tenant(self) -> None:
         clocks = self._clocks.values()

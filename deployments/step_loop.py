@@ -358,7 +358,9 @@ class StepLoop:
 
     def _load(self) -> EngineLoad:
         """The engine's numbers; the rate is kept from the last second in which there was one."""
-        load = to_load(self._engine.stats())
+        stats = self._engine.stats()
+        self._meter.shares(stats.fair_share)
+        load = to_load(stats)
         before = self._status.load
         new_tokens = load.decode_tokens - before.decode_tokens
         if new_tokens > 0 and self._status_at > 0:

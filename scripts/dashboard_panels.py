@@ -170,6 +170,14 @@ TENANTS = Dashboard(
         "Requests": (
             gauges("Running", "short", "tenant_requests_running", MT, "tenant"),
             gauges("Waiting", "short", "tenant_requests_waiting", MT, "tenant"),
+            Panel(
+                "Share of the engine",
+                "percentunit",
+                {
+                    "{{tenant}}": f"{rate('tenant_service_total', MT, 'tenant')}"
+                    f" / on() group_left() {rate('tenant_service_total', M)}"
+                },
+            ),
             rates("Ended", "requests_total", MT, "tenant", "reason", unit="reqps"),
             rates("Refused and failed", "gateway_errors_total", T, "tenant", "error", unit="reqps"),
         ),

@@ -23,6 +23,7 @@ from cluster.placement import ExpertPlacement
 from cluster.shared_memory import RING_BYTES
 from experts import peers, wire
 from experts.host import ExpertHost
+from experts.load import ExpertLoad
 from experts.local import LocalExperts
 from experts.router import ExpertRouter, choose_copies
 from tests.swarm import GROUPS, HOSTS, ONE_COPY, SECRET, SPEC, TWO_COPIES, SlowHost, Swarm
@@ -341,6 +342,7 @@ def test_a_call_that_breaks_a_host_bans_nobody(model_dir: Path, local: LocalExpe
         router = stack.enter_context(
             ExpertRouter(SPEC, TWO_COPIES, endpoints, SECRET, checkpoint.fingerprint)
         )
+        router.load = ExpertLoad(SPEC.num_layers + 1, SPEC.num_experts)
         hidden, ids, weights = random_topk(SPEC, 4)
         with pytest.raises(Unavailable, match="has no layer 2"):
             router.combine(router.dispatch(SPEC.num_layers, hidden, ids, weights))

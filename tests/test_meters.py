@@ -12,6 +12,7 @@ from cluster.metrics import Metrics
 from cluster.placement import ExpertGroups
 from deployments.meters import EngineMeter, HostMeter
 from engine.core import RequestOutput
+from engine.policy import TenantShare
 from engine.request import FinishReason, Request, SamplingParams
 from experts.host import ExpertHost
 from protos.briolette.v1.admin_pb2 import EngineLoad, KvBlocks
@@ -120,5 +121,28 @@ def test_who_waits_and_runs_is_shown_by_tenant() -> None:
 
 def ended(request: Request) -> RequestOutput:
     return RequestOutput(
-        request.request_id, [], "", None, FinishReason.STOP, None, None, 1, 0, 0, 0, None
+        request_id=request.request_id,
+        new_token_ids=[],
+        text="",
+        thought="",
+        tool_calls=[],
+        logprobs=None,
+        finish_reason=FinishReason.STOP,
+        error=None,
+        error_status=None,
+        num_prompt_tokens=1,
+        num_output_tokens=0,
+        num_thought_tokens=0,
+        num_cached_tokens=0,
+        num_fetched_tokens=0,
+        matched_stop=None,
     )
+
+
+def test_service_is_counted_by_tenant() -> None:
+    registry = CollectorRegistry()
+    meter = EngineMeter(Metrics(registry), "m")
+    for service in (10.0, 25.0):
+        meter.shares({"ann": TenantShare(1.0, 0, 1, service, service)})
+        labels = {"model": "m", "tenant": "ann"}
+        assert registry.get_sample_value("briolette_tenant_service_total", labels) == service

@@ -18,12 +18,14 @@ from torch import Tensor
 from cluster.errors import Unauthenticated
 from cluster.placement import ExpertGroups
 from cluster.tenancy import Lease, OpenLease, Tenant
+from cluster.usage import UsageBooks
 from deployments.admin import Admin
 from deployments.call import Call
 from deployments.gateway import Gateway
 from deployments.messages import to_group_load
 from deployments.page_api import PAGE_DIR, to_json
 from deployments.tenant_loads import TenantLoads
+from deployments.usage import UsageService
 from engine.batch import Batch
 from engine.request import Request, RequestState, SamplingParams
 from engine.tokenizer import Tokenizer
@@ -527,7 +529,7 @@ def test_the_heat_of_a_group_is_that_of_its_experts_in_all_layers() -> None:
 
 def test_only_an_operator_sees_other_tenants() -> None:
     status = ClusterStatus(tenants=[TenantLoad(tenant="ann"), TenantLoad(tenant="bob")])
-    admin = Admin(lambda: status, None)
+    admin = Admin(lambda: status, None, UsageService(UsageBooks(None)))
     calls = [Call(OpenLease(tenant)) for tenant in (Tenant("op", is_admin=True), Tenant("bob"))]
     whole, own = [asyncio.run(admin.get_status(GetStatusRequest(), call)) for call in calls]
     assert whole == status
