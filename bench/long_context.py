@@ -23,9 +23,10 @@ from bench.gpu_shapes import RandomCheckpoint, random_prompts
 from cluster.checkpoint import Checkpoint
 from cluster.spec import AttentionKind, ModelSpec
 from engine.block_hash import BlockHasher
-from engine.core import EngineCore, SpecLimits
+from engine.core import EngineCore
 from engine.kv_cache_group import sliding_blocks
 from engine.kv_sizing import kv_bytes_per_block, min_kv_bytes, size_kv_cache
+from engine.limits import SpecLimits
 from engine.model import GemmaDecoder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner

@@ -18,8 +18,9 @@ from torch import Tensor
 from cluster.spec import AttentionKind, KVRows
 from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
-from engine.core import EngineCore, SpecLimits
+from engine.core import EngineCore
 from engine.kv_cache import KVCacheConfig
+from engine.limits import SpecLimits
 from engine.recorder import Recorder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner

@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.kv_store import StoreStatus
 from cluster.placement import ExpertGroups
-from engine.core import EngineStats, RequestOutput
+from engine.outputs import EngineStats, RequestOutput
 from engine.request import FinishReason, SamplingParams
 from engine.sampler import TokenLogprobs
 from experts.load import ExpertLoad

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily
 from cluster.metric_families import MetricSpec, TenantGauge
 from cluster.metrics import Metrics, part_registry
 from cluster.placement import ExpertGroups, ExpertPlacement
-from engine.core import RequestOutput
+from engine.outputs import RequestOutput
 from engine.policy import TenantShare
 from engine.request import Request
 from experts.host import ExpertHost

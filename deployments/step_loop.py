@@ -22,7 +22,7 @@ from deployments.messages import to_load, to_output, to_sampling_params
 from deployments.meters import EngineMeter
 from deployments.session_memory import KeptValues, SessionEngine, SessionMemory
 from deployments.tenant_loads import TenantLoads
-from engine.core import EngineStats, RequestOutput
+from engine.outputs import EngineStats, RequestOutput
 from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
 from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad

@@ -6,30 +6,30 @@ import logging
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
 
-from cluster.errors import BrioletteError, ContextTooLong, InvalidRequest
-from cluster.spec import AttentionKind, ModelSpec
+from cluster.errors import BrioletteError, InvalidRequest
 from engine.batch import Batch, build_batch
 from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
 from engine.dialect import NO_DIALECT, AnswerStream, Parts
 from engine.grammar import Grammars
 from engine.kv_cache import KVCache, KVCacheConfig
+from engine.limits import RequestLimits, SpecLimits
 from engine.load_shedding import LoadShedding
-from engine.policy import Policy, TenantShare
+from engine.outputs import EngineStats, RequestOutput, output_of
+from engine.policy import Policy
 from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler, SamplerOutput, TokenLogprobs
-from engine.scheduler import PrefixUse, Scheduler, SchedulerOutput
-from engine.spans import Span, check_spans, longest_step
+from engine.scheduler import Scheduler, SchedulerOutput
+from engine.spans import Span
 from engine.tokenizer import Tokenizer
-from engine.tool_calls import CallPiece
 
 logger = logging.getLogger(__name__)
 
@@ -39,66 +39,6 @@ class Runner(Protocol):
 
     def execute(self, batch: Batch) -> Tensor:
         """Logits [num_logits, vocab_size] fp32 of the rows in batch.logits_indices."""
-
-
-@dataclass(frozen=True, slots=True)
-class SpecLimits:
-    """What the core must know of the model."""
-
-    max_model_len: int  # tokens, prompt and output together
-    sliding_window: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...] = ()
-    hidden_size: int = 0  # of a span's embeddings
-
-    @staticmethod
-    def from_spec(spec: ModelSpec, max_model_len: int | None = None) -> SpecLimits:
-        return SpecLimits(
-            min(max_model_len or spec.max_position_embeddings, spec.max_position_embeddings),
-            spec.sliding_window,
-            spec.vocab_size,
-            spec.eos_token_ids,
-            spec.hidden_size,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """What one step brought for one request. The one with a finish_reason is its last."""
-
-    request_id: str
-    new_token_ids: list[int]
-    text: str  # what the new tokens add to the text; empty without a tokenizer
-    thought: str  # the same
-    tool_calls: list[CallPiece]
-    logprobs: list[TokenLogprobs] | None  # one per new token where the request asked for them
-    finish_reason: FinishReason | None
-    error: str | None  # a sentence, with FinishReason.ERROR
-    error_status: str | None  # the gRPC status code's name that goes with it
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_thought_tokens: int  # of the output
-    num_cached_tokens: int  # of the prompt (of a resumed request: and its output), not computed
-    num_fetched_tokens: int  # of these, those that only the block store had
-    matched_stop: str | int | None  # the stop string or stop token id; None at the end of sequence
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Gauges of now, and counters since the start."""
-
-    num_waiting: int
-    num_running: int
-    num_free_blocks: Mapping[AttentionKind, int]  # unused or cached
-    num_used_blocks: Mapping[AttentionKind, int]
-    num_cached_blocks: Mapping[AttentionKind, int]  # of the free ones, those that can be found
-    num_steps: int  # counter
-    num_prefill_tokens: int  # counter; recomputed ones too
-    num_decode_tokens: int  # counter
-    num_preemptions: int  # counter
-    num_evicted_blocks: Mapping[AttentionKind, int]  # counter
-    prefix_use: Mapping[str, PrefixUse]  # counters, by tenant
-    fair_share: Mapping[str, TenantShare]  # by tenant; empty without fair share
 
 
 class EngineCore:
@@ -153,6 +93,9 @@ class EngineCore:
             policy=policy,
             load_shedding=load_shedding,
             store=store,
+        )
+        self._request_limits = RequestLimits(
+            spec_limits, self.kv, self.scheduler.max_num_batched_tokens
         )
         self._requests: dict[str, Request] = {}
         self._streams: dict[str, AnswerStream] = {}
@@ -222,18 +165,18 @@ class EngineCore:
         """
         if request_id in self._requests:
             raise InvalidRequest(f"A request with the id {request_id!r} is already running.")
-        self._check_ids(prompt_ids, output_ids)
+        self._request_limits.check_ids(prompt_ids, output_ids)
         if self.tokenizer is None and (sampling.stop or sampling.grammar):
             raise InvalidRequest("Stop strings and formats need a tokenizer: this engine has none.")
         if not (0 < weight < math.inf):
             raise InvalidRequest(f"weight must be a number above 0, not {weight}.")
-        spans = self._check_spans(spans, len(prompt_ids))
+        spans = self._request_limits.check_spans(spans, len(prompt_ids))
         request = Request(
             request_id=request_id,
             prompt_ids=list(prompt_ids),
             sampling=sampling,
             seed=_first(seed, sampling.seed, random.getrandbits(63)),
-            max_tokens=self._max_tokens(len(prompt_ids), sampling.max_tokens),
+            max_tokens=self._request_limits.max_tokens(len(prompt_ids), sampling.max_tokens),
             tenant=tenant,
             session=session,
             spans=spans,
@@ -357,7 +300,7 @@ class EngineCore:
         tokens = [token_id], None if logprobs is None else [logprobs]
         reason, matched_stop = self._end_of(request, parts.matched_stop)
         if reason is None:
-            self._outputs.append(_output(request, *tokens, parts))
+            self._outputs.append(output_of(request, *tokens, parts))
         else:
             self._finish(request, reason, tokens=tokens, parts=parts, matched_stop=matched_stop)
 
@@ -412,7 +355,7 @@ class EngineCore:
         if stream is not None:
             parts.add(stream.finish())
         self._note_lasting(request)
-        self._outputs.append(_output(request, *tokens, parts, matched_stop, error))
+        self._outputs.append(output_of(request, *tokens, parts, matched_stop, error))
 
     def _note_lasting(self, request: Request) -> None:
         """A session goes on without the thoughts of a turn that has ended; with calls it goes on
@@ -446,52 +389,6 @@ class EngineCore:
         self._streams.pop(request.request_id, None)
         self.scheduler.withdraw(request)
 
-    def _check_ids(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        if not prompt_ids:
-            raise InvalidRequest("The prompt is empty.")
-        for token_ids in (prompt_ids, output_ids):
-            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.limits.vocab_size:
-                raise InvalidRequest(f"Token ids must be 0 to {self.limits.vocab_size - 1}.")
-
-    def _check_spans(self, spans: Sequence[Span], num_prompt_tokens: int) -> Sequence[Span]:
-        """The spans in order. Tokens that see each other need one step for them all, so a span
-        that no step can hold is refused too.
-        """
-        if not spans:
-            return ()
-        ordered = check_spans(spans, num_prompt_tokens, self.limits.hidden_size)
-        longest, budget = longest_step(ordered), self.scheduler.max_num_batched_tokens
-        if longest > budget:
-            raise InvalidRequest(
-                f"A span has {longest} tokens that see each other, and a step computes at most "
-                f"{budget}: use a smaller image, or raise engine.max_num_batched_tokens."
-            )
-        if not self.kv.can_ever_hold(num_prompt_tokens, longest):
-            raise InvalidRequest(
-                f"A span has {longest} tokens that see each other, more than the sliding KV cache "
-                "holds at once: use a smaller image, or give the KV cache more memory."
-            )
-        return ordered
-
-    def _max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """Resolve max_tokens against the context and the KV cache: what can't fit is refused."""
-        limit, what = self.limits.max_model_len, "the model's context"
-        capacity = self.kv.max_request_tokens
-        if capacity is not None and capacity < limit:
-            limit, what = capacity, "the KV cache"
-        left = limit - num_prompt_tokens
-        if left < 1:
-            raise ContextTooLong(
-                f"The prompt has {num_prompt_tokens} tokens; {what} holds {limit}, "
-                "and the answer needs at least one."
-            )
-        if max_tokens is not None and max_tokens > left:
-            raise ContextTooLong(
-                f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; "
-                f"{what} holds {limit}, so that max_tokens can be at most {left}."
-            )
-        return left if max_tokens is None else max_tokens
-
     def _guide(self, request: Request) -> None:
         """Begin to follow the grammar that the answer must keep to, if there is one."""
         grammar = request.sampling.grammar
@@ -520,33 +417,6 @@ class EngineCore:
         reason, matched_stop = self._end_of(request, parts.matched_stop)
         if reason is not None:
             self._finish(request, reason, matched_stop=matched_stop)
-
-
-def _output(
-    request: Request,
-    new_token_ids: list[int],
-    logprobs: list[TokenLogprobs] | None,
-    parts: Parts,
-    matched_stop: str | int | None = None,
-    error: BrioletteError | None = None,
-) -> RequestOutput:
-    return RequestOutput(
-        request_id=request.request_id,
-        new_token_ids=new_token_ids,
-        text=parts.text,
-        thought=parts.thought,
-        tool_calls=parts.tool_calls,
-        logprobs=logprobs,
-        finish_reason=request.finish_reason,
-        error=None if error is None else str(error),
-        error_status=None if error is None else error.status,
-        num_prompt_tokens=len(request.prompt_ids),
-        num_output_tokens=len(request.output_ids),
-        num_thought_tokens=request.num_thought_tokens,
-        num_cached_tokens=request.num_cached_tokens,
-        num_fetched_tokens=request.num_fetched_tokens,
-        matched_stop=matched_stop,
-    )
 
 
 def _first(*values: int | None) -> int:

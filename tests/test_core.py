@@ -16,9 +16,11 @@ from cluster.errors import ContextTooLong, InvalidRequest, Overloaded, Unavailab
 from cluster.spec import AttentionKind
 from engine.batch import Batch
 from engine.block_hash import BlockHasher
-from engine.core import EngineCore, RequestOutput, SpecLimits
+from engine.core import EngineCore
 from engine.kv_cache import KVCacheConfig
+from engine.limits import SpecLimits
 from engine.load_shedding import LoadShedding
+from engine.outputs import RequestOutput
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler
 from engine.tokenizer import Tokenizer

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from cluster.spec import AttentionKind
 from deployments.gateway import Gateway
 from deployments.streams import merge
-from engine.core import EngineCore, RequestOutput, SpecLimits
+from engine.core import EngineCore
 from engine.dialect import AnswerStream, Parts
 from engine.kv_cache import KVCacheConfig
+from engine.limits import SpecLimits
+from engine.outputs import RequestOutput
 from engine.request import FinishReason, SamplingParams
 from protos.briolette.v1.inference_pb2 import (
     FINISH_REASON_STOP,

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from cluster.checkpoint import Checkpoint
 from cluster.placement import ExpertGroups
 from cluster.spec import AttentionKind, ModelSpec
-from engine.core import EngineCore, SpecLimits
+from engine.core import EngineCore
 from engine.kv_cache import KVCacheConfig
 from engine.kv_sizing import size_kv_cache
+from engine.limits import SpecLimits
 from engine.model import Experts, GemmaDecoder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner

@@ -17,8 +17,9 @@ from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError, Unavailable
 from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import AttentionKind, ModelSpec
-from engine.core import EngineCore, SpecLimits
+from engine.core import EngineCore
 from engine.kv_cache import KVCacheConfig
+from engine.limits import SpecLimits
 from engine.model import Experts, GemmaDecoder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner

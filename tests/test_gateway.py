@@ -49,8 +49,9 @@ from deployments.step_loop import StepLoop
 from deployments.streams import MAX_BUFFERED_TOKENS, Streams
 from engine.batch import Batch
 from engine.block_hash import BlockHasher
-from engine.core import EngineCore, SpecLimits
+from engine.core import EngineCore
 from engine.kv_cache import KVCacheConfig
+from engine.limits import SpecLimits
 from engine.load_shedding import LoadShedding
 from engine.token_bytes import byte_level
 from engine.tokenizer import Tokenizer

@@ -23,9 +23,11 @@ from cluster.errors import InvalidRequest
 from cluster.spec import AttentionKind
 from deployments.step_loop import StepLoop
 from engine.batch import Batch
-from engine.core import EngineCore, RequestOutput, SpecLimits
+from engine.core import EngineCore
 from engine.grammar import MAX_CHARS, Grammar, Grammars
 from engine.kv_cache import KVCacheConfig
+from engine.limits import SpecLimits
+from engine.outputs import RequestOutput
 from engine.request import FinishReason, SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.tool_grammar import calls_grammar

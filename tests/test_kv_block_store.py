@@ -24,8 +24,9 @@ from deployments.kv_block_store import KVBlockStore, kv_tensors
 from deployments.kv_copies import BlockCopier
 from engine.batch import Batch
 from engine.block_hash import BlockHasher
-from engine.core import EngineCore, Runner, SpecLimits
+from engine.core import EngineCore, Runner
 from engine.kv_cache import KVCacheConfig
+from engine.limits import SpecLimits
 from engine.request import Request, RequestState, SamplingParams
 from engine.runner import ModelRunner
 from tests.redis_servers import redis_server, wait_until

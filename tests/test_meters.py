@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from cluster.metrics import Metrics
 from cluster.placement import ExpertGroups
 from deployments.meters import EngineMeter, HostMeter
-from engine.core import RequestOutput
+from engine.outputs import RequestOutput
 from engine.policy import TenantShare
 from engine.request import FinishReason, Request, SamplingParams
 from experts.host import ExpertHost

@@ -16,9 +16,10 @@ from cluster.native import native_kernels
 from cluster.spec import AttentionKind
 from engine.attention import Attention, ReferenceAttention
 from engine.block_hash import BlockHasher
-from engine.core import EngineCore, SpecLimits
+from engine.core import EngineCore
 from engine.invariant_attention import InvariantAttention
 from engine.kv_cache import KVCacheConfig
+from engine.limits import SpecLimits
 from engine.native_attention import NativeAttention
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler

@@ -13,8 +13,9 @@ from cluster.checkpoint import Checkpoint
 from cluster.placement import ExpertGroups
 from cluster.spec import AttentionKind, ModelSpec
 from engine.block_hash import BlockHasher
-from engine.core import EngineCore, SpecLimits
+from engine.core import EngineCore
 from engine.kv_cache import KVCacheConfig
+from engine.limits import SpecLimits
 from engine.model import GemmaDecoder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner

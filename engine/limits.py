@@ -1,0 +1,88 @@
+"""What can be asked of an engine: the limits of its model, its KV cache and its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.errors import ContextTooLong, InvalidRequest
+from cluster.spec import ModelSpec
+from engine.kv_cache import KVCache
+from engine.spans import Span, check_spans, longest_step
+
+
+@dataclass(frozen=True, slots=True)
+class SpecLimits:
+    """What the core must know of the model."""
+
+    max_model_len: int  # tokens, prompt and output together
+    sliding_window: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    hidden_size: int = 0  # of a span's embeddings
+
+    @staticmethod
+    def from_spec(spec: ModelSpec, max_model_len: int | None = None) -> SpecLimits:
+        return SpecLimits(
+            min(max_model_len or spec.max_position_embeddings, spec.max_position_embeddings),
+            spec.sliding_window,
+            spec.vocab_size,
+            spec.eos_token_ids,
+            spec.hidden_size,
+        )
+
+
+class RequestLimits:
+    """Refuses what can never be answered, with InvalidRequest or ContextTooLong."""
+
+    def __init__(self, spec: SpecLimits, kv: KVCache, token_budget: int) -> None:
+        self._spec = spec
+        self._kv = kv
+        self._token_budget = token_budget  # of a step
+
+    def check_ids(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Every id is in the vocabulary."""
+        if not prompt_ids:
+            raise InvalidRequest("The prompt is empty.")
+        for token_ids in (prompt_ids, output_ids):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._spec.vocab_size:
+                raise InvalidRequest(f"Token ids must be 0 to {self._spec.vocab_size - 1}.")
+
+    def check_spans(self, spans: Sequence[Span], num_prompt_tokens: int) -> Sequence[Span]:
+        """The spans in order. Tokens that see each other need one step for them all, so a span
+        that no step can hold is refused too.
+        """
+        if not spans:
+            return ()
+        ordered = check_spans(spans, num_prompt_tokens, self._spec.hidden_size)
+        longest, budget = longest_step(ordered), self._token_budget
+        if longest > budget:
+            raise InvalidRequest(
+                f"A span has {longest} tokens that see each other, and a step computes at most "
+                f"{budget}: use a smaller image, or raise engine.max_num_batched_tokens."
+            )
+        if not self._kv.can_ever_hold(num_prompt_tokens, longest):
+            raise InvalidRequest(
+                f"A span has {longest} tokens that see each other, more than the sliding KV cache "
+                "holds at once: use a smaller image, or give the KV cache more memory."
+            )
+        return ordered
+
+    def max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """Resolve max_tokens against the context and the KV cache: what can't fit is refused."""
+        limit, what = self._spec.max_model_len, "the model's context"
+        capacity = self._kv.max_request_tokens
+        if capacity is not None and capacity < limit:
+            limit, what = capacity, "the KV cache"
+        left = limit - num_prompt_tokens
+        if left < 1:
+            raise ContextTooLong(
+                f"The prompt has {num_prompt_tokens} tokens; {what} holds {limit}, "
+                "and the answer needs at least one."
+            )
+        if max_tokens is not None and max_tokens > left:
+            raise ContextTooLong(
+                f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; "
+                f"{what} holds {limit}, so that max_tokens can be at most {left}."
+            )
+        return left if max_tokens is None else max_tokens

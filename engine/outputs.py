@@ -1,0 +1,82 @@
+"""What the engine tells: of a request after each step, and of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.errors import BrioletteError
+from cluster.spec import AttentionKind
+from engine.dialect import Parts
+from engine.policy import TenantShare
+from engine.request import FinishReason, Request
+from engine.sampler import TokenLogprobs
+from engine.scheduler import PrefixUse
+from engine.tool_calls import CallPiece
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step brought for one request. The one with a finish_reason is its last."""
+
+    request_id: str
+    new_token_ids: list[int]
+    text: str  # what the new tokens add to the text; empty without a tokenizer
+    thought: str  # the same
+    tool_calls: list[CallPiece]
+    logprobs: list[TokenLogprobs] | None  # one per new token where the request asked for them
+    finish_reason: FinishReason | None
+    error: str | None  # a sentence, with FinishReason.ERROR
+    error_status: str | None  # the gRPC status code's name that goes with it
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_thought_tokens: int  # of the output
+    num_cached_tokens: int  # of the prompt (of a resumed request: and its output), not computed
+    num_fetched_tokens: int  # of these, those that only the block store had
+    matched_stop: str | int | None  # the stop string or stop token id; None at the end of sequence
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges of now, and counters since the start."""
+
+    num_waiting: int
+    num_running: int
+    num_free_blocks: Mapping[AttentionKind, int]  # unused or cached
+    num_used_blocks: Mapping[AttentionKind, int]
+    num_cached_blocks: Mapping[AttentionKind, int]  # of the free ones, those that can be found
+    num_steps: int  # counter
+    num_prefill_tokens: int  # counter; recomputed ones too
+    num_decode_tokens: int  # counter
+    num_preemptions: int  # counter
+    num_evicted_blocks: Mapping[AttentionKind, int]  # counter
+    prefix_use: Mapping[str, PrefixUse]  # counters, by tenant
+    fair_share: Mapping[str, TenantShare]  # by tenant; empty without fair share
+
+
+def output_of(
+    request: Request,
+    new_token_ids: list[int],
+    logprobs: list[TokenLogprobs] | None,
+    parts: Parts,
+    matched_stop: str | int | None = None,
+    error: BrioletteError | None = None,
+) -> RequestOutput:
+    """What is new of a request, with what is known of it by now."""
+    return RequestOutput(
+        request_id=request.request_id,
+        new_token_ids=new_token_ids,
+        text=parts.text,
+        thought=parts.thought,
+        tool_calls=parts.tool_calls,
+        logprobs=logprobs,
+        finish_reason=request.finish_reason,
+        error=None if error is None else str(error),
+        error_status=None if error is None else error.status,
+        num_prompt_tokens=len(request.prompt_ids),
+        num_output_tokens=len(request.output_ids),
+        num_thought_tokens=request.num_thought_tokens,
+        num_cached_tokens=request.num_cached_tokens,
+        num_fetched_tokens=request.num_fetched_tokens,
+        matched_stop=matched_stop,
+    )
