@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.config import Config, parse_overrides
+from cluster.config import Config
+from cluster.config_values import parse_overrides
 from cluster.errors import BrioletteError, InvalidRequest
 from deployments import access, key_options, lifecycle
 from deployments.lifecycle import Running

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-from cluster.config import parse_bytes
+from cluster.config_values import parse_bytes
 from cluster.errors import InvalidRequest
 from cluster.tenancy import LEAST_KV_BYTES, MOST_COUNT, MOST_KV_BYTES, MOST_WEIGHT
 

@@ -12,10 +12,9 @@ from cluster.config import (
     STATE_DIR,
     Config,
     EngineConfig,
-    parse_bytes,
-    parse_overrides,
     settings,
 )
+from cluster.config_values import parse_bytes, parse_overrides
 from cluster.errors import ConfigError
 
 
