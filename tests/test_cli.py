@@ -86,7 +86,13 @@ def test_an_interrupt_while_starting_leaves_nothing(tmp_path: Path, number: sign
     arguments += ["--set", "gateway.http_port=0", "--set", "gateway.metrics_port=0"]
     arguments += ["--set", "engine.kv_bytes=64MiB"]
     command = [sys.executable, "-m", "deployments.cli", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+
+    def as_in_a_terminal() -> None:  # what runs these tests may ignore the signal
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+    ) as process:
         running = None
         while running is None and process.poll() is None:
             time.sleep(0.05)
