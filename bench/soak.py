@@ -59,7 +59,8 @@ class Tally:
 
     outcomes: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
-    rss: list[dict[str, int]] = field(default_factory=list)  # bytes, by process
+    rss: list[dict[int, int]] = field(default_factory=list)  # bytes, by process id
+    names: dict[int, str] = field(default_factory=dict)  # by process id
 
     def note(self, outcome: str) -> None:
         kind = outcome.partition(":")[0]
@@ -185,17 +186,18 @@ async def watch_memory(tally: Tally, session_id: int, start_at: float) -> None:
     """Resident memory of every process of the cluster, once a second from `start_at` on."""
     await asyncio.sleep(start_at - time.monotonic())
     while True:
-        tally.rss.append(await asyncio.to_thread(rss, session_id))
+        tally.rss.append(await asyncio.to_thread(rss, session_id, tally.names))
         await asyncio.sleep(SAMPLE_S)
 
 
-def rss(session_id: int) -> dict[str, int]:
-    """Resident bytes by "name pid"."""
+def rss(session_id: int, names: dict[int, str]) -> dict[int, int]:
+    """Resident bytes by process id. Its first name counts: Ray renames its processes."""
     found = {}
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == session_id:
-                found[f"{process.name()} {process.pid}"] = process.memory_info().rss
+                names.setdefault(process.pid, process.name())
+                found[process.pid] = process.memory_info().rss
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return found
@@ -219,8 +221,10 @@ def summarize(tally: Tally, status: ClusterStatus) -> dict[str, Any]:
     first, last = tally.rss[:num], tally.rss[-num:]
     start, end = (median(sum(sample.values()) for sample in part) for part in (first, last))
     by_process = {
-        name: [median(sample.get(name, 0) for sample in part) for part in (first, last)]
-        for name in sorted(first[0] | last[-1])
+        f"{tally.names[pid]} {pid}": [
+            median(sample.get(pid, 0) for sample in part) for part in (first, last)
+        ]
+        for pid in sorted(first[0] | last[-1])
     }
     return {
         "outcomes": dict(tally.outcomes),

@@ -14,8 +14,8 @@ from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad, KvBlocks
 MIB = 1 << 20
 
 
-def summary(outcomes: list[str], rss: list[dict[str, int]], load: EngineLoad) -> dict[str, Any]:
-    tally = Tally(rss=rss)
+def summary(outcomes: list[str], rss: list[dict[int, int]], load: EngineLoad) -> dict[str, Any]:
+    tally = Tally(rss=rss, names={1: "gateway", 2: "host", 3: "host"})
     for outcome in outcomes:
         tally.note(outcome)
     return soak.summarize(tally, ClusterStatus(load=load))
@@ -26,7 +26,7 @@ def missed(results: dict[str, Any]) -> list[str]:
 
 
 def test_a_good_run_keeps_every_promise() -> None:
-    rss = [{"gateway 1": 100 * MIB}] * 5 + [{"gateway 1": 101 * MIB}] * 5
+    rss = [{1: 100 * MIB}] * 5 + [{1: 101 * MIB}] * 5
     good = summary(["done"] * 9 + ["cancelled"], rss, EngineLoad())
     assert missed(good) == []
     assert soak.card(good | {"num_streams": 1, "seconds": 1.0})
@@ -41,16 +41,16 @@ def test_a_good_run_keeps_every_promise() -> None:
     ],
 )
 def test_what_ends_otherwise_is_told(outcomes: list[str], name: str) -> None:
-    assert missed(summary(outcomes, [{"gateway 1": MIB}] * 10, EngineLoad())) == [name]
+    assert missed(summary(outcomes, [{1: MIB}] * 10, EngineLoad())) == [name]
 
 
 def test_what_is_left_is_told() -> None:
-    grows = [{"gateway 1": 100 * MIB}] * 9 + [{"gateway 1": 103 * MIB}]
+    grows = [{1: 100 * MIB}] * 9 + [{1: 103 * MIB}]
     assert missed(summary(["done"], grows, EngineLoad())) == ["memory growth"]
-    dies = [{"gateway 1": MIB, "host 2": MIB}] * 9 + [{"gateway 1": MIB, "host 3": MIB}]
+    dies = [{1: MIB, 2: MIB}] * 9 + [{1: MIB, 3: MIB}]
     assert missed(summary(["done"], dies, EngineLoad())) == ["processes that ended"]
     load = EngineLoad(num_running=1, kv_blocks=[KvBlocks(group="global", used=3)])
-    still = [{"gateway 1": MIB}] * 10
+    still = [{1: MIB}] * 10
     assert missed(summary(["done"], still, load)) == ["requests left", "KV blocks left"]
 
 
