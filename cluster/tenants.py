@@ -12,7 +12,6 @@ These calls wait for Redis: they belong to a thread, never to an asyncio loop.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable
