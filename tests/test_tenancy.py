@@ -119,10 +119,12 @@ def test_terms_change_and_what_cannot_be_changes_nothing(
     tenants.update("ann", lambda tenant: replace(tenant, weight=5.0, tokens_per_minute=None))
     admission.refresh()
     assert admission.admit(key).tenant == replace(ANN, weight=5.0, tokens_per_minute=None)
-    assert admission.kv_bytes("ann") is None is admission.kv_bytes("nobody")
+    assert admission.kv_bytes("ann") is None is admission.kv_bytes("default")
     tenants.update("ann", lambda tenant: replace(tenant, kv_bytes=5 << 20))
     admission.refresh()
     assert admission.kv_bytes("ann") == 5 << 20
+    with pytest.raises(PermissionDenied, match="nobody was deleted"):
+        admission.kv_bytes("nobody")
     with pytest.raises(InvalidRequest):
         tenants.update("ann", lambda tenant: replace(tenant, weight=-1.0))
     for call in (
