@@ -57,10 +57,12 @@ class Directory:
         return self.lineage == other.lineage and self.version > other.version
 
     def is_replaced_by(self, other: Directory) -> bool:
-        """Whether the other one was not made from this one, as far as can be told."""
-        if self.lineage != other.lineage:
-            return bool(self.lineage)
-        return self.version == other.version and self.mark != other.mark
+        """Whether there are tenants here that the other one was not made from, as far as can be
+        told.
+        """
+        is_other = self.lineage != other.lineage
+        is_other |= self.version == other.version and self.mark != other.mark
+        return is_other and bool(self.records)
 
     def changed(self, name: str, record: Record | None) -> Directory:
         """With another record of a tenant; None is no record."""
