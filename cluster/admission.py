@@ -2,7 +2,8 @@
 
 A thread asks Redis a few times a second whether anything has changed. What it learns is used at
 once and written to disk, so that known keys work while Redis is away and after a restart meanwhile.
-A Redis that comes back without its data is given what the copy has.
+A Redis that comes back without its data is given what the copy has; where it has other tenants
+instead, the copy of those before is kept beside the new one.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from cluster.errors import BrioletteError, PermissionDenied, Unauthenticated, Un
 from cluster.files import write_private
 from cluster.keys import KeyHash, split_key
 from cluster.quota import Usage
-from cluster.tenancy import Lease, OpenLease, Tenant
-from cluster.tenants import Directory, Record, Tenants
+from cluster.tenancy import DEFAULT_TENANT, Lease, OpenLease, Tenant
+from cluster.tenant_records import Directory, Record
+from cluster.tenants import Tenants
 
 POLL_S = 0.25  # changes must act within a second
 
@@ -74,7 +76,9 @@ class KeyAdmission:
         self._clock = clock
         self._now = now
         self._usages: dict[str, Usage] = {}
-        self._use(_read_copy(copy))
+        tenants.known = _read_copy(copy)
+        tenants.on_replaced = self._keep_replaced
+        self._use(tenants.known)
         self._reach = Breaker("The tenants in Redis")
         self._refreshing = threading.Lock()
         self._is_closing = threading.Event()
@@ -106,22 +110,21 @@ class KeyAdmission:
         return self._directory.records
 
     def kv_bytes(self, tenant: str) -> int | None:
-        """A tenant's budget in the store, where it has one of its own."""
+        """A tenant's budget in the store, where it has one of its own. Raises PermissionDenied for
+        one that was deleted: what its last requests would keep nobody could find or delete.
+        """
         record = self._directory.records.get(tenant)
+        if record is None and tenant != DEFAULT_TENANT:
+            raise PermissionDenied(f"The tenant {tenant} was deleted; nothing is kept for it.")
         return None if record is None else record.tenant.kv_bytes
 
     def refresh(self) -> None:
         """See what has changed now, ahead of the next look; waits for Redis. Raises Unavailable."""
         with self._refreshing:
-            found = self.tenants.read(self._directory)
-            if found is None:
-                return
-            if self._directory.is_ahead_of(found):
-                if self.tenants.put_back(self._directory):
-                    log.warning("Redis had lost changes of tenants; it has them again.")
-                return
-            self._use(found)
-            self._write_copy()
+            now = self.tenants.refresh()
+            if now.head != self._directory.head:
+                self._use(now)
+                self._write_copy(self._copy, now)
 
     def follow(self) -> None:
         """Refresh; a Redis that is away is looked for again soon, and only the log tells of it."""
@@ -150,11 +153,21 @@ class KeyAdmission:
             known |= {key.key_id: _Known(record.tenant, key, usage) for key in record.keys}
         self._directory, self._usages, self._known = directory, usages, known
 
-    def _write_copy(self) -> None:
+    def _keep_replaced(self, directory: Directory) -> None:
+        path = self._copy.with_name(f"{self._copy.name}.bak")
+        log.error(
+            "Redis has other tenants than before, which are used from now on; the %d that were "
+            "known until now are in %s.",
+            len(directory.records),
+            path,
+        )
+        self._write_copy(path, directory)
+
+    def _write_copy(self, path: Path, directory: Directory) -> None:
         try:
-            write_private(self._copy, self._directory.to_json())
+            write_private(path, directory.to_json())
         except OSError as error:
-            log.error("%s can't be written: %s.", self._copy, error.strerror)
+            log.error("%s can't be written: %s.", path, error.strerror)
 
     def _unknown_key(self) -> BrioletteError:
         if self._reach.is_closed:

@@ -30,7 +30,7 @@ class GatewayConfig:
     tls_cert_file: Path | None = setting(None, "PEM, the server's own first; null: no TLS")  # noqa: RUF009
     tls_key_file: Path | None = setting(None, "PEM, of that certificate")  # noqa: RUF009
     tls_client_ca_file: Path | None = setting(None, "PEM; set, clients need certificates too")  # noqa: RUF009
-    plaintext: bool = setting(False, "no TLS beyond loopback: a proxy in front of it has it")
+    plaintext: bool = setting(False, "no TLS beyond loopback: a proxy has it; /metrics too")
     metrics_host: str = setting("127.0.0.1", "address of /metrics, of every part")
     metrics_port: int | None = setting(9464, "of /metrics; 0 takes a free one", "", 0, 65535)
     max_message_bytes: int = setting(4 << 20, "longest request", "bytes", 1 << 10, 128 << 20)
@@ -185,7 +185,7 @@ def settings() -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
 
 def _check_together(config: Config) -> None:
     gateway, engine, experts = config.gateway, config.engine, config.experts
-    is_here = _is_loopback(gateway.host)
+    is_here = is_loopback(gateway.host)
     has_tls = gateway.tls_cert_file is not None
     checks = (
         (":" not in gateway.host, "gateway.host must be a name or an IPv4 address"),
@@ -198,6 +198,11 @@ def _check_together(config: Config) -> None:
             is_here or has_tls or gateway.plaintext,
             f"gateway.host {gateway.host!r} needs TLS: set gateway.tls_cert_file and "
             "gateway.tls_key_file, or gateway.plaintext where a proxy in front of it has TLS",
+        ),
+        (
+            is_loopback(gateway.metrics_host) or gateway.plaintext,
+            f"gateway.metrics_host {gateway.metrics_host!r} shows tenants' names and loads to all "
+            "who reach it, without a key or TLS: set gateway.plaintext where only those do who may",
         ),
         (
             has_tls == (gateway.tls_key_file is not None),
@@ -240,8 +245,9 @@ def _are_different(*ports: int | None) -> bool:
     return len(given) == len(set(given))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine's programs reach it."""
     try:
-        return host == "localhost" or ipaddress.IPv4Address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

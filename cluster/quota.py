@@ -55,6 +55,7 @@ class Usage:
         self._clock = clock
         self._lock = threading.Lock()
         self._bucket: TokenBucket | None = None  # None: no limit
+        self._last_bucket: TokenBucket | None = None  # a limit that comes back forgives nothing
         self._max_in_flight: int | None = None
         self._num_in_flight = 0
 
@@ -64,10 +65,10 @@ class Usage:
             self._max_in_flight = max_in_flight
             if tokens_per_minute is None:
                 self._bucket = None
-            elif self._bucket is None:
-                self._bucket = TokenBucket(tokens_per_minute, self._clock)
-            else:
-                self._bucket.resize(tokens_per_minute)
+                return
+            self._bucket = self._last_bucket or TokenBucket(tokens_per_minute, self._clock)
+            self._bucket.resize(tokens_per_minute)
+            self._last_bucket = self._bucket
 
     def begin(self) -> None:
         """One request more in flight. Raises QuotaExceeded, also while there is a debt."""

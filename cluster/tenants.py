@@ -1,29 +1,30 @@
 """The records of tenants in Redis: made, changed and deleted there, never expiring.
 
 They lie in one hash, `briolette:tenants`: a record for each name, a version that grows with every
-change, and a lineage, drawn when the first tenant is made. So a reader asks one short question to
-learn that nothing has changed, and a copy that is ahead of a Redis which lost its data is known to
-be one.
+change, a mark, drawn with every change, and a lineage, drawn when the first tenant is made. So a
+reader asks one short question to learn that nothing has changed, and a copy that is ahead of a
+Redis which lost its data is known to be one. Nobody changes what they haven't seen: a change names
+the state that it is made to, and a Redis in any other is read again, or given back what it lost.
 
 These calls wait for Redis: they belong to a thread, never to an asyncio loop.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import secrets
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 from cluster.errors import BrioletteError, InvalidRequest, Unavailable
-from cluster.keys import KeyHash, new_key
+from cluster.keys import new_key
 from cluster.kv_keys import tenant_prefix
 from cluster.redis import REDIS_ERRORS, RedisAddress
 from cluster.tenancy import Tenant
+from cluster.tenant_records import Directory, Record
 
 MAX_TENANTS = 1000  # each is a label in the metrics
 MAX_KEYS = 4  # of a tenant that rotates them with a grace period, again and again
@@ -44,67 +45,18 @@ class TenantExists(BrioletteError):
     status = "ALREADY_EXISTS"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What is kept of a tenant. Times are seconds since the epoch."""
-
-    tenant: Tenant
-    keys: tuple[KeyHash, ...]  # the newest first
-    created: float
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str | bytes) -> Record:
-        """Raises ValueError, TypeError or KeyError for what is no record."""
-        found = json.loads(text)
-        terms = found["tenant"]
-        return Record(
-            tenant=Tenant(**{**terms, "models": tuple(terms["models"])}),
-            keys=tuple(KeyHash(**key) for key in found["keys"]),
-            created=float(found["created"]),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Directory:
-    """All tenants, as they were at one version."""
-
-    lineage: str = ""  # empty: nobody has ever made a tenant
-    version: int = 0
-    records: Mapping[str, Record] = field(default_factory=dict)
-
-    def is_ahead_of(self, other: Directory) -> bool:
-        """Whether the other one has lost what this one knows. Of another lineage it never has: that
-        is another cluster's.
-        """
-        if not other.lineage:
-            return bool(self.lineage)
-        return self.lineage == other.lineage and self.version > other.version
-
-    def to_json(self) -> str:
-        """For a copy on disk; it has no key, only hashes."""
-        records = {name: record.to_json() for name, record in self.records.items()}
-        return json.dumps({"lineage": self.lineage, "version": self.version, "records": records})
-
-    @staticmethod
-    def from_json(text: str) -> Directory:
-        """Raises ValueError, TypeError or KeyError for what is no copy."""
-        found = json.loads(text)
-        records = {name: Record.from_json(record) for name, record in found["records"].items()}
-        return Directory(str(found["lineage"]), int(found["version"]), records)
-
-
 class Tenants:
     """The tenants of a cluster. Any thread may call; every call raises Unavailable where Redis
     doesn't answer.
     """
 
     def __init__(self, address: RedisAddress, now: Callable[[], float] = time.time) -> None:
+        self.known = Directory()  # as seen last, here or by a copy; Redis gets back what it loses
+        self.on_replaced: Callable[[Directory], None] = lambda directory: None
         self._address = address
         self._client = address.client()
         self._now = now
+        self._lock = threading.RLock()
 
     def create(self, tenant: Tenant) -> str:
         """A new tenant's key, to be shown once; it finds nothing of an earlier one of that name.
@@ -118,6 +70,7 @@ class Tenants:
                 raise TenantExists(f"There is a tenant {tenant.name} already.")
             return Record(tenant, (kept,), self._now())
 
+        self.refresh()
         if self._run(self._client.hget, TENANTS, tenant.name) is None:
             # Requests of another one of that name may have gone on after its deletion.
             self._run(self._remove_values, tenant.name)
@@ -151,15 +104,31 @@ class Tenants:
         self._run(self._remove_values, name)
         self._change(name, lambda record: None)
 
+    def refresh(self) -> Directory:
+        """What there is now; a Redis that lost changes is given them back. What is lost for good,
+        since others are there instead, goes to `on_replaced`.
+        """
+        with self._lock:
+            found = self.read(self.known)
+            if found is None:
+                return self.known
+            if not self.known.is_ahead_of(found):
+                if self.known.is_replaced_by(found):
+                    self.on_replaced(self.known)
+                self.known = found
+            elif self.put_back(self.known):
+                log.warning("Redis had lost changes of tenants; it has them again.")
+            return self.known
+
     def read(self, known: Directory) -> Directory | None:
         """What there is now; None where that is what is known already."""
-        fields = self._run(self._client.eval, READ, 1, TENANTS, known.lineage, known.version)
+        fields = self._run(self._client.eval, READ, 1, TENANTS, *known.head)
         return None if fields is None else _directory(fields)
 
     def put_back(self, directory: Directory) -> bool:
         """Give a Redis that lost its data what it had; False where it has it, or other tenants."""
         records = [(name, record.to_json()) for name, record in directory.records.items()]
-        words = chain((directory.lineage, directory.version), *records)
+        words = chain(directory.head, *records)
         return bool(self._run(self._client.eval, PUT_BACK, 1, TENANTS, *words))
 
     def close(self) -> None:
@@ -180,17 +149,19 @@ class Tenants:
 
     def _change(self, name: str, change: Callable[[Record | None], Record | None]) -> None:
         """Put what `change` makes of a record in its place; None is no record."""
-        for _ in range(MAX_TRIES):
-            old: bytes = self._run(self._client.hget, TENANTS, name) or b""
-            record = change(_record(name, old) if old else None)
-            new = "" if record is None else record.to_json()
-            words = (name, old, new, secrets.token_hex(8), MAX_TENANTS)
-            outcome = self._run(self._client.eval, CHANGE, 1, TENANTS, *words)
-            if outcome == b"full":
-                raise InvalidRequest(f"There are {MAX_TENANTS} tenants already: delete some.")
-            if outcome == b"changed":
-                return
-        raise Unavailable("Others change this tenant all the time; try again later.")
+        with self._lock:
+            for _ in range(MAX_TRIES):
+                known = self.refresh()
+                record = change(known.records.get(name))
+                changed = known.changed(name, record)
+                if len(changed.records) > max(MAX_TENANTS, len(known.records)):
+                    raise InvalidRequest(f"There are {MAX_TENANTS} tenants already: delete some.")
+                new = "" if record is None else record.to_json()
+                words = (*known.head, *changed.head, name, new)
+                if self._run(self._client.eval, CHANGE, 1, TENANTS, *words):
+                    self.known = changed
+                    return
+        raise Unavailable("Others change tenants all the time; try again later.")
 
     def _remove_values(self, name: str) -> None:
         for key in self._client.scan_iter(match=tenant_prefix(name) + b"*", count=1000):
@@ -225,9 +196,10 @@ def _directory(fields: list[bytes]) -> Directory:
     """Of a hash as Redis lists it."""
     found = {name.decode(): text for name, text in zip(fields[::2], fields[1::2], strict=True)}
     lineage, version = found.pop("=lineage", b"").decode(), int(found.pop("=version", b"0"))
+    mark = found.pop("=mark", b"").decode()
     read = {name: _record(name, text) for name, text in found.items()}
     records = {name: record for name, record in read.items() if record is not None}
-    return Directory(lineage, version, records)
+    return Directory(lineage, version, mark, records)
 
 
 def _record(name: str, text: bytes) -> Record | None:
@@ -242,31 +214,38 @@ def _record(name: str, text: bytes) -> Record | None:
 TENANTS = "briolette:tenants"
 
 # No tenant's name begins with "=".
-READ = """
-local head = redis.call('HMGET', KEYS[1], '=lineage', '=version')
-if (head[1] or '') == ARGV[1] and (head[2] or '0') == ARGV[2] then return false end
+HEAD = """
+local function is_at(lineage, version, mark)
+  local head = redis.call('HMGET', KEYS[1], '=lineage', '=version', '=mark')
+  return (head[1] or '') == lineage and (head[2] or '0') == version and (head[3] or '') == mark
+end
+local function set_head(lineage, version, mark)
+  redis.call('HSET', KEYS[1], '=lineage', lineage, '=version', version, '=mark', mark)
+end
+"""
+
+READ = f"""{HEAD}
+if is_at(ARGV[1], ARGV[2], ARGV[3]) then return false end
 return redis.call('HGETALL', KEYS[1])
 """
 
 # HDEL comes first: on a full server a script may go on only once it has written something that
 # needs no memory, and a tenant must be disabled there too.
-CHANGE = """
-local name, old, new, lineage, most = unpack(ARGV)
-if (redis.call('HGET', KEYS[1], name) or '') ~= old then return 'raced' end
-if old == '' and redis.call('HLEN', KEYS[1]) >= tonumber(most) + 2 then return 'full' end
+CHANGE = f"""{HEAD}
+if not is_at(ARGV[1], ARGV[2], ARGV[3]) then return 0 end
+local name, new = ARGV[7], ARGV[8]
 redis.call('HDEL', KEYS[1], name)
 if new ~= '' then redis.call('HSET', KEYS[1], name, new) end
-redis.call('HSETNX', KEYS[1], '=lineage', lineage)
-redis.call('HINCRBY', KEYS[1], '=version', 1)
-return 'changed'
+set_head(ARGV[4], ARGV[5], ARGV[6])
+return 1
 """
 
-PUT_BACK = """
+PUT_BACK = f"""{HEAD}
 local head = redis.call('HMGET', KEYS[1], '=lineage', '=version')
 local is_behind = head[1] == ARGV[1] and tonumber(head[2]) < tonumber(ARGV[2])
 if head[1] and not is_behind then return 0 end
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], '=lineage', ARGV[1], '=version', ARGV[2])
-for i = 3, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+set_head(ARGV[1], ARGV[2], ARGV[3])
+for i = 4, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 return 1
 """

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.config import Config
+from cluster.config import Config, is_loopback
 from cluster.errors import ConfigError, Unavailable
 from deployments.lifecycle import find_running
 
@@ -35,14 +35,22 @@ class Access:
 
 
 def connect(config: Config, args: argparse.Namespace) -> Client:
-    """The gateway that the options of `add_options` name, else the one that runs here."""
+    """The gateway that the options of `add_options` name, else the one that runs here. Raises
+    ConfigError where a key would be shown in plain text beyond this machine.
+    """
     from deployments.client import Client
 
     if args.address is None:
         return connect_here(config, args.key)
     files = (args.tls_ca, args.tls_cert, args.tls_key)
     has_tls = args.tls or any(file is not None for file in files)
-    return Client(args.address, Access(args.key or os.environ.get(KEY_VARIABLE), has_tls, *files))
+    key = args.key or os.environ.get(KEY_VARIABLE)
+    if key and not (has_tls or args.plaintext or _is_here(args.address)):
+        raise ConfigError(
+            f"A key would be sent to {args.address} for all on the way to read: add --tls, or "
+            "--tls-ca FILE; --plaintext sends it all the same."
+        )
+    return Client(args.address, Access(key, has_tls, *files))
 
 
 def connect_here(config: Config, key: str | None = None) -> Client:
@@ -66,6 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--address", help="host:port of a gateway; default: the one that is running")
     add("--key", help=f"API key; better in {KEY_VARIABLE}, since others can see a command line")
     add("--tls", action="store_true", help="with --address: TLS, by the usual authorities")
+    add("--plaintext", action="store_true", help="with --address: show the key without TLS")
     add("--tls-ca", type=Path, metavar="FILE", help="TLS, by this authority's certificate")
     add("--tls-cert", type=Path, metavar="FILE", help="the client's own certificate, and")
     add("--tls-key", type=Path, metavar="FILE", help="its key, where the gateway asks for them")
@@ -101,6 +110,11 @@ def prepare_folder(state_dir: Path) -> None:
     folder.chmod(0o700)
     for path in folder.iterdir():
         path.unlink()
+
+
+def _is_here(address: str) -> bool:
+    """Whether what is sent there stays on this machine."""
+    return address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))
 
 
 def _folder(state_dir: Path) -> Path:

@@ -12,7 +12,7 @@ import grpc
 from cluster import tenancy
 from cluster.admission import KeyAdmission
 from cluster.errors import ConfigError, InvalidRequest
-from cluster.tenants import Record
+from cluster.tenant_records import Record
 from deployments.call import Call
 from deployments.rpc import Methods
 from deployments.usage import UsageService

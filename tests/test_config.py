@@ -125,6 +125,8 @@ def test_mistakes_name_the_file_and_the_key(path: Path, text: str, sentence: str
     [
         ({"gateway.host": "0.0.0.0"}, "lets others in: set gateway.auth to keys"),
         ({"gateway.host": "0.0.0.0", "gateway.auth": "keys"}, "'0.0.0.0' needs TLS"),
+        ({"gateway.metrics_host": "0.0.0.0"}, "shows tenants' names and loads"),
+        ({"gateway.metrics_host": "gpu.example"}, "without a key or TLS: set gateway.plaintext"),
         ({"gateway.host": "::1"}, "a name or an IPv4 address"),
         ({"gateway.tls_cert_file": "c.pem"}, "tls_key_file go together"),
         ({"gateway.tls_client_ca_file": "ca.pem"}, "needs gateway.tls_cert_file"),
@@ -148,6 +150,8 @@ def test_beyond_loopback_with_keys_and_tls_or_behind_a_proxy() -> None:
     for how in (files, {"gateway.plaintext": True}):
         beyond = {"gateway.host": "0.0.0.0", "gateway.auth": "keys", **how}
         assert Config.load(None, beyond).gateway.metrics_host == "127.0.0.1"
+    Config.load(None, {"gateway.metrics_host": "0.0.0.0", "gateway.plaintext": True})
+    Config.load(None, {"gateway.metrics_host": "::1"})
     Config.load(None, files)  # on loopback TLS is a choice
     Config.load(None, {"gateway.host": "localhost", "gateway.auth": "keys"})
 

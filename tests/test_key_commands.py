@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config
+from cluster.errors import Unavailable
 from deployments import access, cli
 from deployments.admission import open_admission
 from deployments.lifecycle import FILE, holding
@@ -144,6 +145,34 @@ def test_the_operators_key_is_for_its_user_and_this_machine_only(
     elsewhere = said("keys", "--address", address)
     assert elsewhere.startswith("error: This cluster asks for a key")
     assert "There are no tenants" in said("keys", "--address", address, "--key", file.read_text())
+
+
+def test_no_key_is_shown_in_plain_text_beyond_this_machine(
+    said: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TEST-NET-1, where nobody listens."""
+    shown: list[access.Access] = []
+
+    def take(address: str, shows: access.Access) -> None:
+        shown.append(shows)
+        raise Unavailable("Nobody is there.")
+
+    monkeypatch.setattr("deployments.client.Client", take)
+    for address in ("192.0.2.1:50051", "gpu.example:50051", "localhost.example:50051", "0:50051"):
+        answer = said("keys", "--address", address, "--key", "brio_a_b")
+        assert answer.startswith(f"error: A key would be sent to {address}"), address
+        assert "--tls" in answer and "brio_a_b" not in answer and not shown
+    monkeypatch.setenv(access.KEY_VARIABLE, "brio_c_d")
+    assert "would be sent" in said("usage", "--address", "192.0.2.1:50051") and not shown
+    for way in ("--plaintext", "--tls"):
+        assert "Nobody" in said("keys", "--address", "192.0.2.1:50051", way)
+    for here in ("localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/x/gateway.sock"):
+        assert "Nobody" in said("keys", "--address", here)
+    monkeypatch.delenv(access.KEY_VARIABLE)
+    assert "Nobody" in said("keys", "--address", "192.0.2.1:50051")  # no key, nothing to hide
+    assert [(a.key, a.has_tls) for a in shown] == [
+        ("brio_c_d", False), ("brio_c_d", True), *[("brio_c_d", False)] * 4, (None, False),
+    ]  # fmt: skip
 
 
 def test_files_for_tls_that_are_not_there(said: Callable[..., Said], tmp_path: Path) -> None:

@@ -79,6 +79,21 @@ def test_another_quota_keeps_what_share_was_used(clock: Clock) -> None:
     assert bucket.wait_s(1) == pytest.approx(61.0)
 
 
+def test_a_limit_that_was_away_comes_back_as_it_was(clock: Clock) -> None:
+    usage = Usage("ann", clock)
+    usage.limit(600, None)
+    usage.charge(600)
+    usage.owe(300)
+    usage.limit(None, None)
+    usage.charge(100_000)  # counts against nothing
+    clock.now += 30
+    usage.limit(1200, None)
+    with pytest.raises(QuotaExceeded):
+        usage.charge(1)
+    clock.now += 0.1
+    usage.charge(1)
+
+
 def test_a_prompt_waits_until_the_bucket_allows_it(clock: Clock) -> None:
     usage = Usage("ann", clock)
     usage.limit(600, None)

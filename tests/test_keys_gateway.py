@@ -30,6 +30,7 @@ from cluster.errors import (
     Unavailable,
 )
 from cluster.keys import new_key
+from cluster.redis import RedisAddress
 from cluster.sessions import Sessions
 from cluster.tenants import TenantExists, Tenants, UnknownTenant
 from deployments.access import Access
@@ -78,6 +79,7 @@ class Cluster:
     registry: CollectorRegistry
     operator: Client
     channel: grpc.Channel
+    address: RedisAddress
 
     def create(self, name: str, **terms: Any) -> str:
         """The key of a tenant that there wasn't."""
@@ -114,7 +116,7 @@ def cluster(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> I
             at = f"127.0.0.1:{gateway.port}"
             wait_for(lambda: serving(gateway))
             with Client(at, Access(LOCAL_KEY)) as operator, grpc.insecure_channel(at) as channel:
-                yield Cluster(decoder, gateway, registry, operator, channel)
+                yield Cluster(decoder, gateway, registry, operator, channel, address)
     decoder.close()
 
 
@@ -190,6 +192,20 @@ def test_a_request_that_runs_goes_on_when_its_tenant_is_deleted(cluster: Cluster
         tokens += piece.token_ids
     cluster.decoder.runner.step_s = 0.0
     assert len(tokens) == 40 and cluster.refusal(key)[0] == "UNAUTHENTICATED"
+
+
+def test_a_turn_that_runs_when_its_tenant_is_deleted_leaves_no_session(cluster: Cluster) -> None:
+    cluster.decoder.runner.step_s = 0.01
+    with Client(f"127.0.0.1:{cluster.gateway.port}", Access(cluster.create("gone"))) as client:
+        message, sampling = Message(role="user", content="x"), Sampling(max_tokens=20)
+        turn = client.chat([message], sampling, session="trip")
+        next(turn)
+        cluster.operator.delete_tenant("gone")
+        with pytest.raises(PermissionDenied, match="gone was deleted; nothing is kept"):
+            list(turn)
+    cluster.decoder.runner.step_s = 0.0
+    with cluster.address.client() as redis:
+        assert not list(redis.scan_iter("briolette:{gone}*"))
 
 
 # What each may

@@ -119,10 +119,12 @@ def test_terms_change_and_what_cannot_be_changes_nothing(
     tenants.update("ann", lambda tenant: replace(tenant, weight=5.0, tokens_per_minute=None))
     admission.refresh()
     assert admission.admit(key).tenant == replace(ANN, weight=5.0, tokens_per_minute=None)
-    assert admission.kv_bytes("ann") is None is admission.kv_bytes("nobody")
+    assert admission.kv_bytes("ann") is None is admission.kv_bytes("default")
     tenants.update("ann", lambda tenant: replace(tenant, kv_bytes=5 << 20))
     admission.refresh()
     assert admission.kv_bytes("ann") == 5 << 20
+    with pytest.raises(PermissionDenied, match="nobody was deleted"):
+        admission.kv_bytes("nobody")
     with pytest.raises(InvalidRequest):
         tenants.update("ann", lambda tenant: replace(tenant, weight=-1.0))
     for call in (
@@ -340,6 +342,64 @@ def test_what_redis_lost_last_is_put_back(address: RedisAddress, admission: KeyA
     assert not is_let_in(admission, key)
 
 
+def test_a_change_right_after_a_loss_first_puts_back_what_was_lost(
+    address: RedisAddress, admission: KeyAdmission
+) -> None:
+    """Before the next look, which is a matter of luck."""
+    with admission._refreshing, address.client() as client:
+        tenants = admission.tenants
+        key = tenants.create(ANN)
+        client.flushall()
+        tenants.create(Tenant("bob"))
+        with pytest.raises(TenantExists):
+            tenants.create(ANN)
+        before = client.dump(TENANTS)
+        tenants.update("ann", lambda tenant: replace(tenant, is_disabled=True))
+        client.restore(TENANTS, 0, before, replace=True)  # without its last change
+        tenants.create(Tenant("cat"))
+    admission.refresh()
+    assert set(admission.records()) == {"ann", "bob", "cat"}
+    assert isinstance(refusal(admission, key), PermissionDenied)
+
+
+def test_a_loss_in_the_middle_of_a_change_is_put_back_too(
+    address: RedisAddress, tenants: Tenants
+) -> None:
+    tenants.create(ANN)
+    tenants.create(Tenant("bob"))
+    with address.client() as client:
+        flushes = iter([True])
+
+        def flush_once(tenant: Tenant) -> Tenant:
+            if next(flushes, False):
+                client.flushall()
+            return replace(tenant, weight=7.0)
+
+        assert tenants.update("ann", flush_once).tenant.weight == 7.0
+        assert client.hkeys(TENANTS).count(b"bob") == 1
+
+
+def test_other_tenants_at_the_same_version_are_seen_and_those_before_are_kept(
+    address: RedisAddress,
+    admission: KeyAdmission,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Changed elsewhere, by one who had not seen what Redis then lost."""
+    first = admission.tenants.create(ANN)
+    admission.refresh()
+    with admission._refreshing, address.client() as client:
+        client.flushall()
+        other = Tenants(address)
+        other.create(Tenant("bob"))
+        other.close()
+        client.hset(TENANTS, "=lineage", admission._directory.lineage)
+    admission.refresh()
+    assert set(admission.records()) == {"bob"} and not is_let_in(admission, first)
+    assert "the 1 that were known until now are in" in caplog.text
+    assert "ann" in (tmp_path / "tenants.json.bak").read_text()
+
+
 def test_another_clusters_redis_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "new").mkdir()
@@ -354,6 +414,7 @@ def test_another_clusters_redis_is_taken_as_it_is(tmp_path: Path) -> None:
         other = Tenants(address).create(Tenant("bob"))
         with admitting(address) as admission:
             assert is_let_in(admission, other) and not is_let_in(admission, key)
+    assert "ann" in (tmp_path / "new" / "tenants.json.bak").read_text()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"lineage": "x"}', '{"records": {"a": "{}"}}'])
