@@ -15,7 +15,7 @@ import torch
 from selenium.webdriver.common.keys import Keys
 from torch import Tensor
 
-from cluster.errors import Unauthenticated
+from cluster.errors import PermissionDenied, Unauthenticated
 from cluster.placement import ExpertGroups
 from cluster.tenancy import Lease, OpenLease, Tenant
 from cluster.usage import UsageBooks
@@ -35,6 +35,7 @@ from protos.briolette.v1.admin_pb2 import (
     ExpertHost,
     GetStatusRequest,
     GroupLoad,
+    KvStore,
     Part,
     TenantLoad,
 )
@@ -45,7 +46,7 @@ from tests.test_gateway import CountingRunner, Decoder, make_tokenizer, running_
 from tests.test_session_service import running
 
 END = 0  # the token that ends an answer
-KEY = "brio_right"
+KEY, BOBS_KEY = "brio_right", "brio_bobs"
 
 
 class Actor(CountingRunner):
@@ -89,13 +90,20 @@ class Stage(Decoder):
         status.takes_images = self.takes_images
 
 
-class OneKey:
-    """One key is right."""
+class FewKeys:
+    """Tenants by their keys; who is disabled is refused."""
+
+    def __init__(self) -> None:
+        self.tenants = {KEY: "ann", BOBS_KEY: "bob"}
+        self.disabled: set[str] = set()
 
     def admit(self, key: str | None) -> Lease:
-        if key != KEY:
+        tenant = self.tenants.get(key or "")
+        if tenant is None:
             raise Unauthenticated("This cluster asks for a key.")
-        return OpenLease(Tenant("ann", is_admin=False))
+        if tenant in self.disabled:
+            raise PermissionDenied("The tenant is disabled.")
+        return OpenLease(Tenant(tenant, is_admin=False))
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +212,11 @@ def test_a_stop_ends_the_request_in_the_engine(page: Browser, stage: Stage, how:
 def test_what_goes_wrong_is_told_and_can_be_tried_again(page: Browser, stage: Stage) -> None:
     ask(page, "x" * 600)
     page.wait_for("#messages .error", "the context holds 512")
+    stage.actor.say("Short.")
+    page.run(NOTE_REQUESTS)
+    ask(page, "And this?")
+    page.wait(lambda: answer(page) == "Short.")
+    assert page.run("return window.sent.messages") == [{"role": "user", "content": "And this?"}]
     page.click("#new-chat")
     stage.actor.error = RuntimeError("The card is on fire.")
     ask(page, "Hello?")
@@ -287,7 +300,7 @@ def test_markdown(page: Browser) -> None:
 def test_a_wrong_key_then_the_right_one(
     browser: Browser, stage: Stage, tokenizer: Tokenizer
 ) -> None:
-    with running_gateway(tokenizer, stage.find, admission=OneKey()) as gateway:
+    with running_gateway(tokenizer, stage.find, admission=FewKeys()) as gateway:
         browser.open(url(gateway))
         browser.wait(lambda: browser.focused() == "key")
         assert not browser.shows("#chat")
@@ -304,7 +317,82 @@ def test_a_wrong_key_then_the_right_one(
         browser.click("#sign-out")
         browser.wait_for("#key")
         assert not browser.shows("#chat, #views")
-        assert browser.run("return sessionStorage.getItem('briolette.key')") is None
+        assert browser.run("return sessionStorage.length") == 0
+
+
+@needs_browser
+def test_a_key_that_ends_and_another_after_it(
+    browser: Browser, stage: Stage, tokenizer: Tokenizer
+) -> None:
+    keys = FewKeys()
+    with running_gateway(tokenizer, stage.find, admission=keys) as gateway:
+        sign_in(browser, url(gateway), KEY)
+        stage.actor.say("Welcome.")
+        ask(browser, "Hello?")
+        browser.wait(lambda: answer(browser) == "Welcome.")
+        del keys.tenants[KEY]
+        browser.wait_for("#sign-in-error", "valid any more")
+        keys.tenants["brio_new"] = "ann"
+        browser.type("brio_new", Keys.ENTER)
+        browser.wait_for("#messages", "Welcome.")  # back where she was
+        keys.disabled.add("ann")
+        browser.wait_for("#sign-in-error", "disabled")
+        browser.click("#remember")
+        browser.all("#key")[0].send_keys(BOBS_KEY, Keys.ENTER)
+        browser.wait_for("#question")
+        assert "Welcome." not in browser.text("#messages")
+        assert browser.run("return localStorage.getItem('briolette.key')") == BOBS_KEY
+        assert browser.run("return sessionStorage.length") == 0
+
+
+@needs_browser
+@pytest.mark.parametrize("remembered", [False, True])
+def test_nothing_of_one_tenant_goes_out_under_the_key_of_another(
+    browser: Browser, stage: Stage, tokenizer: Tokenizer, remembered: bool
+) -> None:
+    with running_gateway(tokenizer, stage.find, admission=FewKeys()) as gateway:
+        sign_in(browser, url(gateway), KEY, remembered)
+        browser.click("#settings summary")
+        browser.all("#system")[0].send_keys("A secret of Ann")
+        stage.actor.say("Welcome.")
+        ask(browser, "Hello?")
+        browser.wait(lambda: answer(browser) == "Welcome.")
+        browser.all("#question")[0].send_keys("A draft of Ann")
+        browser.click("#sign-out")
+        browser.wait_for("#key")
+        browser.wait(lambda: "Welcome." not in browser.run("return document.body.innerHTML"))
+        kept = browser.run("return JSON.stringify([localStorage, sessionStorage])")
+        assert ("Welcome." in kept) == remembered
+        browser.type(BOBS_KEY, Keys.ENTER)
+        browser.wait_for("#question")
+        browser.run(NOTE_REQUESTS)
+        ask(browser, "I am Bob.")
+        browser.wait_for("#messages .assistant .foot")
+        sent = browser.run("return window.sent.messages")
+        assert sent == [{"role": "user", "content": "I am Bob."}]
+        assert browser.text("#conversations li").count("\n") == 1  # its title and the button
+
+
+@needs_browser
+def test_signing_out_needs_no_gateway(browser: Browser, stage: Stage, tokenizer: Tokenizer) -> None:
+    with running_gateway(tokenizer, stage.find, admission=FewKeys()) as gateway:
+        sign_in(browser, url(gateway, "/#cluster"), KEY)
+        browser.wait_for("#parts", "host0")
+        browser.run("window.fetch = () => Promise.reject(new TypeError('away'))")
+        browser.wait_for("#reason", "from before")
+        assert browser.shows("#cluster.stale")
+        browser.click("#sign-out")
+        browser.wait_for("#key")
+        assert not browser.shows("#chat, #cluster, #views")
+
+
+def sign_in(browser: Browser, address: str, key: str, remembered: bool = False) -> None:
+    browser.open(address)
+    browser.wait(lambda: browser.focused() == "key")
+    if remembered:
+        browser.click("#remember")
+    browser.all("#key")[0].send_keys(key, Keys.ENTER)
+    browser.wait_for("#views")
 
 
 # The cluster
@@ -344,8 +432,16 @@ return [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.heigh
 
 @needs_browser
 def test_sessions_are_parked_and_deleted(
-    browser: Browser, tokenizer: Tokenizer, tmp_path: Path
+    browser: Browser, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    store = KvStore(address="localhost", up=True, writable=True)
+    fill = Decoder._fill_status
+
+    def fill_with_store(decoder: Decoder, status: ClusterStatus) -> None:
+        fill(decoder, status)
+        status.kv_store.CopyFrom(store)
+
+    monkeypatch.setattr(Decoder, "_fill_status", fill_with_store)
     with redis_server(tmp_path) as address, running(tokenizer, address) as cluster:
         for name in ("trip", "../odd & <b>"):
             cluster.ask("Hello there, this is the beginning of it.", name)
@@ -354,6 +450,7 @@ def test_sessions_are_parked_and_deleted(
         assert "memory, 64 tokens" in browser.text("#sessions")
         browser.click("[aria-label^='Park trip']")
         browser.wait_for("#sessions", "Redis (parked)")
+        browser.wait(lambda: not browser.all("[aria-label^='Park trip']")[0].is_enabled())
         browser.click("[aria-label='Delete ../odd & <b>']")
         assert "../odd & <b>" in browser.driver.switch_to.alert.text
         browser.driver.switch_to.alert.dismiss()
@@ -364,6 +461,12 @@ def test_sessions_are_parked_and_deleted(
         assert [session.name for session in cluster.list()] == ["trip"]
         browser.wait_for("#tenants td:last-child", "B")
         assert browser.text("#tenants td:last-child") != "0 B"
+        browser.run("window.fetch = () => Promise.reject(new TypeError('away'))")
+        browser.click("[aria-label='Delete trip']")
+        browser.driver.switch_to.alert.accept()
+        browser.wait_for("#failure", "Is the cluster up?")
+        time.sleep(1.5)  # it outlives the next look at the cluster
+        assert browser.shows("#failure")
 
 
 # For everybody
@@ -468,6 +571,10 @@ def test_images_are_offered_only_where_the_model_takes_them(
         (image, text) = page.run("return window.sent.messages[0].content")
         assert image["image_url"]["url"].startswith("data:image/png;base64,")
         assert text == {"type": "text", "text": "What is this?"}
+        page.wait_for(".assistant .foot")
+        page.driver.refresh()
+        page.click("#conversations li button")
+        page.wait_for(".user .foot", "an image, not kept")
     finally:
         stage.takes_images = False
 
@@ -491,10 +598,12 @@ def test_it_asks_nobody_else(page: Browser, gateway: Gateway) -> None:
     page.wait_for("#parts", "host0")
     asked = page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert asked and all(name.startswith(url(gateway)) for name in asked)
+    page.wait_for("#no-sessions", "it has no store")
+    assert not any("api/sessions" in name for name in asked)
 
 
 def test_it_is_small_and_strict(gateway: Gateway) -> None:
-    assert sum(path.stat().st_size for path in PAGE_DIR.iterdir()) <= 60 << 10
+    assert sum(path.stat().st_size for path in PAGE_DIR.iterdir()) <= 64 << 10
     for path in ("/", "/page/main.js", "/page/style.css", "/page/gem.svg"):
         answer = httpx.get(url(gateway, path))
         assert answer.status_code == 200

@@ -1,8 +1,9 @@
 // The chat: conversations, and answers as they stream in.
 
-import { asked, Composer } from "./composer.js";
+import { Composer } from "./composer.js";
 import { Conversations } from "./conversations.js";
 import { button, byId, count, el, keep, on, say } from "./dom.js";
+import { Kept } from "./kept.js";
 import { MessageView } from "./message.js";
 import { stream } from "./server.js";
 
@@ -23,16 +24,25 @@ export class Chat {
     byId("conversations").open = matchMedia("(min-width: 52rem)").matches;
   }
 
-  // Whoever signed in: their conversations.
+  // Whoever signed in: their conversations. Who was here last goes on where they were.
   enter(status) {
+    const isBack = status.tenant === this.tenant;
+    const kept = new Kept(status.tenant);
     this.status = status;
-    this.conversations = new Conversations(status.tenant);
-    this.open(this.conversations.begin());
+    this.conversations = new Conversations(kept);
+    this.composer.enter(kept);
+    if (!isBack) this.leave();
+    this.tenant = status.tenant;
+    this.showList();
   }
 
+  // Nothing of whoever was here stays.
   leave() {
     this.stopAll();
-    this.box.replaceChildren();
+    this.tenant = null;
+    this.composer.clear();
+    say(byId("announcer"), "");
+    this.open(this.conversations.begin());
   }
 
   update(status) {
@@ -74,8 +84,11 @@ export class Chat {
   retry(failed) {
     const { conversation } = this;
     if (this.answering.has(conversation.id)) return;
-    conversation.messages = conversation.messages.filter((message) => message !== failed);
+    const question = conversation.messages[conversation.messages.indexOf(failed) - 1];
+    const others = conversation.messages.filter((message) => message !== failed && message !== question);
+    conversation.messages = [...others, question];
     this.views.get(failed).node.remove();
+    this.box.append(this.views.get(question).node);
     this.answer(conversation);
   }
 
@@ -105,13 +118,13 @@ export class Chat {
     } catch (error) {
       if (error.name === "AbortError") message.ending = "stopped";
       else message.error = sentenceOf(error);
-      if (error.status === 401) this.onUnauthorized();
+      if (error.status === 401 && conversations === this.conversations) this.onUnauthorized();
     }
     this.answering.delete(conversation.id);
     if (conversations.get(conversation.id)) conversations.save(conversation); // else it was removed
     this.show(message);
     this.showList();
-    say(byId("announcer"), message.error ?? (message.text || "The answer has ended."));
+    if (this.views.has(message)) say(byId("announcer"), message.error ?? (message.text || "The answer has ended."));
   }
 
   async read(events, message) {
@@ -129,8 +142,8 @@ export class Chat {
   }
 
   request({ messages }) {
-    const { system, parameters } = asked();
-    const said = messages.filter(({ text, images }) => text || images?.length).map(toOpenAI);
+    const { system, parameters } = this.composer.asked();
+    const said = [...messages.flatMap(answered), messages.at(-1)].map(toOpenAI);
     if (system) said.unshift({ role: "system", content: system });
     const streamed = { stream: true, stream_options: { include_usage: true } };
     return { model: this.status.model, messages: said, ...streamed, ...parameters };
@@ -217,8 +230,15 @@ function take(message, { delta = {}, finish_reason: ending }) {
   return Boolean(delta.reasoning_content || delta.content || delta.tool_calls);
 }
 
+// A question and its answer; nothing where it has none, so that what failed isn't asked again.
+function answered(question, index, messages) {
+  const answer = messages[index + 1];
+  const isWhole = question.role === "user" && answer?.role === "assistant" && answer.text && !answer.error;
+  return isWhole ? [question, answer] : [];
+}
+
 function toOpenAI({ role, text, images = [] }) {
-  if (!images.length) return { role, content: text };
+  if (!images.length) return { role, content: text || "(an image)" };
   const parts = images.map((url) => ({ type: "image_url", image_url: { url } }));
   return { role, content: [...parts, ...(text ? [{ type: "text", text }] : [])] };
 }

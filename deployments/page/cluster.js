@@ -8,6 +8,7 @@ import { ask } from "./server.js";
 const SESSIONS_MS = 5000; // between two looks at them
 const TENANT = ["Tenant", "Running", "Waiting", "Tokens/s", "Tokens read", "Tokens written", "KV in use", "In Redis"];
 const SESSION = ["Session", "Tokens", "Size", "Used", "Where", ""];
+const NO_STORE = "This cluster keeps none: it has no store.";
 const NO_SESSIONS = "There are none yet. Begin one: briolette chat --session NAME";
 
 export class Cluster {
@@ -19,10 +20,13 @@ export class Cluster {
   leave() {
     this.heat.clear();
     this.status = null;
+    this.lost = ""; // why nobody answers, while nobody does
     this.meters = new Map(); // tenant -> { tokens, at, rate }
     this.stored = {}; // bytes of Redis by tenant
     this.sessionsAt = -Infinity; // when they were looked at
+    this.hasStore = false; // as far as is known
     this.showSessions([], "");
+    say(byId("failure"), "");
   }
 
   show() {
@@ -33,10 +37,18 @@ export class Cluster {
   // A new status; also while nobody looks, for the history.
   update(status) {
     this.status = status;
+    this.lost = "";
+    this.hasStore ||= Boolean(status.kv_store.address);
     this.heat.push(status);
     status.tenants.forEach((tenant) => this.meter(tenant));
     this.draw();
     if (!byId("cluster").hidden && performance.now() > this.sessionsAt + SESSIONS_MS) this.lookAtSessions();
+  }
+
+  // Nobody answers: what is shown is from before.
+  lose(sentence) {
+    this.lost = `${sentence} What stands here is from before.`;
+    this.draw();
   }
 
   draw() {
@@ -44,16 +56,14 @@ export class Cluster {
     if (!status || byId("cluster").hidden) return;
     say(byId("model"), status.model || "No model yet");
     say(byId("about"), [status.kind, status.experts, `context ${count(status.context_tokens)}`].filter(Boolean).join(", "));
-    this.showReason(status.reason);
+    const reason = this.lost || status.reason;
+    byId("cluster").classList.toggle("stale", Boolean(this.lost));
+    byId("reason").hidden = !reason;
+    say(byId("reason"), reason);
     keep(byId("numbers"), numbersOf(status), ([name]) => name, numberTile);
     this.heat.draw();
     keep(byId("parts"), partsOf(status, this.heat.rates, this.heat.most), ({ title }) => title, partCard);
     showRows("tenants", TENANT, status.tenants.map((tenant) => this.tenantRow(tenant)));
-  }
-
-  showReason(sentence) {
-    byId("reason").hidden = !sentence;
-    say(byId("reason"), sentence);
   }
 
   meter({ tenant, output_tokens: tokens }) {
@@ -72,9 +82,12 @@ export class Cluster {
   }
 
   async lookAtSessions() {
+    if (!this.hasStore) return this.showSessions([], this.status.ready ? NO_STORE : "");
     this.sessionsAt = performance.now();
+    const { meters } = this;
     try {
       const { sessions, stored_bytes: stored } = await ask("api/sessions");
+      if (meters !== this.meters) return; // somebody else is here now
       this.stored = stored;
       this.showSessions(sessions, sessions.length ? "" : NO_SESSIONS);
     } catch (error) {
@@ -97,6 +110,7 @@ export class Cluster {
       key,
       cells: [key, count(session.num_tokens), bytes(session.num_bytes), used, where + lack],
       actions: { Park: () => this.change("PUT", "api/sessions/parked", key), Delete: () => this.remove(key) },
+      isDone: { Park: inMemory === 0 },
     };
   }
 
@@ -106,30 +120,33 @@ export class Cluster {
   }
 
   async change(method, path, name) {
+    say(byId("failure"), "");
     try {
       await ask(`${path}?name=${encodeURIComponent(name)}`, { method });
       await this.lookAtSessions();
     } catch (error) {
-      this.showReason(error.message);
+      say(byId("failure"), error.message);
     }
   }
 }
 
-// A table of { key, cells, actions }.
+// A table of { key, cells, actions, isDone }.
 function showRows(id, columns, rows) {
   const table = byId(id);
   if (!table.tHead) {
     const heads = columns.map((name) => el("th", { scope: "col" }, name));
     table.append(el("thead", {}, el("tr", {}, ...heads)), el("tbody"));
   }
-  keep(table.tBodies[0], rows, ({ key }) => key, ({ key, cells, actions }) => {
+  keep(table.tBodies[0], rows, ({ key }) => key, ({ key, cells, actions = {} }) => {
     const fields = cells.map((_, i) => (i ? el("td") : el("th", { scope: "row" })));
     const row = el("tr", {}, ...fields);
-    if (actions) {
-      const buttons = Object.entries(actions).map(([words, act]) => button(words, act, { "aria-label": `${words} ${key}` }));
-      row.append(el("td", {}, ...buttons));
-    }
-    return [row, (now) => fields.forEach((field, i) => say(field, now.cells[i]))];
+    const buttons = Object.entries(actions).map(([words, act]) => button(words, act, { "aria-label": `${words} ${key}` }));
+    if (buttons.length) row.append(el("td", {}, ...buttons));
+    const show = ({ cells: now, isDone = {} }) => {
+      fields.forEach((field, i) => say(field, now[i]));
+      for (const one of buttons) one.disabled = Boolean(isDone[one.textContent]);
+    };
+    return [row, show];
   });
 }
 

@@ -2,7 +2,7 @@
 
 import { button, byId, el, on } from "./dom.js";
 
-const SETTINGS = "briolette.settings";
+const SETTINGS = "settings"; // the name that they are kept under
 
 export class Composer {
   constructor(onSend) {
@@ -16,7 +16,21 @@ export class Composer {
       event.preventDefault();
       onSend();
     });
-    keepSettings();
+    this.form = byId("settings-form");
+    this.form.addEventListener("submit", (event) => event.preventDefault());
+    this.form.addEventListener("input", () =>
+      this.kept.set(SETTINGS, Object.fromEntries(new FormData(this.form))));
+  }
+
+  // Whoever signed in: their settings.
+  enter(kept) {
+    this.kept = kept;
+    this.form.reset();
+    for (const [name, value] of Object.entries(kept.get(SETTINGS) ?? {})) {
+      const field = this.form.elements[name] ?? {};
+      if (field.type === "checkbox") field.checked = true;
+      else field.value = value;
+    }
   }
 
   focus() {
@@ -28,10 +42,27 @@ export class Composer {
     const text = this.box.value.trim();
     const { images } = this;
     if (!text && !images.length) return undefined;
+    this.clear();
+    return { role: "user", text, images };
+  }
+
+  clear() {
     this.box.value = "";
     this.grow();
     this.show([]);
-    return { role: "user", text, images };
+  }
+
+  // What the settings add to a request.
+  asked() {
+    const { system, temperature, max_tokens: most, thinking } = this.kept.get(SETTINGS) ?? {};
+    return {
+      system: system?.trim(),
+      parameters: {
+        ...(temperature && { temperature: Number(temperature) }),
+        ...(most && { max_tokens: Number(most) }),
+        ...(thinking && { reasoning_effort: "medium" }),
+      },
+    };
   }
 
   grow() {
@@ -53,33 +84,6 @@ export class Composer {
     byId("images").replaceChildren(...images.map((src) =>
       el("li", {}, el("img", { src, alt: "" }), button("×", () => drop(src), { class: "quiet", "aria-label": "Don’t send this image" }))));
   }
-}
-
-// What the settings add to a request.
-export function asked() {
-  const { system, temperature, max_tokens: most, thinking } = saved();
-  return {
-    system: system?.trim(),
-    parameters: {
-      ...(temperature && { temperature: Number(temperature) }),
-      ...(most && { max_tokens: Number(most) }),
-      ...(thinking && { reasoning_effort: "medium" }),
-    },
-  };
-}
-
-const saved = () => JSON.parse(localStorage.getItem(SETTINGS) ?? "{}");
-
-function keepSettings() {
-  const form = byId("settings-form");
-  for (const [name, value] of Object.entries(saved())) {
-    const field = form.elements[name] ?? {};
-    if (field.type === "checkbox") field.checked = true;
-    else field.value = value;
-  }
-  form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("input", () =>
-    localStorage.setItem(SETTINGS, JSON.stringify(Object.fromEntries(new FormData(form)))));
 }
 
 function dataUrl(file) {

@@ -1,20 +1,17 @@
 // Conversations, kept in this browser: an entry for each, so that two tabs don't quarrel.
 
 export class Conversations {
-  constructor(tenant) {
-    this.prefix = `briolette.chat.${tenant}.`;
+  constructor(kept) {
+    this.kept = kept;
   }
 
   // The last used one first.
   all() {
-    return Object.keys(localStorage)
-      .filter((name) => name.startsWith(this.prefix))
-      .map((name) => JSON.parse(localStorage.getItem(name)))
-      .sort((a, b) => b.used - a.used);
+    return this.kept.all("chat/").sort((a, b) => b.used - a.used);
   }
 
   get(id) {
-    return JSON.parse(localStorage.getItem(this.prefix + id));
+    return this.kept.get(`chat/${id}`);
   }
 
   begin() {
@@ -23,12 +20,11 @@ export class Conversations {
 
   // Where the browser has no room left, the oldest other ones go.
   save(conversation) {
-    const messages = conversation.messages.map(({ images, ...rest }) => rest); // too large to keep
-    const text = JSON.stringify({ ...conversation, messages, used: Date.now() });
+    const messages = conversation.messages.map(withoutImages);
     const others = this.all().filter(({ id }) => id !== conversation.id);
     for (;;) {
       try {
-        localStorage.setItem(this.prefix + conversation.id, text);
+        this.kept.set(`chat/${conversation.id}`, { ...conversation, messages, used: Date.now() });
         return;
       } catch {
         if (!others.length) return;
@@ -38,6 +34,9 @@ export class Conversations {
   }
 
   remove(id) {
-    localStorage.removeItem(this.prefix + id);
+    this.kept.remove(`chat/${id}`);
   }
 }
+
+// They are too large to keep; `lost` tells how many there were.
+const withoutImages = ({ images, ...rest }) => ({ ...rest, lost: images?.length || rest.lost });

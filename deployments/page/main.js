@@ -6,14 +6,16 @@ import { byId, on, say } from "./dom.js";
 import { ask, key } from "./server.js";
 
 const PERIOD_MS = 1000; // between two looks at the cluster
+const ENDED = "The key isn’t valid any more. Sign in again.";
 const THEMES = { auto: "light", light: "dark", dark: "auto" }; // by what goes before
 
 const cluster = new Cluster();
-const chat = new Chat(() => signIn("The key isn’t valid any more. Sign in again."));
+const chat = new Chat(() => isIn && refuse({ status: 401 }));
 let isIn = false;
 
 function signIn(why = "") {
   isIn = false;
+  cluster.leave();
   for (const id of ["views", "chat", "cluster", "sign-out"]) byId(id).hidden = true;
   byId("sign-in").hidden = false;
   say(byId("sign-in-error"), why);
@@ -28,11 +30,12 @@ async function tryKey(event) {
   if (isIn) byId("key").value = "";
 }
 
+// Also while nobody answers. What is kept only for this tab is gone.
 function signOut() {
   key.forget();
+  sessionStorage.clear();
   chat.leave();
-  cluster.leave();
-  look();
+  signIn();
 }
 
 function goIn(status) {
@@ -58,28 +61,32 @@ function showView() {
 }
 
 async function look() {
-  try {
-    const status = await ask("api/status", { signal: AbortSignal.timeout(5000) });
-    if (!isIn) goIn(status);
-    if (status.ready) showState("ready", "Serving");
-    else showState("bad", "Not serving");
-    chat.update(status);
-    cluster.update(status);
-  } catch (error) {
-    refuse(error);
-  }
+  const used = key.get();
+  const isLate = () => key.get() !== used; // somebody signed out or in meanwhile
+  const status = await ask("api/status", { signal: AbortSignal.timeout(5000) })
+    .catch((error) => void (isLate() || refuse(error)));
+  if (status && !isLate()) show(status);
+}
+
+function show(status) {
+  if (!isIn) goIn(status);
+  if (status.ready) showState("ready", "Serving");
+  else showState("bad", "Not serving");
+  chat.update(status);
+  cluster.update(status);
 }
 
 function refuse({ status, message }) {
-  if (status === 401) {
-    const isWrong = key.get() !== null;
+  const isAsking = !byId("sign-in").hidden;
+  if (status === 401 || status === 403) {
+    const why = status === 403 ? message : key.get() === null ? "" : isAsking ? `Wrong key. ${message}` : ENDED;
     key.forget();
-    signIn(isWrong ? `Wrong key. ${message}` : "");
-  } else if (status === 403 || !byId("sign-in").hidden) {
+    signIn(why);
+  } else if (isAsking) {
     signIn(message);
   } else {
     showState("bad", "No connection");
-    cluster.showReason(message);
+    cluster.lose(message);
   }
 }
 
@@ -90,8 +97,11 @@ function showState(kind, words) {
 
 // While somebody looks.
 async function lookOn() {
-  if (!document.hidden && byId("sign-in").hidden) await look();
-  setTimeout(lookOn, PERIOD_MS);
+  try {
+    if (!document.hidden && byId("sign-in").hidden) await look();
+  } finally {
+    setTimeout(lookOn, PERIOD_MS);
+  }
 }
 
 function showTheme(theme) {

@@ -80,7 +80,7 @@ function fence(lines, at, [, marks, language]) {
 export function codeBlock(code, language) {
   const copy = button("Copy", copied, { class: "quiet" });
   async function copied() {
-    copy.textContent = await navigator.clipboard.writeText(code).then(() => "Copied", () => "Not allowed");
+    copy.textContent = (await navigator.clipboard?.writeText(code).then(() => "Copied", () => "Not allowed")) ?? "Not allowed";
     setTimeout(() => (copy.textContent = "Copy"), 2000);
   }
   const head = el("div", { class: "code-head" }, el("span", {}, language), copy);
@@ -163,7 +163,7 @@ function inline(text) {
 
 // A link out of the page; as it was written where it leads anywhere else.
 function link(address, text, source) {
-  const url = URL.parse(address);
+  const url = URL.canParse(address) ? new URL(address) : undefined;
   if (!["http:", "https:", "mailto:"].includes(url?.protocol)) return source;
   return el("a", { href: url.href, target: "_blank", rel: "noopener noreferrer" }, text || address);
 }

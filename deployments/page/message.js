@@ -51,8 +51,9 @@ function toolCall() {
 
 const ENDINGS = { length: "cut off: as long as it may be", stopped: "stopped", tool_calls: "waits for a tool" };
 
-function footOf({ ending, times: { tokens, perSecond, first } = {} }) {
+function footOf({ lost, ending, times: { tokens, perSecond, first } = {} }) {
   return [
+    lost && (lost === 1 ? "an image, not kept" : `${lost} images, not kept`),
     tokens && `${count(tokens)} token${tokens === 1 ? "" : "s"}`,
     perSecond && `${perSecond.toFixed(perSecond < 10 ? 1 : 0)} tokens/s`,
     first && `first after ${seconds(first)}`,

@@ -12,7 +12,12 @@ export class ServerError extends Error {
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY),
-  set: (value, remember) => (remember ? localStorage : sessionStorage).setItem(KEY, value),
+  // Where none is asked for, nobody else is kept out either.
+  isRemembered: () => sessionStorage.getItem(KEY) === null,
+  set(value, remember) {
+    key.forget();
+    (remember ? localStorage : sessionStorage).setItem(KEY, value);
+  },
   forget() {
     sessionStorage.removeItem(KEY);
     localStorage.removeItem(KEY);
