@@ -7,9 +7,11 @@ limits here, so that no grammar holds up a step for long.
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 MAX_CHARS = 1 << 17  # of a grammar: about a second to compile, at worst
 NUM_COMPILED = 64  # kept, the last used ones
 LIMITS = LLParserLimits(max_lexer_states=25_000, verbose_errors=False)  # up to 2 KB for a state
+USED_UP = "too many states"  # as llguidance says it
+MAX_RENEW_S = 0.02  # a step may wait so long for a grammar that is compiled anew
 # A model that is at a loss writes spaces for ever, so they are counted.
 JSON_STYLE: JsonCompileOptions = {"whitespace_pattern": r"[ \t\r\n]{1,32}"}
 
@@ -62,7 +66,9 @@ class Grammars:
     def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int] = ()) -> None:
         """`eos_ids` end an answer, beside the vocabulary's own."""
         self._vocabulary, self._more_eos_ids = vocabulary, tuple(eos_ids)
-        self._compiled: Callable[[Grammar], LLMatcher] = lru_cache(NUM_COMPILED)(self._compile)
+        self._compiled: Callable[[Grammar], _Compiled] = lru_cache(NUM_COMPILED)(
+            lambda grammar: _Compiled(partial(self._compile, grammar))
+        )
 
     def compile(self, grammar: Grammar) -> None:
         """Takes up to a second; from then on `guide` takes none.
@@ -70,7 +76,7 @@ class Grammars:
         Raises InvalidRequest for a grammar that is wrong, too large, or that this vocabulary
         can't write.
         """
-        self._compiled(grammar)
+        self._compiled(grammar).matcher()
 
     def guide(self, grammar: Grammar, prompt_ids: Sequence[int] = ()) -> Guide:
         """A new answer's guide. What its prompt allows beside a text, a thought before it or calls
@@ -79,8 +85,15 @@ class Grammars:
         dialect = self._vocabulary.dialect
         may_think = dialect.think is not None and dialect.think in prompt_ids
         may_call = dialect.tool_open is not None and dialect.tool_open in prompt_ids
-        matcher = self._compiled(grammar).deep_copy()
-        guide = Guide(matcher, dialect, may_think=may_think, may_call=may_call)
+        compiled = self._compiled(grammar)
+        matcher = compiled.matcher()
+        guide = Guide(
+            matcher.deep_copy(),
+            dialect,
+            may_think=may_think,
+            may_call=may_call,
+            renew=partial(compiled.renew, matcher),
+        )
         if may_think and dialect.open_thought(prompt_ids) is not None:
             guide.think()
         return guide
@@ -107,6 +120,47 @@ class Grammars:
         return LLTokenizer(tokens, n_vocab=self._vocabulary.vocab_size, eos_token=eos_ids)
 
 
+class _Compiled:
+    """A grammar's matcher, or what is wrong with it, as soon as somebody has asked for it.
+
+    The copies of a matcher share the states of its lexer, which are limited and only get more: in
+    the end it is used up for all of them.
+    """
+
+    def __init__(self, make: Callable[[], LLMatcher]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._made: LLMatcher | InvalidRequest | None = None
+        self._make_s = 0.0
+
+    def matcher(self) -> LLMatcher:
+        """To be copied. Raises InvalidRequest."""
+        with self._lock:
+            made = self._made
+            if made is None:
+                made = self._made = self._first()
+        if isinstance(made, InvalidRequest):
+            raise InvalidRequest(str(made))
+        return made
+
+    def renew(self, used_up: LLMatcher) -> LLMatcher | None:
+        """One that is shared with nobody, for an answer under way; None if the step would wait for
+        it. New answers get no copy of the one that is used up.
+        """
+        with self._lock:
+            if self._made is used_up:
+                self._made = None
+        return self._make() if self._make_s < MAX_RENEW_S else None
+
+    def _first(self) -> LLMatcher | InvalidRequest:
+        started = time.monotonic()
+        try:
+            return self._make()
+        except InvalidRequest as error:
+            return error
+        finally:
+            self._make_s = time.monotonic() - started
+
+
 class Guide:
     """Follows one answer through its grammar."""
 
@@ -117,8 +171,12 @@ class Guide:
         *,
         may_think: bool = False,
         may_call: bool = False,
+        renew: Callable[[], LLMatcher | None] = lambda: None,
     ) -> None:
+        """`renew` brings a matcher for when this one is used up."""
         self._matcher, self._dialect = matcher, dialect
+        self._renew: Callable[[], LLMatcher | None] | None = renew
+        self._written: list[int] = []  # of the grammar
         # Tokens that may open something free as long as the text hasn't begun
         self._thought_open = dialect.thought_open if may_think else None
         self._call_open = dialect.call_open if may_call else None
@@ -132,7 +190,7 @@ class Guide:
         """
         if self._is_free:
             return None
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        bits = self._bits()
         allowed = np.unpackbits(bits, bitorder="little").view(np.bool_)
         reason = self._matcher.get_error().strip().split("\n")[0]
         is_dead_end = reason == "NoExtensionBias"
@@ -162,7 +220,25 @@ class Guide:
             self._is_free = True
         else:
             self._thought_open = self._call_open = None
+            self._written.append(token_id)
             self._matcher.consume_token(token_id)
+            self._renew_used_up()
+
+    def _bits(self) -> NDArray[np.uint8]:
+        matcher, bits = self._matcher, self._matcher.compute_bitmask()
+        self._renew_used_up()
+        if self._matcher is not matcher:
+            bits = self._matcher.compute_bitmask()
+        return np.frombuffer(bits, np.uint8)
+
+    def _renew_used_up(self) -> None:
+        """Others may have used up the matcher: an answer goes on, once, with one of its own."""
+        if self._renew is None or USED_UP not in self._matcher.get_error():
+            return
+        matcher, self._renew = self._renew(), None
+        if matcher is not None:
+            self._matcher = matcher
+            matcher.consume_tokens(self._written)
 
 
 def _definition(grammar: Grammar) -> str:

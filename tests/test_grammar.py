@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import threading
 import time
@@ -18,13 +19,14 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+import engine.grammar as grammar_module
 from cluster.config import DEMO_MODEL_DIR
 from cluster.errors import InvalidRequest
 from cluster.spec import AttentionKind
 from deployments.step_loop import StepLoop
 from engine.batch import Batch
 from engine.core import EngineCore
-from engine.grammar import MAX_CHARS, Grammar, Grammars
+from engine.grammar import MAX_CHARS, Grammar, Grammars, Guide
 from engine.kv_cache import KVCacheConfig
 from engine.limits import SpecLimits
 from engine.outputs import RequestOutput
@@ -272,6 +274,55 @@ def test_no_schema_takes_long(schema: dict[str, Any]) -> None:
     else:
         guide.allowed()
     assert time.monotonic() - started < 10
+
+
+HUNGRY = Grammar("regex", ".*a.{18}")  # takes about 1,600 of 25,000 states for each answer
+
+
+def write(guide: Guide, seed: int, num_tokens: int = 200) -> None:
+    letters = random.Random(seed)
+    for _ in range(num_tokens):
+        assert guide.allowed() is not None
+        guide.advance(TOKENIZER.encode_plain(letters.choice("ab"))[0])
+
+
+def test_answers_do_not_use_up_a_grammar_for_others() -> None:
+    grammars = Grammars(TOKENIZER)
+    for seed in range(40):
+        write(grammars.guide(HUNGRY), seed)
+
+
+def test_answers_at_a_time_do_not_use_up_a_grammar() -> None:
+    grammars = Grammars(TOKENIZER)
+    guides = [grammars.guide(HUNGRY) for _ in range(24)]
+    for step in range(200):
+        for seed, guide in enumerate(guides):
+            write(guide, 1000 * step + seed, num_tokens=1)
+
+
+def test_a_grammar_that_takes_long_to_compile_is_not_compiled_in_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its answer ends when the grammar is used up, and the next answer has a new one."""
+    monkeypatch.setattr(grammar_module, "MAX_RENEW_S", 0.0)
+    grammars = Grammars(TOKENIZER)
+    with pytest.raises(InvalidRequest, match="got too complex"):
+        for seed in range(40):
+            write(grammars.guide(HUNGRY), seed)
+    write(grammars.guide(HUNGRY), 0)
+
+
+def test_an_answer_that_uses_up_its_grammar_alone_ends() -> None:
+    with pytest.raises(InvalidRequest, match="got too complex"):
+        write(Grammars(TOKENIZER).guide(HUNGRY), 0, num_tokens=20_000)
+
+
+def test_a_wrong_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = Grammars(TOKENIZER)
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="regex can't be used"):
+            grammars.compile(Grammar("regex", "("))
+        monkeypatch.setattr(grammar_module, "LLMatcher", None)
 
 
 def test_a_model_without_an_end_has_no_formats() -> None:
