@@ -25,6 +25,8 @@ from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
 
 MAX_LOST = 1 << 16  # keys that are kept for a caller of `take_lost`
+WRITE_OUTCOMES = ("written", "present", "queue_full", "unreachable", "server_full", "over_budget")
+READ_OUTCOMES = ("ok", "missing", "damaged", "foreign", "unreachable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,13 @@ class KVStore:
         self._model, self._metrics = model, metrics
         self._meter = RateMeter()
         self._num_decided = dict.fromkeys(("fetch", "recompute", "given_up"), 0)
+        # All are shown from the start, as 0: an alert on what grows would miss the first ones.
         for choice in self._num_decided:
-            metrics.kv_store_decisions_total(model, choice)  # shown from the start
-        metrics.kv_store_writes_total(model, "written")
-        metrics.kv_store_reads_total(model, "ok")
+            metrics.kv_store_decisions_total(model, choice)
+        for outcome in WRITE_OUTCOMES:
+            metrics.kv_store_writes_total(model, outcome)
+        for outcome in READ_OUTCOMES:
+            metrics.kv_store_reads_total(model, outcome)
         for direction in ("read", "written"):
             metrics.kv_store_bytes_total(model, direction)
         metrics.kv_store_read_bytes_per_second(model)

@@ -75,7 +75,9 @@ class Metrics:
     gateway_streams = _gauge("Calls that are being answered", "tenant", "method")
     gateway_requests_total = _counter("Calls that ended", "tenant", "method", "status")
     gateway_aborted_total = _counter("Calls given up early", "tenant", "method", "reason")
-    gateway_errors_total = _counter("Calls that were refused or failed", "tenant", "error")
+    gateway_errors_total = _counter(
+        "Calls that were refused or failed", "tenant", "method", "error"
+    )
     gateway_ready = _gauge("1 while a token can be produced", "model")
 
     # Requests, as the decoder sees them.

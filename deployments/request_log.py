@@ -45,7 +45,7 @@ class RequestLog:
         kind = "" if is_fine else status.lower() if error is None else error.kind
         if kind:
             tenant = NOBODY if call is None else call.tenant
-            self._metrics.gateway_errors_total(tenant, kind).inc()
+            self._metrics.gateway_errors_total(tenant, method, kind).inc()
         if self._lines.handlers and (kind or (call is not None and call.answered.model)):
             level = "INFO" if is_fine else "ERROR" if status == "INTERNAL" else "WARNING"
             head = {"time": _now(), "level": level, "method": method, "status": status}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 M, T, MT = 'model=~"$model"', 'tenant=~"$tenant"', 'model=~"$model", tenant=~"$tenant"'
+GENERATING = 'method=~"Chat|ChatOnce|Complete|CompleteOnce|/v1/chat/completions|/v1/completions"'
 PART = 'part!=""'  # the label that prometheus_targets.json gives each part
 OR_ZERO = " or on() vector(0)"
 
@@ -133,7 +134,13 @@ OVERVIEW = Dashboard(
             quantiles("Whole requests", "request_duration_seconds", MT),
         ),
         "Traffic": (
-            rates("Calls by status", "gateway_requests_total", T, "status", unit="reqps"),
+            rates(
+                "Calls that generate, by status",
+                "gateway_requests_total",
+                f"{T}, {GENERATING}",
+                "status",
+                unit="reqps",
+            ),
             rates("Refused and failed", "gateway_errors_total", T, "error", unit="reqps"),
             rates("Given up early", "gateway_aborted_total", T, "reason", unit="reqps"),
             TOKENS,

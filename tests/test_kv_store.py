@@ -899,6 +899,15 @@ def test_nobody_is_left_waiting_at_the_end(tmp_path: Path, registry: CollectorRe
         assert all(job.done() for job in jobs)
 
 
+def test_what_alerts_read_is_shown_before_it_happens(
+    tmp_path: Path, stores: Stores, registry: CollectorRegistry
+) -> None:
+    stores(RedisAddress(f"unix://{tmp_path}/nobody"))
+    for metric, outcome in (("reads", "damaged"), ("writes", "queue_full")):
+        labels = {"model": "m", "outcome": outcome}
+        assert registry.get_sample_value(f"briolette_kv_store_{metric}_total", labels) == 0
+
+
 def test_a_wrong_type_under_a_key_is_no_crash(address: RedisAddress, stores: Stores) -> None:
     store, client = stores(address, connections=1), address.client()
     client.lpush(value_name("t", KEYS[0]), "what is this")

@@ -145,7 +145,7 @@ def test_errors_are_counted_by_kind(logged: Logged) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         logged.stub.CompleteOnce(complete())
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    labels = {"tenant": "default", "error": "overloaded"}
+    labels = {"tenant": "default", "method": "CompleteOnce", "error": "overloaded"}
     name = "briolette_gateway_errors_total"
     wait_for(lambda: logged.registry.get_sample_value(name, labels) == 1)
     assert logged.lines[-1]["error"] == "overloaded"
@@ -177,7 +177,7 @@ def test_a_caller_that_is_not_let_in(tmp_path: Path) -> None:
     log.close()
     line = json.loads((tmp_path / FILE).read_text())
     assert (line["status"], line["error"]) == ("RESOURCE_EXHAUSTED", "quota_exceeded")
-    labels = {"tenant": NOBODY, "error": "quota_exceeded"}
+    labels = {"tenant": NOBODY, "method": "Chat", "error": "quota_exceeded"}
     assert registry.get_sample_value("briolette_gateway_errors_total", labels) == 1
 
 
