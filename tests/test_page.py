@@ -571,7 +571,7 @@ def test_images_are_offered_only_where_the_model_takes_them(
         (image, text) = page.run("return window.sent.messages[0].content")
         assert image["image_url"]["url"].startswith("data:image/png;base64,")
         assert text == {"type": "text", "text": "What is this?"}
-        page.wait_for(".assistant .foot")
+        page.wait_for(".assistant .error")  # this gateway itself takes none
         page.driver.refresh()
         page.click("#conversations li button")
         page.wait_for(".user .foot", "an image, not kept")
