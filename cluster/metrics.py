@@ -85,11 +85,16 @@ class Metrics:
     requests_running = _gauge("Requests that hold KV blocks", "model")
     tenant_requests_waiting = _gauge("Of a tenant, in the queue", "model", "tenant")
     tenant_requests_running = _gauge("Of a tenant, that had a first step", "model", "tenant")
+    tenant_kv_bytes = _gauge(
+        "Of the KV cache in memory, that a tenant's unfinished requests hold", "model", "tenant"
+    )
     tenant_service_total = _counter(
         "Of the engine, in the cost of a prompt's first token (fair share)", "model", "tenant"
     )
     requests_total = _counter("Requests that ended", "model", "tenant", "reason")
-    prompt_tokens_total = _counter("Prompt tokens of accepted requests", "model", "tenant")
+    prompt_tokens_total = _counter(
+        "Prompt tokens of requests that had a first step, cached ones too", "model", "tenant"
+    )
     generated_tokens_total = _counter("Tokens sampled", "model", "tenant")
     queue_time_seconds = _histogram(
         "From arrival to the first step", REQUEST_BUCKETS, "model", "tenant"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from engine.policy import TenantShare
 from engine.request import Request
 from experts.host import ExpertHost
 from experts.stats import CallStats
-from protos.briolette.v1.admin_pb2 import EngineLoad
+from protos.briolette.v1.admin_pb2 import EngineLoad, TenantLoad
 
 
 @dataclass(slots=True)
@@ -40,6 +40,7 @@ class EngineMeter:
         self._clocks: dict[str, _Clock] = {}
         self._waiting = TenantGauge(metrics.tenant_requests_waiting, model)
         self._running = TenantGauge(metrics.tenant_requests_running, model)
+        self._kv_bytes = TenantGauge(metrics.tenant_kv_bytes, model)
         self._tenants: set[str] = set()  # that were seen
         self._service: dict[str, float] = {}  # by tenant
         self._computed = {"prefill": 0, "decode": 0}
@@ -52,7 +53,6 @@ class EngineMeter:
         gaps = self._metrics.inter_token_latency_seconds(*labels)
         self._clocks[request.request_id] = _Clock(request.tenant, request.arrival_s, gaps)
         self._tenants.add(request.tenant)
-        self._metrics.prompt_tokens_total(*labels).inc(len(request.prompt_ids))
 
     def started(self, request: Request, queue_s: float, saved_prefill_s: float) -> None:
         """A request had its first step; what it found cached saved so many seconds."""
@@ -62,6 +62,8 @@ class EngineMeter:
         self._metrics.queue_time_seconds(*labels).observe(queue_s)
         self._metrics.prefix_queries_total(*labels).inc()
         self._metrics.prefix_hits_total(*labels).inc(request.num_cached_tokens > 0)
+        # At the same moment, so that never more is cached than asked.
+        self._metrics.prompt_tokens_total(*labels).inc(len(request.prompt_ids))
         self._metrics.cached_tokens_total(*labels).inc(request.num_cached_tokens)
         self._metrics.saved_prefill_seconds_total(*labels).inc(saved_prefill_s)
 
@@ -105,6 +107,11 @@ class EngineMeter:
         metrics.preemptions_total(model).inc(load.preemptions - self._preemptions)
         self._preemptions = load.preemptions
         self._load_by_tenant()
+
+    def held(self, loads: Iterable[TenantLoad]) -> None:
+        """What each tenant holds of the KV cache, once a second."""
+        for load in loads:
+            self._kv_bytes.set(load.tenant, load.kv_bytes)
 
     def shares(self, shares: Mapping[str, TenantShare]) -> None:
         """What each tenant has received of the engine, once a second."""

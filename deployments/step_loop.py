@@ -351,6 +351,7 @@ class StepLoop:
         self._meter.load(status.load)
         status.measured_at = time.time()
         status.tenants.extend(self._tenants.of(served.request for served in self._served.values()))
+        self._meter.held(status.tenants)
         self._fill_status(status)
         status.kv_fingerprint = self._sessions.fingerprint
         self._status = status

@@ -1,7 +1,7 @@
 """What the Grafana dashboards show: a title, a unit and queries for each panel.
 
-`M` selects by the chosen models, `T` by the chosen tenants. Where nothing happened yet, a query
-gives 0 and not nothing.
+`M` selects by the chosen models, `T` by the chosen tenants. Where nothing happened yet, counts
+and rates by label are 0 and not nothing; ratios and quantiles have no value while nothing happens.
 """
 
 from __future__ import annotations
@@ -211,6 +211,7 @@ TENANTS = Dashboard(
                     )
                 },
             ),
+            gauges("KV cache held by requests", "bytes", "tenant_kv_bytes", MT, "tenant"),
             gauges("In Redis", "bytes", "kv_store_used_bytes", MT, "tenant"),
         ),
     },

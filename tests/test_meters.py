@@ -15,7 +15,7 @@ from engine.outputs import RequestOutput
 from engine.policy import TenantShare
 from engine.request import FinishReason, Request, SamplingParams
 from experts.host import ExpertHost
-from protos.briolette.v1.admin_pb2 import EngineLoad, KvBlocks
+from protos.briolette.v1.admin_pb2 import EngineLoad, KvBlocks, TenantLoad
 
 GROUPS = ExpertGroups(num_experts=2, num_groups=2)
 
@@ -81,8 +81,11 @@ def test_what_was_found_cached_is_counted_by_tenant() -> None:
     def shown(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"briolette_{name}", {"model": "m", **labels})
 
-    for tenant, counts in (("ann", (2, 1, 48)), ("bob", (1, 0, 0))):
-        names = ("prefix_queries_total", "prefix_hits_total", "cached_tokens_total")
+    for tenant, counts in (("ann", (2, 1, 100, 48)), ("bob", (1, 0, 50, 0))):
+        names = (
+            *("prefix_queries_total", "prefix_hits_total"),
+            *("prompt_tokens_total", "cached_tokens_total"),
+        )
         assert tuple(shown(name, tenant=tenant) for name in names) == counts
     assert shown("saved_prefill_seconds_total", tenant="ann") == 0.5
     for evicted in (3, 7):
@@ -137,6 +140,16 @@ def ended(request: Request) -> RequestOutput:
         num_fetched_tokens=0,
         matched_stop=None,
     )
+
+
+def test_memory_is_shown_by_tenant() -> None:
+    registry = CollectorRegistry()
+    meter = EngineMeter(Metrics(registry), "m")
+    for held in (4096, 0):
+        meter.held([TenantLoad(tenant="ann", kv_bytes=held), TenantLoad(tenant="bob", kv_bytes=7)])
+        for tenant, num_bytes in (("ann", held), ("bob", 7)):
+            labels = {"model": "m", "tenant": tenant}
+            assert registry.get_sample_value("briolette_tenant_kv_bytes", labels) == num_bytes
 
 
 def test_service_is_counted_by_tenant() -> None:
