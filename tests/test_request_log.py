@@ -148,7 +148,7 @@ def test_errors_are_counted_by_kind(logged: Logged) -> None:
     labels = {"tenant": "default", "method": "CompleteOnce", "error": "overloaded"}
     name = "briolette_gateway_errors_total"
     wait_for(lambda: logged.registry.get_sample_value(name, labels) == 1)
-    assert logged.lines[-1]["error"] == "overloaded"
+    assert logged.last(1)["error"] == "overloaded"
     for stream in (*running, *waiting):
         stream.cancel()
 
