@@ -77,6 +77,9 @@ class ByArrival(FairShare):
     def gives_way(self, *_: object) -> None:
         return None
 
+    def may_overtake(self, *_: object) -> bool:
+        return False
+
 
 POLICIES: dict[str, Callable[[TokenCosts], Policy]] = {"on": FairShare, "off": ByArrival}
 

@@ -85,6 +85,10 @@ class FairShare:
         lower = [r for r in running if r.tenant == waiting.tenant and r.priority < waiting.priority]
         return lower[-1] if lower else None
 
+    def may_overtake(self, request: Request, held_up: Sequence[Request]) -> bool:
+        """Other tenants' requests; a tenant's own keep their order."""
+        return all(other.tenant != request.tenant for other in held_up)
+
     def charge(self, request: Request, stop: int, work: Work) -> None:
         start = request.num_charged_tokens
         if stop > start:

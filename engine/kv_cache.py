@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from cluster.errors import NotEnoughMemory
@@ -116,16 +116,18 @@ class KVCache:
             prefix = self.index.find(request.block_hashes[:num_blocks], fetched)
         return prefix
 
-    def can_hold(self, request: Request, prefix: Prefix) -> bool:
+    def can_hold(self, request: Request, prefix: Prefix, without: Collection[Request] = ()) -> bool:
         """Whether a request that resumes after the prefix fits into what is free now, beside what
-        the running ones know and have no blocks for yet.
+        the running ones know and have no blocks for yet, or would fit `without` some of them.
         """
         hashes = request.block_hashes[: prefix.num_blocks]
         needed = request.num_tokens, longest_step(request.spans)
-        return all(
-            group.num_taken(hashes, *needed) + self._num_claimed(group) <= group.pool.num_free
-            for group in self.groups.values()
-        )
+        for group in self.groups.values():
+            freed = group.read_only_by(self.row(other) for other in without)
+            num_taken = group.num_taken(hashes, *needed, freed)
+            if num_taken + self._num_claimed(group, without) > group.pool.num_free + len(freed):
+                return False
+        return True
 
     def can_ever_hold(self, num_tokens: int, longest_step: int) -> bool:
         """Whether a request of so many tokens fits when it is alone."""
@@ -134,10 +136,11 @@ class KVCache:
             for group in self.groups.values()
         )
 
-    def _num_claimed(self, group: KVCacheGroup) -> int:
+    def _num_claimed(self, group: KVCacheGroup, without: Collection[Request]) -> int:
         return sum(
             group.num_claimed(running.row, request.num_tokens, longest_step(request.spans))
             for request, running in self._running.items()
+            if request not in without
         )
 
     def add(self, request: Request, prefix: Prefix) -> list[StoredBlock]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -54,16 +55,29 @@ class KVCacheGroup:
             return num_blocks
         return min(num_blocks, self.window_blocks + 1 + _cdiv(longest_step - 1, self.block_size))
 
+    def read_only_by(self, rows: Iterable[int]) -> set[int]:
+        """The blocks that nobody would read any more if these rows were freed."""
+        readers: Counter[int] = Counter()
+        for row in rows:
+            readers.update(self.block_tables[row, self._begin[row] : self._end[row]].tolist())
+        return {block_id for block_id, num in readers.items() if num == self.pool.ref_cnt(block_id)}
+
     def num_taken(
-        self, block_hashes: Sequence[bytes], num_tokens: int, longest_step: int = 1
+        self,
+        block_hashes: Sequence[bytes],
+        num_tokens: int,
+        longest_step: int = 1,
+        freed: Collection[int] = (),
     ) -> int:
         """Free blocks that a request takes at once (`num_needed`) which resumes after the blocks of
-        these hashes; a cached block that nobody reads is free until then.
+        these hashes; a cached block that nobody reads, or one of the `freed`, is free until then.
         """
 
         def is_read(index: int) -> bool:
             block_id = self.pool.find(block_hashes[index])
-            return block_id is not None and self.pool.ref_cnt(block_id) > 0
+            return (
+                block_id is not None and self.pool.ref_cnt(block_id) > 0 and block_id not in freed
+            )
 
         num_blocks = len(block_hashes)
         if self.window is None:  # whoever reads a block reads all before it

@@ -52,6 +52,11 @@ class Policy(Protocol):
         `places` says how many of the engine's `num_places` each of them and this one take.
         """
 
+    def may_overtake(self, request: Request, held_up: Sequence[Request]) -> bool:
+        """Whether one may start before these, which go first but find no room. It gives its place
+        back as soon as one of them would fit.
+        """
+
     def charge(self, request: Request, stop: int, work: Work) -> None:
         """This was done for the request's tokens up to position `stop`."""
 
@@ -80,6 +85,9 @@ class FirstComeFirstServed:
         num_places: int,
     ) -> Request | None:
         return None
+
+    def may_overtake(self, request: Request, held_up: Sequence[Request]) -> bool:
+        return False
 
     def charge(self, request: Request, stop: int, work: Work) -> None:
         pass

@@ -68,9 +68,9 @@ class PrefixUse:
 class Scheduler:
     """Holds the waiting and the running requests and owns their blocks' bookkeeping.
 
-    No request starves: `add` takes only requests that fit alone (the engine core checks), nobody
-    overtakes the first in the policy's order that finds no room, and the first one running can
-    always take blocks from the others.
+    No request starves: `add` takes only requests that fit alone (the engine core checks), who
+    overtakes one that finds no room gives way to it, and the first one running can always take
+    blocks from the others.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Scheduler:
         self.store: BlockStore = store or NullBlockStore()
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self._overtaken: dict[Request, list[Request]] = {}  # by those that run in their stead
         self.num_preemptions = 0
         self.prefix_use: defaultdict[str, PrefixUse] = defaultdict(PrefixUse)  # by tenant
 
@@ -149,7 +150,8 @@ class Scheduler:
         queue = deque(order)
         budget = self.max_num_batched_tokens
         num_decodes = sum(request.num_pending_tokens == 1 for request in self.running)
-        is_closed, num_starts = False, 0  # closed: what is free is needed by somebody before
+        is_closed, num_starts = False, 0  # closed: blocks ran out, a newcomer's wouldn't last
+        held_up: list[Request] = []  # found no room
         while queue and budget > 0:
             request = queue.popleft()
             if request in output.preempted:
@@ -161,15 +163,19 @@ class Scheduler:
             if limit <= 0:
                 continue
             if is_waiting:
-                is_closed = is_closed or not self._let_in(request, order, output)
-                if is_closed:
+                may_start = not is_closed and self._may_start(request, held_up)
+                if not (may_start and self._let_in(request, order, output)):
+                    if request.state is RequestState.WAITING:
+                        held_up.append(request)
                     continue
+                if held_up:
+                    self._overtaken[request] = list(held_up)
                 num_starts += 1
                 budget = self.max_num_batched_tokens - output.num_tokens  # some may have given way
             if not output.scheduled and self._num_new_tokens(request, limit) is None:
                 limit = budget  # the first one's span comes before decodes, else it might never fit
             while (num_new := self._num_new_tokens(request, limit)) == 0 and queue:
-                is_closed = True  # blocks that ran out just now wouldn't last for a newcomer either
+                is_closed = True
                 if (last := queue.pop()).state is RequestState.RUNNING:
                     self._preempt(last, output)
             is_closed |= num_new != min(request.num_pending_tokens, limit)
@@ -228,17 +234,42 @@ class Scheduler:
             if is_waiting and self.store.fetched(request) is not None:
                 request.state = RequestState.WAITING
 
+    def _may_start(self, request: Request, held_up: list[Request]) -> bool:
+        return not held_up or self.policy.may_overtake(request, held_up)
+
     def _let_in(self, request: Request, order: list[Request], output: SchedulerOutput) -> bool:
-        """Start it, in place of running ones if the policy says so."""
-        while not self._has_room(request):
-            places = {other: self._places(other) for other in (*self.running, request)}
-            running = [other for other in order if other.state is RequestState.RUNNING]
-            last = self.policy.gives_way(request, running, places, self.max_num_seqs)
-            if last is None:
+        """Start it, in place of running ones if that makes room for it."""
+        if request.asks_store:
+            request.asks_store = False
+            if self._ask_store(request):
                 return False
-            output.scheduled[:] = [item for item in output.scheduled if item.request is not last]
-            self._preempt(last, output)
+        giving_way = self._giving_way(request, order)
+        if giving_way is None:
+            return False
+        for other in giving_way:
+            output.scheduled[:] = [item for item in output.scheduled if item.request is not other]
+            self._preempt(other, output)
         return self._admit(request)
+
+    def _giving_way(self, request: Request, order: list[Request]) -> list[Request] | None:
+        """Those without which it has room: who overtook it, the last first, then whom the policy
+        names; None where all of them don't suffice.
+        """
+        running = [other for other in order if other.state is RequestState.RUNNING]
+        behind = order[order.index(request) :]
+        overtakers = [r for r in behind if request in self._overtaken.get(r, ())]
+        giving_way: list[Request] = []
+        while not self._has_room(request, giving_way):
+            if overtakers:
+                last: Request | None = overtakers.pop()
+            else:
+                places = {other: self._places(other) for other in (*running, request)}
+                last = self.policy.gives_way(request, running, places, self.max_num_seqs)
+            if last is None:
+                return None
+            running.remove(last)
+            giving_way.append(last)
+        return giving_way
 
     def _places(self, request: Request) -> float:
         """One of `max_num_seqs`, or as many as its part of the KV cache comes to."""
@@ -246,25 +277,29 @@ class Scheduler:
         part = 0.0 if capacity is None else request.num_tokens / capacity
         return max(1.0, part * self.max_num_seqs)
 
-    def _has_room(self, request: Request) -> bool:
-        if len(self.running) >= self.max_num_seqs:
+    def _has_room(self, request: Request, without: Collection[Request]) -> bool:
+        if len(self.running) - len(without) >= self.max_num_seqs:
             return False
         fetched = self.store.fetched(request) or NOTHING_FETCHED
-        return self._fits(request, fetched) or (bool(fetched) and self._fits(request))
+        return self._fits(request, fetched, without) or (
+            bool(fetched) and self._fits(request, without=without)
+        )
 
-    def _fits(self, request: Request, fetched: Fetched = NOTHING_FETCHED) -> bool:
-        """Whether all its known tokens fit beside those of the running requests.
+    def _fits(
+        self,
+        request: Request,
+        fetched: Fetched = NOTHING_FETCHED,
+        without: Collection[Request] = (),
+    ) -> bool:
+        """Whether all its known tokens fit beside those of the running requests, or `without`
+        some of these.
 
         Asking for the first chunk only would admit prompts that preempt each other halfway.
         """
-        return self.kv.can_hold(request, self.kv.find_prefix(request, fetched))
+        return self.kv.can_hold(request, self.kv.find_prefix(request, fetched), without)
 
     def _admit(self, request: Request) -> bool:
         """Start it behind what is cached or fetched of it, if it fits."""
-        if request.asks_store:
-            request.asks_store = False
-            if self._ask_store(request):
-                return False
         fetched = self.store.fetched(request) or NOTHING_FETCHED
         in_memory = self.kv.find_prefix(request)
         if not (self._start(request, fetched) or (fetched and self._start(request))):
@@ -317,6 +352,7 @@ class Scheduler:
         if keep:
             self._save(request, self.kv.checkpoint(request))
         self.kv.free(request)
+        self._overtaken.pop(request, None)
 
     def _save(self, request: Request, blocks: Sequence[StoredBlock]) -> None:
         if blocks:
@@ -329,3 +365,4 @@ class Scheduler:
         queued = (RequestState.WAITING, RequestState.WAITING_FOR_BLOCKS)
         assert all(r.state in queued and r.num_computed_tokens == 0 for r in self.waiting)
         assert set(self.running) == self.kv.requests, "rows and running requests differ"
+        assert self._overtaken.keys() <= self.kv.requests, "who doesn't run has overtaken nobody"

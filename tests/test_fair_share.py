@@ -109,6 +109,9 @@ class ByArrival(FairShare):
     def gives_way(self, *_: object) -> None:
         return None
 
+    def may_overtake(self, *_: object) -> bool:
+        return False
+
 
 def traffic(
     tenants: list[Tenant], seed: int = 0, policy: Policy | None = None, **sizes: int
@@ -232,6 +235,60 @@ def test_a_newcomer_gets_blocks_of_a_request_that_holds_all() -> None:
         run_step(scheduler)
         scheduler.check_integrity()
     assert len(giant.output_ids) == 8
+
+
+def crowded() -> tuple[Scheduler, Request, Request]:
+    """A long answer that holds most of the KV cache, and a long prompt that waits for its end."""
+    scheduler = make_scheduler(policy=FairShare(), num_global=33, max_num_batched_tokens=64)
+    giant, waits = a_request("a", 60, max_tokens=40), a_request("w", 72, max_tokens=4, arrival=1)
+    scheduler.add(giant)
+    while not giant.output_ids:
+        run_step(scheduler)
+    scheduler.add(waits)
+    run_step(scheduler)
+    assert waits in scheduler.waiting
+    return scheduler, giant, waits
+
+
+def test_a_light_tenant_does_not_wait_behind_who_finds_no_room() -> None:
+    scheduler, giant, waits = crowded()
+    for arrival in range(2, 12):
+        light = a_request("light", 8, max_tokens=2, arrival=arrival)
+        scheduler.add(light)
+        assert has(run_step(scheduler), "light") == 8
+        run_step(scheduler)
+        assert light.is_finished
+    assert waits in scheduler.waiting and giant.num_preemptions == 0
+
+
+def test_who_overtook_gives_way_as_soon_as_that_makes_room() -> None:
+    scheduler, giant, waits = crowded()
+    first, last = a_request("light", 30, arrival=2), a_request("light", 26, arrival=3)
+    own = a_request("w", 4, arrival=4)
+    for request in (first, last, own):
+        scheduler.add(request)
+    run_step(scheduler)
+    assert scheduler.running == [giant, first, last] and scheduler.num_preemptions == 0
+    scheduler.finish(giant, FinishReason.ABORT)
+    assert run_step(scheduler).preempted == [last]
+    assert scheduler.running == [first, waits]
+    while not all(request.is_finished for request in (first, last, waits, own)):
+        run_step(scheduler)
+        scheduler.check_integrity()
+
+
+def test_nobody_gives_way_where_that_makes_too_little_room() -> None:
+    scheduler = make_scheduler(policy=FairShare(), num_global=33, max_num_batched_tokens=128)
+    large = a_request("large", 80, arrival=0)
+    small = [a_request("small", 14, arrival=arrival) for arrival in (1, 2)]
+    light = a_request("light", 40, arrival=3)
+    large.weight, small[0].weight, small[1].weight, light.weight = 8.0, 0.1, 0.1, 4.0
+    for request in (large, *small):
+        scheduler.add(request)
+    run_step(scheduler)
+    scheduler.add(light)
+    output = run_step(scheduler)  # one of the small ones would be taken, and not be enough
+    assert output.preempted == [] and light in scheduler.waiting
 
 
 def test_equals_hardly_take_each_others_places() -> None:
