@@ -92,6 +92,7 @@ class Scheduler:
         self.store: BlockStore = store or NullBlockStore()
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self._held_up: list[Request] = []  # found no room in the last step
         self._overtaken: dict[Request, list[Request]] = {}  # by those that run in their stead
         self.num_preemptions = 0
         self.prefix_use: defaultdict[str, PrefixUse] = defaultdict(PrefixUse)  # by tenant
@@ -109,7 +110,8 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises Overloaded when it would wait too long, or too many wait."""
-        num_idle = max(0, self.max_num_seqs - len(self.running))
+        is_full = any(other.state is RequestState.WAITING for other in self._held_up)
+        num_idle = 0 if is_full else max(0, self.max_num_seqs - len(self.running))
         num_ahead = self.policy.num_ahead(request, self.waiting)
         self.load_shedding.check(request, self.waiting, num_idle, num_ahead)
         self._ask_store(request)
@@ -151,7 +153,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         num_decodes = sum(request.num_pending_tokens == 1 for request in self.running)
         is_closed, num_starts = False, 0  # closed: blocks ran out, a newcomer's wouldn't last
-        held_up: list[Request] = []  # found no room
+        self._held_up = []
         while queue and budget > 0:
             request = queue.popleft()
             if request in output.preempted:
@@ -163,13 +165,13 @@ class Scheduler:
             if limit <= 0:
                 continue
             if is_waiting:
-                may_start = not is_closed and self._may_start(request, held_up)
+                may_start = not is_closed and self._may_start(request)
                 if not (may_start and self._let_in(request, order, output)):
                     if request.state is RequestState.WAITING:
-                        held_up.append(request)
+                        self._held_up.append(request)
                     continue
-                if held_up:
-                    self._overtaken[request] = list(held_up)
+                if self._held_up:
+                    self._overtaken[request] = list(self._held_up)
                 num_starts += 1
                 budget = self.max_num_batched_tokens - output.num_tokens  # some may have given way
             if not output.scheduled and self._num_new_tokens(request, limit) is None:
@@ -234,8 +236,8 @@ class Scheduler:
             if is_waiting and self.store.fetched(request) is not None:
                 request.state = RequestState.WAITING
 
-    def _may_start(self, request: Request, held_up: list[Request]) -> bool:
-        return not held_up or self.policy.may_overtake(request, held_up)
+    def _may_start(self, request: Request) -> bool:
+        return not self._held_up or self.policy.may_overtake(request, self._held_up)
 
     def _let_in(self, request: Request, order: list[Request], output: SchedulerOutput) -> bool:
         """Start it, in place of running ones if that makes room for it."""

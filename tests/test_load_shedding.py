@@ -10,7 +10,7 @@ from cluster.errors import Overloaded
 from engine.fair_share import FairShare
 from engine.load_shedding import LoadShedding
 from engine.policy import FirstComeFirstServed
-from engine.request import Request
+from engine.request import FinishReason, Request
 from tests.test_scheduler import make_request, make_scheduler, run_step
 
 
@@ -96,6 +96,20 @@ def test_a_deadline_that_would_be_missed_is_refused_at_once(
         scheduler.add(late)
     late.deadline_s = clock.now_s + 20.0
     scheduler.add(late)
+
+
+def test_places_without_blocks_are_not_idle() -> None:
+    scheduler = make_scheduler(num_global=33, max_num_batched_tokens=64, max_queue=3)
+    for index in range(5):
+        scheduler.add(make_request(f"r{index}", 50, max_tokens=70, arrival=index))
+        run_step(scheduler)
+    assert (len(scheduler.running), len(scheduler.waiting)) == (2, 3)
+    with pytest.raises(Overloaded, match="3 requests are waiting"):
+        scheduler.add(make_request("refused", 50))
+    for request in list(scheduler.waiting):
+        scheduler.finish(request, FinishReason.ABORT)
+    for index in range(3 + 6):
+        scheduler.add(make_request(f"s{index}", 4))  # six places are idle again
 
 
 def test_who_waits_behind_whom() -> None:
