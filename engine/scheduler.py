@@ -246,7 +246,7 @@ class Scheduler:
             if self._ask_store(request):
                 return False
         giving_way = self._giving_way(request, order)
-        if giving_way is None:
+        if giving_way is None or (giving_way and self._suits_first(giving_way, order)):
             return False
         for other in giving_way:
             output.scheduled[:] = [item for item in output.scheduled if item.request is not other]
@@ -258,8 +258,7 @@ class Scheduler:
         names; None where all of them don't suffice.
         """
         running = [other for other in order if other.state is RequestState.RUNNING]
-        behind = order[order.index(request) :]
-        overtakers = [r for r in behind if request in self._overtaken.get(r, ())]
+        overtakers = self._overtakers(request, order)
         giving_way: list[Request] = []
         while not self._has_room(request, giving_way):
             if overtakers:
@@ -272,6 +271,18 @@ class Scheduler:
             running.remove(last)
             giving_way.append(last)
         return giving_way
+
+    def _suits_first(self, giving_way: list[Request], order: list[Request]) -> bool:
+        """Whether the first one held up would fit then, and at once take the room from others."""
+        if not self._held_up:
+            return False
+        first = self._held_up[0]
+        return self._has_room(first, {*giving_way, *self._overtakers(first, order)})
+
+    def _overtakers(self, request: Request, order: list[Request]) -> list[Request]:
+        """Who runs in its stead, as far as the policy still has them behind it."""
+        behind = order[order.index(request) :]
+        return [other for other in behind if request in self._overtaken.get(other, ())]
 
     def _places(self, request: Request) -> float:
         """One of `max_num_seqs`, or as many as its part of the KV cache comes to."""

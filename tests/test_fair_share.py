@@ -277,6 +277,15 @@ def test_who_overtook_gives_way_as_soon_as_that_makes_room() -> None:
         scheduler.check_integrity()
 
 
+def test_nobody_gives_way_to_who_would_lose_the_room_at_once() -> None:
+    scheduler, _, waits = crowded()
+    light = a_request("light", 68, arrival=2)
+    light.weight = 2.0
+    scheduler.add(light)
+    output = run_step(scheduler)  # without the giant, the one that goes first would fit, too
+    assert output.preempted == [] and waits in scheduler.waiting and light in scheduler.waiting
+
+
 def test_nobody_gives_way_where_that_makes_too_little_room() -> None:
     scheduler = make_scheduler(policy=FairShare(), num_global=33, max_num_batched_tokens=128)
     large = a_request("large", 80, arrival=0)
