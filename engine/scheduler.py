@@ -151,7 +151,7 @@ class Scheduler:
         order = self.policy.order([*self.running, *ready])
         queue = deque(order)
         budget = self.max_num_batched_tokens
-        num_decodes = sum(request.num_pending_tokens == 1 for request in self.running)
+        decodes = {request for request in self.running if request.num_pending_tokens == 1}
         is_closed, num_starts = False, 0  # closed: blocks ran out, a newcomer's wouldn't last
         self._held_up = []
         while queue and budget > 0:
@@ -159,9 +159,9 @@ class Scheduler:
             if request in output.preempted:
                 continue
             is_waiting = request.state is RequestState.WAITING
-            is_decode = not is_waiting and request.num_pending_tokens == 1
-            num_decodes -= is_decode
-            limit = budget if is_decode else budget - num_decodes
+            is_decode = request in decodes
+            decodes.discard(request)
+            limit = budget if is_decode else budget - len(decodes)
             if limit <= 0:
                 continue
             if is_waiting:
@@ -173,7 +173,9 @@ class Scheduler:
                 if self._held_up:
                     self._overtaken[request] = list(self._held_up)
                 num_starts += 1
+                decodes.difference_update(output.preempted)
                 budget = self.max_num_batched_tokens - output.num_tokens  # some may have given way
+                limit = budget - len(decodes)
             if not output.scheduled and self._num_new_tokens(request, limit) is None:
                 limit = budget  # the first one's span comes before decodes, else it might never fit
             while (num_new := self._num_new_tokens(request, limit)) == 0 and queue:
@@ -192,13 +194,14 @@ class Scheduler:
 
     def update(self, output: SchedulerOutput, failed: Collection[Request] = ()) -> None:
         """The step was computed: move on, let others find the blocks that are full now, and give
-        back those that windows have left. What was computed for the `failed` counts for nothing.
+        back those that windows have left. What was computed for the `failed` is charged, but no
+        progress.
         """
         for item in output.scheduled:
+            stop = item.request.num_computed_tokens + item.num_new_tokens
+            self.policy.charge(item.request, stop, Work.DECODE if item.is_decode else Work.PREFILL)
             if item.request not in failed:
-                item.request.num_computed_tokens += item.num_new_tokens
-                work = Work.DECODE if item.is_decode else Work.PREFILL
-                self.policy.charge(item.request, item.request.num_computed_tokens, work)
+                item.request.num_computed_tokens = stop
                 self._save(item.request, self.kv.commit(item.request))
 
     def _num_new_tokens(self, request: Request, budget: int) -> int | None:

@@ -383,6 +383,28 @@ def test_cached_tokens_cost_less_and_no_position_is_charged_twice() -> None:
     assert scheduler.shares["again"].service == 20 + 1 + DECODE  # the first again, in a chunk
 
 
+def test_what_was_computed_is_charged_also_where_it_failed() -> None:
+    scheduler = make_scheduler(policy=FairShare())
+    request = a_request("a", 12)
+    scheduler.add(request)
+    output = scheduler.schedule()
+    scheduler.update(output, [request])
+    scheduler.finish(request, FinishReason.ERROR, is_sound=False)
+    assert scheduler.shares["a"].service == 12
+
+
+def test_decodes_that_give_way_leave_their_tokens_to_chunks() -> None:
+    scheduler = make_scheduler(policy=FairShare(), max_num_seqs=4, **SMALL)
+    for arrival in range(4):
+        scheduler.add(a_request("heavy", 4, arrival=arrival))
+    for _ in range(2):
+        run_step(scheduler)
+    scheduler.add(a_request("light", 60, arrival=9))
+    output = run_step(scheduler)
+    assert len(output.preempted) == 1
+    assert (has(output, "heavy"), has(output, "light")) == (3, SMALL["max_num_batched_tokens"] - 3)
+
+
 def test_weights_divide_what_is_counted() -> None:
     policy = FairShare()
     request = a_request("a", 10)
