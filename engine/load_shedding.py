@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from cluster.errors import Overloaded
 from engine.request import Request
 
 REMEMBERED_S = 30.0  # seconds in which somebody waited; older ones weigh half
+FORGOTTEN_S = 600.0  # seconds in which nobody waited, after which no rate is known
 
 
 class LoadShedding:
@@ -27,7 +29,9 @@ class LoadShedding:
         self._max_queue_per_tenant = max_queue_per_tenant
         self._max_queue_wait_s = max_queue_wait_s
         self._num_starts = self._seconds = 0.0
-        self._last_s: float | None = None  # the last step that left somebody waiting
+        self._since_start_s = 0.0  # of the seconds, those after the last start
+        self._measured_s = -math.inf  # when a step last counted
+        self._last_s: float | None = None  # the last step, if it left somebody waiting
 
     def check(
         self, request: Request, waiting: Sequence[Request], num_idle: int, num_ahead: float
@@ -52,18 +56,37 @@ class LoadShedding:
             )
 
     def saw_step(self, num_starts: int, num_waiting: int) -> None:
-        """A step took on so many requests and left so many waiting."""
+        """A step took on so many requests for the first time, and left so many waiting."""
         now_s = time.monotonic()
+        if self._is_forgotten():
+            self._num_starts = self._seconds = 0.0
         if self._last_s is not None:
-            self._seconds += now_s - self._last_s
-            self._num_starts += num_starts
-        if self._seconds > REMEMBERED_S:
-            self._seconds, self._num_starts = self._seconds / 2, self._num_starts / 2
+            self._measure(now_s - self._last_s, num_starts)
+            self._measured_s = now_s
+        if num_starts or not num_waiting:
+            self._since_start_s = 0.0
         self._last_s = now_s if num_waiting else None
 
     def wait_s(self, num_ahead: float) -> float:
-        """How long so many starts take, by the rate of late; 0 while that isn't known."""
-        return max(0.0, num_ahead) * self._seconds / max(1.0, self._num_starts)
+        """How long so many starts take, by the rate of late, and at least as long as there has been
+        none; 0 while that isn't known.
+        """
+        if num_ahead <= 0 or self._is_forgotten():
+            return 0.0
+        return max(num_ahead * self._seconds / max(1.0, self._num_starts), self._since_start_s)
+
+    def _measure(self, seconds: float, num_starts: int) -> None:
+        """Somebody waited for so long. The last start or two are never halved away: where each
+        takes minutes, they are what is known.
+        """
+        self._seconds += seconds
+        self._since_start_s += seconds
+        self._num_starts += num_starts
+        if self._seconds > REMEMBERED_S and self._num_starts >= 2:
+            self._seconds, self._num_starts = self._seconds / 2, self._num_starts / 2
+
+    def _is_forgotten(self) -> bool:
+        return self._last_s is None and time.monotonic() - self._measured_s > FORGOTTEN_S
 
     def _most_s(self, request: Request) -> float | None:
         """How long the request may wait: as configured, and not past its deadline."""

@@ -172,7 +172,7 @@ class Scheduler:
                     continue
                 if self._held_up:
                     self._overtaken[request] = list(self._held_up)
-                num_starts += 1
+                num_starts += request.num_preemptions == 0
                 decodes.difference_update(output.preempted)
                 budget = self.max_num_batched_tokens - output.num_tokens  # some may have given way
                 limit = budget - len(decodes)

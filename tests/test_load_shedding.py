@@ -8,9 +8,10 @@ import pytest
 
 from cluster.errors import Overloaded
 from engine.fair_share import FairShare
-from engine.load_shedding import LoadShedding
+from engine.load_shedding import FORGOTTEN_S, LoadShedding
 from engine.policy import FirstComeFirstServed
-from engine.request import FinishReason, Request
+from engine.request import FinishReason, Request, RequestState
+from engine.scheduler import SchedulerOutput
 from tests.test_scheduler import make_request, make_scheduler, run_step
 
 
@@ -72,10 +73,45 @@ def test_what_would_wait_too_long_is_refused_at_once(monkeypatch: pytest.MonkeyP
     assert not is_refused(shedding, a_request("b"), waiting)  # it goes before them
     shedding.check(a_request("a"), waiting, 15, 20)  # the next step takes on fifteen
 
-    clock.now_s += 1000.0  # nobody waited: the rate stays
+    clock.now_s += FORGOTTEN_S  # nobody waited: the rate stays for a while
     shedding.saw_step(1, 0)
     assert shedding.wait_s(20) == 20
-    assert LoadShedding().wait_s(20) == 0
+    clock.now_s += 1.0
+    assert shedding.wait_s(20) == LoadShedding().wait_s(20) == 0
+    shedding.saw_step(0, 1)
+    assert shedding.wait_s(20) == 0
+
+
+def test_slow_starts_are_measured_as_slow_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    shedding = LoadShedding()
+    for second in range(601):
+        shedding.saw_step(second % 100 == 0 and second > 0, 5)
+        clock.now_s += 1.0
+    assert shedding.wait_s(3) == 300
+
+    for _ in range(100):
+        shedding.saw_step(10, 5)
+        clock.now_s += 1.0
+    assert 0.1 <= shedding.wait_s(1) < 0.2  # what was slow is past
+    for _ in range(60):
+        shedding.saw_step(0, 5)
+        clock.now_s += 1.0
+    assert shedding.wait_s(1) == pytest.approx(60)  # no start for so long
+    shedding.saw_step(0, 0)
+    assert shedding.wait_s(1) < 5  # nobody waits for it
+
+
+def test_coming_back_after_giving_way_is_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    steps: list[int] = []
+    monkeypatch.setattr(scheduler.load_shedding, "saw_step", lambda *step: steps.append(step[0]))
+    request = make_request("a", 4)
+    scheduler.add(request)
+    run_step(scheduler)
+    scheduler._preempt(request, SchedulerOutput())
+    run_step(scheduler)
+    assert request.state is RequestState.RUNNING and steps == [1, 0]
 
 
 def test_a_deadline_that_would_be_missed_is_refused_at_once(
