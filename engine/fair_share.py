@@ -22,7 +22,7 @@ class _Account:
     counter: float = 0.0
     service: float = 0.0
     weight: float = 1.0
-    num_running: int = 0  # when the step began
+    num_begun: int = 0  # requests that ran when the step began, or had given way
 
 
 class FairShare:
@@ -45,13 +45,13 @@ class FairShare:
         for tenant, own in by_tenant.items():
             account = self._accounts[tenant]
             account.weight = own[0].weight
-            account.num_running = sum(r.state is RequestState.RUNNING for r in own)
+            account.num_begun = sum(_has_begun(request) for request in own)
         self._lift({request.tenant for request in requests if _is_backlogged(request)})
         keyed = []
         for tenant, own in by_tenant.items():
-            counter, running = self._standing(tenant)
+            counter, begun = self._standing(tenant)
             for request in sorted(own, key=lambda r: (-r.priority, r.arrival_s)):
-                keyed.append(((counter, running), request))
+                keyed.append(((counter, begun), request))
                 counter += request.num_pending_tokens / request.weight  # about what it will cost
         return [request for _, request in sorted(keyed, key=lambda pair: pair[0])]
 
@@ -137,14 +137,20 @@ class FairShare:
         self._backlogged = backlogged
 
     def _standing(self, tenant: str) -> tuple[float, float]:
-        """The lowest goes first; of equals, as after a lift, who has less running."""
+        """The lowest goes first; of equals, as after a lift, who has less begun. If who gave way
+        went before equals that run, they would take turns without end: nothing is charged twice.
+        """
         account = self._accounts[tenant]
-        return account.counter, account.num_running / account.weight
+        return account.counter, account.num_begun / account.weight
 
 
 def _is_backlogged(request: Request) -> bool:
     """A decoding request gets its token in each step; all others compete for the budget."""
     return request.state is RequestState.WAITING or request.num_pending_tokens > 1
+
+
+def _has_begun(request: Request) -> bool:
+    return request.state is RequestState.RUNNING or request.num_preemptions > 0
 
 
 def _count(requests: Iterable[Request]) -> defaultdict[str, int]:

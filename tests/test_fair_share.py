@@ -336,6 +336,14 @@ def test_nothing_is_left_unused_while_somebody_waits(seed: int) -> None:
             scheduler.finish(request, FinishReason.ABORT)
 
 
+def test_who_gave_way_does_not_go_before_equals_that_run() -> None:
+    policy = FairShare()
+    runs, gave_way, new = (a_request(tenant, 8) for tenant in ("runs", "gave_way", "new"))
+    runs.state = RequestState.RUNNING
+    gave_way.num_preemptions = 1
+    assert policy.order([runs, gave_way, new]) == [new, runs, gave_way]
+
+
 def test_higher_priorities_go_first_within_a_tenant_only() -> None:
     scheduler = make_scheduler(policy=FairShare(), max_num_seqs=1)
     other = a_request("other", 4, arrival=0)
