@@ -36,6 +36,7 @@ from deployments.remote_decoder import RemoteDecoder
 from deployments.request_log import RequestLog
 from deployments.rpc import Methods
 from deployments.sessions import SessionService
+from deployments.tenant_threads import TenantThreads
 from deployments.tls import server_context, server_credentials
 from deployments.usage import UsageService
 from engine.tokenizer import Tokenizer
@@ -87,15 +88,15 @@ class Gateway:
         self._requests = RequestLog(metrics, log_dir)
         self._decoder = RemoteDecoder(find_decoder, secret, self._on_status, self._usage.count)
         self._health = Health(inference.NAME)
-        self._kept = kept
         self._local_socket = local_socket
         self._credentials = server_credentials(config)
         self._keys = admission if isinstance(admission, KeyAdmission) else None
-        conversations = Conversations(kept, self._decoder, tokenizer)
+        self._encoding = TenantThreads("encoding", num_threads=16, num_each=4, max_waiting=1024)
+        self._conversations = Conversations(kept, self._decoder, tokenizer, self._encoding)
         admission = admission or OpenAdmission()
-        answers = Answers(self._decoder, tokenizer, conversations)
+        answers = Answers(self._decoder, tokenizer, self._conversations, self._encoding)
         admin_service = Admin(self._status, self._keys, self._usage)
-        session_service = SessionService(conversations, self._decoder)
+        session_service = SessionService(self._conversations, self._decoder)
         self._server = self._make_server(
             Methods(metrics, admission, self._requests),
             Inference(answers),
@@ -107,7 +108,7 @@ class Gateway:
             routers = [
                 openai_router(answers),
                 page_router(),
-                page_api_router(admin_service, session_service, conversations),
+                page_api_router(admin_service, session_service, self._conversations),
             ]
             app = make_app(config, metrics, admission, self._requests, self._status, routers)
             self._http = HttpServer(app, config.host, config.http_port, server_context(config))
@@ -145,8 +146,8 @@ class Gateway:
             ends.append(self._http.stop(grace_s))
         await asyncio.gather(*ends)
         self._decoder.close()
-        if self._kept is not None:
-            self._kept.close()
+        self._conversations.close()
+        self._encoding.close()
         if self._keys is not None:
             await asyncio.to_thread(self._keys.close)
         await asyncio.to_thread(self._usage.close)

@@ -46,6 +46,8 @@ class Tokenizer:
         self._token_to_bytes = token_to_bytes(json.loads(self._backend.decoder.__getstate__()))
         self._id_to_bytes: dict[int, bytes] = {}  # filled as ids are met
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        # As the tokenizer writes it, with two or three bytes for some that are one in the text.
+        self.longest_token_bytes = max(len(t.encode()) for t in self._backend.get_vocab())
         self.bos_id: int | None = hf_tokenizer.bos_token_id
         ends = (hf_tokenizer.eos_token_id, *map(self._control_ids.get, (TURN_CLOSE, RESPONSE_OPEN)))
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))

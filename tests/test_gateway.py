@@ -298,6 +298,23 @@ def test_chat_goes_through_the_template(stub: InferenceStub) -> None:
     assert answer.usage.prompt_tokens == len(ids)
 
 
+def test_a_text_that_can_never_fit_is_not_even_encoded(
+    cluster: tuple[Decoder, Gateway], stub: InferenceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "encode_plain", lambda *_: pytest.fail("It was encoded."))
+    text = "x" * (2 * CONTEXT + 1)  # a token has two bytes at most
+    for call, request in (
+        (stub.Tokenize, TokenizeRequest(text=text)),
+        (stub.Tokenize, TokenizeRequest(messages=chat(text).messages)),
+        (stub.CompleteOnce, complete(text)),
+        (stub.ChatOnce, chat(text)),
+    ):
+        assert failure(lambda call=call, request=request: call(request)) == (
+            "INVALID_ARGUMENT",
+            "The prompt has 1,025 bytes; the context holds 512 tokens, which can't be so many.",
+        )
+
+
 def test_stop_strings_and_token_ids(stub: InferenceStub) -> None:
     answer = stub.CompleteOnce(complete(stop=["ef"], max_tokens=50))
     assert (answer.text, answer.finish_reason) == ("bcd", FINISH_REASON_STOP)

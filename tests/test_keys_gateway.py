@@ -301,6 +301,9 @@ def test_requests_in_flight_end_with_the_call(cluster: Cluster) -> None:
     next(iter(call))
     code, sentence = cluster.refusal(key)
     assert (code, "1 requests in flight" in sentence) == ("RESOURCE_EXHAUSTED", True)
+    tokenize = InferenceStub(cluster.channel).Tokenize
+    code, _ = failure(lambda: tokenize(TokenizeRequest(text="a"), metadata=metadata))
+    assert code == "RESOURCE_EXHAUSTED"
     call.cancel()
     wait_for(lambda: not cluster.decoder.engine.has_work)
     cluster.decoder.runner.step_s = 0.0
