@@ -42,6 +42,8 @@ from deployments.usage import UsageService
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 
+MAX_STREAMS = 1000  # calls at a time on one connection; more wait in the client
+IDLE_S = 600.0  # a connection without calls is closed; a client opens another one by itself
 HANDSHAKE_S = 10.0  # a connection that hasn't said by then that it speaks HTTP/2 is closed
 
 T = TypeVar("T")
@@ -175,6 +177,8 @@ class Gateway:
                 ("grpc.so_reuseport", 0),  # a second gateway on this port fails, and says so
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
+                ("grpc.max_concurrent_streams", MAX_STREAMS),
+                ("grpc.max_connection_idle_ms", int(IDLE_S * 1000)),
                 ("grpc.keepalive_time_ms", 30_000),  # notices a client whose machine is gone
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ]

@@ -298,6 +298,12 @@ def test_chat_goes_through_the_template(stub: InferenceStub) -> None:
     assert answer.usage.prompt_tokens == len(ids)
 
 
+@pytest.mark.parametrize("method", ["Complete", "CompleteOnce"])
+def test_a_call_without_a_message(channel: grpc.Channel, method: str) -> None:
+    call: Any = channel.stream_stream(f"/briolette.v1.Inference/{method}")
+    assert failure(lambda: next(call(iter(())))) == ("INVALID_ARGUMENT", "The call has no message.")
+
+
 def test_a_text_that_can_never_fit_is_not_even_encoded(
     cluster: tuple[Decoder, Gateway], stub: InferenceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -291,6 +292,17 @@ def test_sessions_are_a_tenants_own_and_cost_it_tokens(cluster: Cluster) -> None
         f"127.0.0.1:{cluster.gateway.port}", Access(cluster.operator.rotate_key("kim", 0.0))
     ) as again:
         assert not again.list_sessions()
+
+
+@pytest.mark.parametrize("method", ["Complete", "CompleteOnce"])
+def test_without_a_key_no_message_is_waited_for(cluster: Cluster, method: str) -> None:
+    call: Any = cluster.channel.stream_stream(f"/briolette.v1.Inference/{method}")
+    ends = threading.Event()
+    never = iter(lambda: ends.wait(30), True)
+    try:
+        assert failure(lambda: next(call(never, timeout=5)))[0] == "UNAUTHENTICATED"
+    finally:
+        ends.set()
 
 
 def test_requests_in_flight_end_with_the_call(cluster: Cluster) -> None:
