@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx2 as httpx
@@ -110,12 +111,20 @@ def test_over_quota(client: openai.OpenAI) -> None:
     assert caught.value.code == "rate_limit_exceeded"
 
 
-@pytest.mark.parametrize("client", [{"max_in_flight": 2}], indirect=True)
-def test_each_choice_is_a_request_in_flight(client: openai.OpenAI) -> None:
-    assert ask(client, n=2) == "bcdefghi"
+@pytest.mark.parametrize("client", [{"max_in_flight": 1}], indirect=True)
+def test_a_call_is_one_request_in_flight_whatever_its_choices(client: openai.OpenAI) -> None:
+    for _ in range(2):  # nothing stays behind
+        assert ask(client, n=3) == "bcdefghi"
+
+
+@pytest.mark.parametrize("client", [{"tokens_per_minute": 100}], indirect=True)
+def test_a_prompt_is_charged_once_and_all_of_a_call_together(client: openai.OpenAI) -> None:
+    complete = partial(client.completions.create, model="counter", temperature=0, max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="120 tokens"):  # no waiting helps
+        complete(prompt=["x" * 60, "y" * 60])
+    complete(prompt="x" * 60, n=8)
     with pytest.raises(openai.RateLimitError):
-        ask(client, n=3)
-    assert ask(client, n=2) == "bcdefghi"  # nothing stays behind
+        complete(prompt="x" * 60)
 
 
 def test_tls_with_and_without_clients_certificates(
