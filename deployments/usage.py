@@ -13,6 +13,7 @@ from protos.briolette.v1.stream_pb2 import Spent
 
 DEFAULT_DAYS = 30
 MAX_DAYS = 1000  # of one report
+FIRST_DAY = date(2000, 1, 1)
 
 
 class UsageService:
@@ -60,10 +61,17 @@ def _tenants(asked: str, call: Call) -> tuple[str, ...] | None:
 
 
 def _day(text: str, default: date) -> date:
+    if not text:
+        return default
     try:
-        return date.fromisoformat(text) if text else default
+        day = date.fromisoformat(text)
     except ValueError:
         raise InvalidRequest(f"{text!r} is no day; write it as 2026-11-24.") from None
+    if day < FIRST_DAY:
+        raise InvalidRequest(
+            f"There is no usage of {text}; the first day to ask for is {FIRST_DAY}."
+        )
+    return day
 
 
 def _to_message(day: DayUsed) -> DayUsage:
