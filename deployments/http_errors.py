@@ -112,7 +112,7 @@ def to_body(error: BrioletteError) -> ErrorBody:
     """An error as the body of an answer, or as an event of a stream."""
     code = CODES.get(type(error), STATUS_CODES.get(error.status))
     param = error.param if isinstance(error, InvalidField) else None
-    return error_body(HTTP_STATUS.get(error.status, 500), str(error), param, code)
+    return error_body(HTTP_STATUS.get(error.status, 500), error.sentence, param, code)
 
 
 def error_body(

@@ -126,7 +126,7 @@ async def abort(context: Context, error: BrioletteError) -> NoReturn:
     """End a call with an error's status and sentence, and with the delay to try again after, as
     google.rpc.RetryInfo in the details of the status and as `retry-after-s`, in seconds.
     """
-    code, sentence, delay_s = grpc.StatusCode[error.status], str(error), error.retry_after_s
+    code, sentence, delay_s = grpc.StatusCode[error.status], error.sentence, error.retry_after_s
     trailing: tuple[tuple[str, str | bytes], ...] = ()
     if delay_s is not None:
         info = RetryInfo()
