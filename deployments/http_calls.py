@@ -63,9 +63,10 @@ class Calls:
             self._metrics.gateway_requests_total(NOBODY, name, error.status).inc()
             self._requests.ended(None, name, error.status, error)
             raise
-        call = state["call"] = Call(lease, timeout_s(headers), state["request_id"])
+        call = state["call"] = Call(lease, request_id=state["request_id"])
         self._metrics.gateway_streams(call.tenant, name).inc()
         try:
+            call.timeout_s = timeout_s(headers)
             body = await read_body(receive, self._max_body_bytes)
             await while_connected(app, scope, body, receive, send)
         except ClientGone as error:

@@ -87,12 +87,23 @@ def test_a_key_is_needed(client: openai.OpenAI, registry: CollectorRegistry) -> 
     assert caught.value.code == "invalid_api_key"
     labels = {"tenant": "(none)", "method": "/v1/completions", "status": "UNAUTHENTICATED"}
     assert registry.get_sample_value("briolette_gateway_requests_total", labels) == 1
-    by_name = httpx.get(f"{client.base_url}models", headers={"x-api-key": client.api_key})
-    assert by_name.status_code == 200
+    for other in ({}, {"authorization": "Bearer"}, {"authorization": "Basic eDp5"}):
+        headers = {"x-api-key": client.api_key, **other}
+        assert httpx.get(f"{client.base_url}models", headers=headers).status_code == 200
     elsewhere = httpx.get(
         f"{client.base_url}models", headers={"x-api-key": client.api_key, "host": "gpu.example"}
     )
     assert elsewhere.status_code == 200
+
+
+def test_a_bad_deadline_is_counted_as_the_tenants(
+    client: openai.OpenAI, registry: CollectorRegistry
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="x-request-timeout"):
+        client.models.list(extra_headers={"x-request-timeout": "soon"})
+    samples = [sample for metric in registry.collect() for sample in metric.samples]
+    ended = [s.labels for s in samples if s.name == "briolette_gateway_requests_total"]
+    assert ("/v1/models", "INVALID_ARGUMENT") in [(e["method"], e["status"]) for e in ended]
 
 
 @pytest.mark.parametrize("client", [{"models": ("another",)}], indirect=True)
