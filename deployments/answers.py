@@ -94,6 +94,7 @@ class Answers:
             timeout_s=call.time_remaining_s,
             kv_bytes=call.lease.tenant.kv_bytes or 0,
         )
+        self._check_model(request.model, call)  # which wasn't known at first, perhaps
         call.answered.begin(self._decoder.status.model, len(prompt_ids))
         ttft_s = None
         async with aclosing(charged(self._decoder, add, call.lease)) as outputs:
