@@ -85,7 +85,8 @@ class Tokenizer:
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of a text in which nothing counts as a control token."""
         check_text(text)
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        # As a batch of one: for a single text the library would hold up all other threads.
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of token ids, special tokens skipped; U+FFFD for bytes that are no character."""
