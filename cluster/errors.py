@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
+MAX_SENTENCE = 500  # characters: gRPC drops an answer with a longer one
+
 
 class BrioletteError(Exception):
     """Base of every error that reaches a user: one sentence that says what to change.
@@ -15,6 +17,12 @@ class BrioletteError(Exception):
 
     status: ClassVar[str] = "INTERNAL"
     retry_after_s: float | None = None
+
+    @property
+    def sentence(self) -> str:
+        """What a client is told, cut where much of what it sent itself stands in it."""
+        text = str(self)
+        return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 1]}…"
 
     @property
     def kind(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
@@ -16,6 +15,7 @@ from deployments.conversations import Conversations
 from deployments.messages import to_sampling_params
 from deployments.remote_decoder import RemoteDecoder
 from deployments.streams import merge
+from deployments.tenant_threads import TenantThreads
 from engine.grammar import Grammars
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.inference_pb2 import (
@@ -38,12 +38,18 @@ class Answers:
     """What gRPC and HTTP offer, on top of a decoder that may come and go."""
 
     def __init__(
-        self, decoder: RemoteDecoder, tokenizer: Tokenizer, conversations: Conversations
+        self,
+        decoder: RemoteDecoder,
+        tokenizer: Tokenizer,
+        conversations: Conversations,
+        encoding: TenantThreads,
     ) -> None:
+        """The tokenizer runs in the threads of `encoding`."""
         self._decoder = decoder
         self._tokenizer = tokenizer
         self._grammars = Grammars(tokenizer)
         self._conversations = conversations
+        self._encoding = encoding
 
     @property
     def model(self) -> str:
@@ -63,7 +69,7 @@ class Answers:
             if isinstance(request, ChatRequest) and request.session:
                 outputs = self._turn(request, call)
             else:
-                outputs = self._answer(await self._encode(request), request, call)
+                outputs = self._answer(await self._encode(request, call), request, call)
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output.generation
@@ -78,7 +84,7 @@ class Answers:
         self._check_length(prompt_ids)
         add = Add(
             prompt_ids=prompt_ids,
-            sampling=await self._sampling(request),
+            sampling=await self._sampling(request, call),
             chat=isinstance(request, ChatRequest),
             request_id=call.request_id,
             tenant=call.tenant,
@@ -88,6 +94,7 @@ class Answers:
             timeout_s=call.time_remaining_s,
             kv_bytes=call.lease.tenant.kv_bytes or 0,
         )
+        self._check_model(request.model, call)  # which wasn't known at first, perhaps
         call.answered.begin(self._decoder.status.model, len(prompt_ids))
         ttft_s = None
         async with aclosing(charged(self._decoder, add, call.lease)) as outputs:
@@ -112,6 +119,7 @@ class Answers:
         async with conversations.hold(tenant, request.session):
             before = await conversations.load_or_begin(tenant, request.session)
             options = to_options(request)
+            self._check_size(message.content for message in request.messages)
             prompt_ids = await conversations.prompt(before, request.messages, options)
             outputs = self._answer(prompt_ids, request, call, request.session)
             async with aclosing(outputs):
@@ -133,9 +141,11 @@ class Answers:
 
     async def tokenize(self, request: TokenizeRequest, call: Call) -> TokenizeResponse:
         self._check_model(request.model, call)
-        if request.messages:
-            return TokenizeResponse(token_ids=await self._encode_chat(request.messages))
-        ids = await asyncio.to_thread(self._tokenizer.encode, request.text)
+        with call.lease:
+            if request.messages:
+                ids = await self._encode_chat(request.messages, call)
+            else:
+                ids = await self._encode_text(request.text, call)
         return TokenizeResponse(token_ids=ids)
 
     async def list_models(self, _: ListModelsRequest, call: Call) -> ListModelsResponse:
@@ -147,27 +157,38 @@ class Answers:
         )
         return ListModelsResponse(models=[model])
 
-    async def _encode(self, request: ChatRequest | CompleteRequest) -> list[int]:
+    async def _encode(self, request: ChatRequest | CompleteRequest, call: Call) -> list[int]:
         if isinstance(request, ChatRequest):
-            return await self._encode_chat(request.messages, **to_options(request))
+            return await self._encode_chat(request.messages, call, **to_options(request))
         if request.WhichOneof("prompt") == "token_ids":
             return list(request.token_ids.ids)
         if not request.text:
             raise InvalidRequest("The prompt is empty.")
-        return await asyncio.to_thread(self._tokenizer.encode, request.text)
+        return await self._encode_text(request.text, call)
 
-    async def _encode_chat(self, messages: Iterable[Message], **options: Any) -> list[int]:
+    async def _encode_text(self, text: str, call: Call) -> list[int]:
+        self._check_size([text])
+        return await self._encoding.run(call.tenant, self._tokenizer.encode, text)
+
+    async def _encode_chat(
+        self, messages: Iterable[Message], call: Call, **options: Any
+    ) -> list[int]:
         turns = to_turns(messages)
-        return await asyncio.to_thread(self._tokenizer.apply_chat_template, turns, **options)
+        self._check_size(turn["content"] for turn in turns)
+        return await self._encoding.run(
+            call.tenant, self._tokenizer.apply_chat_template, turns, **options
+        )
 
-    async def _sampling(self, request: ChatRequest | CompleteRequest) -> Sampling:
+    async def _sampling(self, request: ChatRequest | CompleteRequest, call: Call) -> Sampling:
         """What is wrong with it is told here: a huge list, or a grammar, would hold up a step."""
         sampling = request.sampling
         if isinstance(request, ChatRequest):
-            sampling = await asyncio.to_thread(to_sampling, request, self._tokenizer.dialect)
+            sampling = await self._encoding.run(
+                call.tenant, to_sampling, request, self._tokenizer.dialect
+            )
         grammar = to_sampling_params(sampling).grammar
         if grammar is not None:
-            await asyncio.to_thread(self._grammars.compile, grammar)
+            await self._encoding.run(call.tenant, self._grammars.compile, grammar)
         return sampling
 
     def _check_model(self, model: str, call: Call) -> None:
@@ -176,6 +197,16 @@ class Answers:
             raise UnknownModel(f"No model {model!r} here; this cluster serves {served}.")
         if served:
             call.lease.tenant.check_model(served)
+
+    def _check_size(self, texts: Iterable[str]) -> None:
+        """Before they are encoded, which takes seconds for a text of megabytes."""
+        limit = self._decoder.status.context_tokens
+        num_bytes = sum(len(text.encode()) for text in texts)
+        if limit and num_bytes > limit * self._tokenizer.longest_token_bytes:
+            raise ContextTooLong(
+                f"The prompt has {num_bytes:,} bytes; the context holds {limit:,} tokens, which "
+                "can't be so many."
+            )
 
     def _check_length(self, prompt_ids: list[int]) -> None:
         """Here already: in the decoder, a huge prompt would hold up everybody's step."""

@@ -60,4 +60,4 @@ def key_in(header: Callable[[str], str | None]) -> str | None:
     looks one up by its name in small letters.
     """
     scheme, _, key = (header("authorization") or "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else header("x-api-key")
+    return (scheme.lower() == "bearer" and key.strip()) or header("x-api-key")

@@ -9,16 +9,16 @@ models are trained without those of earlier turns, and a context would soon be f
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from cluster.errors import ConfigError, InvalidRequest, SessionInUse, UnknownSession
 from cluster.sessions import Sessions, check_name
 from deployments.chat_request import to_turns
 from deployments.remote_decoder import RemoteDecoder
+from deployments.tenant_threads import TenantThreads
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.inference_pb2 import (
     FINISH_REASON_LENGTH,
@@ -28,6 +28,9 @@ from protos.briolette.v1.inference_pb2 import (
 )
 
 NO_OPTIONS = {"tools": [], "thinking": False}
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,20 @@ class Conversations:
     """The kept conversations of all tenants, one caller at a time for each."""
 
     def __init__(
-        self, sessions: Sessions | None, decoder: RemoteDecoder, tokenizer: Tokenizer
+        self,
+        sessions: Sessions | None,
+        decoder: RemoteDecoder,
+        tokenizer: Tokenizer,
+        encoding: TenantThreads,
     ) -> None:
-        """`sessions` is None where there is no store: then every call raises ConfigError."""
+        """`sessions` is None where there is no store: then every call raises ConfigError. The
+        tokenizer runs in the threads of `encoding`.
+        """
         self._sessions = sessions
         self._decoder = decoder
         self._tokenizer = tokenizer
+        self._encoding = encoding
+        self._threads = TenantThreads("the store", num_threads=8, num_each=2, max_waiting=64)
         self._held: set[tuple[str, str]] = set()
 
     @property
@@ -63,6 +74,16 @@ class Conversations:
                 "engine.prefix_caching set to true."
             )
         return self._sessions
+
+    async def ask(self, tenant: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a call of `sessions` returns, made in a thread. Raises Overloaded too."""
+        return await self._threads.run(tenant, call, *args, **kwargs)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._threads.close()
+        if self._sessions is not None:
+            self._sessions.close()
 
     @asynccontextmanager
     async def hold(self, tenant: str, name: str) -> AsyncIterator[None]:
@@ -78,7 +99,7 @@ class Conversations:
 
     async def load(self, tenant: str, name: str) -> Conversation:
         """Raises UnknownSession."""
-        kept = await asyncio.to_thread(self.sessions.load, tenant, name)
+        kept = await self.ask(tenant, self.sessions.load, tenant, name)
         fingerprint = self._decoder.status.kv_fingerprint
         is_same_model = fingerprint != "" and kept.fingerprint == fingerprint
         token_ids = kept.content["token_ids"] if is_same_model else []
@@ -102,16 +123,23 @@ class Conversations:
         if len(messages) == len(conversation.messages):
             raise InvalidRequest("A chat needs at least one message.")
         if not conversation.token_ids or conversation.options != options:
-            return await asyncio.to_thread(self._tokenizer.apply_chat_template, messages, **options)
+            return await self._encoding.run(
+                conversation.tenant, self._tokenizer.apply_chat_template, messages, **options
+            )
         known = len(conversation.messages), conversation.token_ids
-        return await asyncio.to_thread(self._tokenizer.extend_chat, messages, *known, **options)
+        return await self._encoding.run(
+            conversation.tenant, self._tokenizer.extend_chat, messages, *known, **options
+        )
 
     async def whole(self, conversation: Conversation) -> list[int]:
         """Token ids from which the next turn goes on."""
         if conversation.token_ids:
             return conversation.token_ids
-        return await asyncio.to_thread(
-            self._tokenizer.apply_chat_template, conversation.messages, **conversation.options
+        return await self._encoding.run(
+            conversation.tenant,
+            self._tokenizer.apply_chat_template,
+            conversation.messages,
+            **conversation.options,
         )
 
     async def keep(
@@ -127,7 +155,8 @@ class Conversations:
         messages = [*before.messages, *to_turns(new), _said(answer)]
         token_ids = self._lasting_ids(prompt_ids, answer)
         traces = self._decoder.traces(before.tenant, before.name)
-        missing = await asyncio.to_thread(
+        missing = await self.ask(
+            before.tenant,
             self.sessions.save,
             before.tenant,
             before.name,
@@ -145,7 +174,7 @@ class Conversations:
     async def delete(self, tenant: str, name: str) -> None:
         """Remove it and what cancelled turns have left from the store. Raises UnknownSession."""
         traces = self._decoder.traces(tenant, name)
-        removed = await asyncio.to_thread(self.sessions.delete, tenant, name, traces)
+        removed = await self.ask(tenant, self.sessions.delete, tenant, name, traces)
         self._decoder.forget_traces(tenant, name, traces)
         self._decoder.tell_missing(tenant, removed)
 

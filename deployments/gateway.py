@@ -36,11 +36,14 @@ from deployments.remote_decoder import RemoteDecoder
 from deployments.request_log import RequestLog
 from deployments.rpc import Methods
 from deployments.sessions import SessionService
+from deployments.tenant_threads import TenantThreads
 from deployments.tls import server_context, server_credentials
 from deployments.usage import UsageService
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 
+MAX_STREAMS = 1000  # calls at a time on one connection; more wait in the client
+IDLE_S = 600.0  # a connection without calls is closed; a client opens another one by itself
 HANDSHAKE_S = 10.0  # a connection that hasn't said by then that it speaks HTTP/2 is closed
 
 T = TypeVar("T")
@@ -87,15 +90,15 @@ class Gateway:
         self._requests = RequestLog(metrics, log_dir)
         self._decoder = RemoteDecoder(find_decoder, secret, self._on_status, self._usage.count)
         self._health = Health(inference.NAME)
-        self._kept = kept
         self._local_socket = local_socket
         self._credentials = server_credentials(config)
         self._keys = admission if isinstance(admission, KeyAdmission) else None
-        conversations = Conversations(kept, self._decoder, tokenizer)
+        self._encoding = TenantThreads("encoding", num_threads=16, num_each=4, max_waiting=1024)
+        self._conversations = Conversations(kept, self._decoder, tokenizer, self._encoding)
         admission = admission or OpenAdmission()
-        answers = Answers(self._decoder, tokenizer, conversations)
+        answers = Answers(self._decoder, tokenizer, self._conversations, self._encoding)
         admin_service = Admin(self._status, self._keys, self._usage)
-        session_service = SessionService(conversations, self._decoder)
+        session_service = SessionService(self._conversations, self._decoder)
         self._server = self._make_server(
             Methods(metrics, admission, self._requests),
             Inference(answers),
@@ -107,7 +110,7 @@ class Gateway:
             routers = [
                 openai_router(answers),
                 page_router(),
-                page_api_router(admin_service, session_service, conversations),
+                page_api_router(admin_service, session_service, self._conversations),
             ]
             app = make_app(config, metrics, admission, self._requests, self._status, routers)
             self._http = HttpServer(app, config.host, config.http_port, server_context(config))
@@ -145,8 +148,8 @@ class Gateway:
             ends.append(self._http.stop(grace_s))
         await asyncio.gather(*ends)
         self._decoder.close()
-        if self._kept is not None:
-            self._kept.close()
+        self._conversations.close()
+        self._encoding.close()
         if self._keys is not None:
             await asyncio.to_thread(self._keys.close)
         await asyncio.to_thread(self._usage.close)
@@ -174,6 +177,8 @@ class Gateway:
                 ("grpc.so_reuseport", 0),  # a second gateway on this port fails, and says so
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
+                ("grpc.max_concurrent_streams", MAX_STREAMS),
+                ("grpc.max_connection_idle_ms", int(IDLE_S * 1000)),
                 ("grpc.keepalive_time_ms", 30_000),  # notices a client whose machine is gone
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import BrioletteError, InvalidRequest, Overloaded, Unavailable
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission
 from deployments.call import Call, key_in
+from deployments.http_body import checked
 from deployments.request_log import NOBODY, RequestLog
 
 BODY_S = 60.0  # for the whole body of a request to arrive
@@ -59,9 +63,10 @@ class Calls:
             self._metrics.gateway_requests_total(NOBODY, name, error.status).inc()
             self._requests.ended(None, name, error.status, error)
             raise
-        call = state["call"] = Call(lease, timeout_s(headers), state["request_id"])
+        call = state["call"] = Call(lease, request_id=state["request_id"])
         self._metrics.gateway_streams(call.tenant, name).inc()
         try:
+            call.timeout_s = timeout_s(headers)
             body = await read_body(receive, self._max_body_bytes)
             await while_connected(app, scope, body, receive, send)
         except ClientGone as error:
@@ -98,6 +103,17 @@ class AdmittedRoute(APIRoute):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         calls: Calls = scope["app"].state.calls
         await calls.answer(self.path, super().handle, scope, receive, send)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler, body = super().get_route_handler(), self.body_field
+        if body is None:
+            return handler
+        model = cast(type[BaseModel], body.field_info.annotation)
+
+        async def handle(request: Request) -> Response:
+            return await handler(await checked(request, model))
+
+        return handle
 
 
 async def current_call(request: Request) -> Call:  # a plain def would run in a thread

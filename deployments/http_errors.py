@@ -79,7 +79,7 @@ def handle_errors(app: FastAPI) -> None:
         if "json" not in request.headers.get("content-type", ""):
             sentence = "The body must be JSON, and content-type: application/json say so."
             return await on_ours(request, InvalidField(sentence, None))
-        return await on_ours(request, to_invalid_field(error))
+        return await on_ours(request, to_invalid_field(error.errors()[0]))
 
     async def on_half_character(request: Request, _: Exception) -> JSONResponse:
         return await on_ours(request, InvalidField("A text holds half a character.", None))
@@ -112,7 +112,7 @@ def to_body(error: BrioletteError) -> ErrorBody:
     """An error as the body of an answer, or as an event of a stream."""
     code = CODES.get(type(error), STATUS_CODES.get(error.status))
     param = error.param if isinstance(error, InvalidField) else None
-    return error_body(HTTP_STATUS.get(error.status, 500), str(error), param, code)
+    return error_body(HTTP_STATUS.get(error.status, 500), error.sentence, param, code)
 
 
 def error_body(
@@ -123,12 +123,9 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def to_invalid_field(error: RequestValidationError) -> InvalidField:
-    """The first thing that is wrong with a body, as a sentence."""
-    first: Mapping[str, Any] = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return InvalidField(f"The body is not valid JSON: {first['ctx']['error']}.", None)
-    place = [str(part) for part in first["loc"] if part != "body"]
-    message = f"{first['msg'].removeprefix('Value error, ').rstrip('.')}."
+def to_invalid_field(error: Mapping[str, Any]) -> InvalidField:
+    """What pydantic says of a field, as a sentence."""
+    place = [str(part) for part in error["loc"] if part != "body"]
+    message = f"{error['msg'].removeprefix('Value error, ').rstrip('.')}."
     param = ".".join(place) or None
     return InvalidField(f"{param}: {message}" if param else f"The body: {message}", param)

@@ -37,6 +37,7 @@ class EventStream(Response):
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._events = events
+        self._writing = asyncio.Lock()  # a sign of life may come while an event is sent
         self._is_begun = False
         self._is_silent = True  # since the last sign of life
 
@@ -60,6 +61,7 @@ class EventStream(Response):
             await self._write(_error_event(error_body(500, sentence)), send)
         finally:
             beats.cancel()
+            await asyncio.gather(beats, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _beat(self, send: Send) -> None:
@@ -70,12 +72,13 @@ class EventStream(Response):
             self._is_silent = True
 
     async def _write(self, data: bytes, send: Send) -> None:
-        if not self._is_begun:
-            self._is_begun = True
-            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-            await send(start)
-        self._is_silent = False
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+        async with self._writing:
+            if not self._is_begun:
+                self._is_begun = True
+                start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                await send(start)
+            self._is_silent = False
+            await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 def _error_event(body: ErrorBody) -> bytes:

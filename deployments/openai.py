@@ -60,7 +60,7 @@ def openai_router(answers: Answers) -> APIRouter:
         call: Call,
     ) -> Response:
         answer = form(call.request_id, body.model or answers.model, answers.token_bytes)
-        pieces = generate_all(answers, requests, call)
+        pieces = generate_all(answers, requests, call, body.n)
         if not body.stream:
             return await whole(answer, pieces, len(requests), body.n)
         wants_usage = body.stream_options.include_usage

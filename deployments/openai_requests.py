@@ -40,18 +40,17 @@ TOOL_CHOICES = {
 def to_chat_requests(body: ChatBody) -> list[ChatRequest]:
     """One request per choice. Raises InvalidField for what can't be done here."""
     _refuse_in_chat(body)
-    requests = []
-    for sampling in _samplings(body, 1):
-        request = ChatRequest(
-            model=body.model,
-            messages=map(_message, body.messages),
-            sampling=sampling,
-            tools=map(_tool, body.tools),
-            thinking=_thinks(body),
-            priority=body.priority,
-        )
-        _set_tool_choice(request, body)
-        requests.append(request)
+    request = ChatRequest(
+        model=body.model,
+        messages=map(_message, body.messages),
+        tools=map(_tool, body.tools),
+        thinking=_thinks(body),
+        priority=body.priority,
+    )
+    _set_tool_choice(request, body)
+    requests = [ChatRequest(sampling=sampling) for sampling in _samplings(body, 1)]
+    for own in requests:
+        own.MergeFrom(request)
     return requests
 
 
@@ -189,12 +188,11 @@ def _prompts(body: CompletionBody) -> Sequence[str | Sequence[int]]:
     prompt = body.prompt
     if isinstance(prompt, str):
         return [prompt]
-    ids = [item for item in prompt if isinstance(item, int)]
-    if ids:
-        return [ids]
     if not prompt:
         raise InvalidField("The prompt is empty.", "prompt")
-    return [item for item in prompt if not isinstance(item, int)]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return prompt
 
 
 def _refuse_in_chat(body: ChatBody) -> None:

@@ -5,11 +5,18 @@ Ranges are checked by the engine (`SamplingParams`), for both dialects.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 MAX_CHOICES = 128  # answers to one request
+MAX_ITEMS = 4096  # of a list in a request, token ids apart
+
+T = TypeVar("T")
+
+# The first bad item ends the check: an error for each would take seconds.
+Ids = Annotated[list[T], Field(fail_fast=True)]
+Items = Annotated[list[T], Field(fail_fast=True, max_length=MAX_ITEMS)]
 
 U32 = Annotated[int, Field(ge=0, lt=2**32)]
 I32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -48,14 +55,14 @@ class SamplingFields(Fields):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: I64 | None = None
-    stop: str | list[str] = []
-    logit_bias: dict[str, float] = {}  # refused unless empty
+    stop: str | Items[str] = []
+    logit_bias: dict[str, Any] = {}  # refused unless empty
 
     # Not of OpenAI.
     top_k: I32 | None = None  # -1 keeps all
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[U32] = []
+    stop_token_ids: Ids[U32] = []
     ignore_eos: bool = False
     priority: I32 = 0
 
@@ -87,9 +94,9 @@ class ChatMessage(Fields):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] = ""
+    content: str | Items[ContentPart] = ""
     reasoning_content: str = ""
-    tool_calls: list[CallField] = []
+    tool_calls: Items[CallField] = []
     tool_call_id: str = ""
 
 
@@ -143,24 +150,38 @@ class TemplateArguments(Fields):
 class ChatBody(SamplingFields):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
+    messages: Items[ChatMessage]
     max_completion_tokens: U32 | None = None
     logprobs: bool = False
     top_logprobs: U32 = 0
-    tools: list[ToolField] = []
+    tools: Items[ToolField] = []
     tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
     parallel_tool_calls: bool = True
     response_format: ResponseFormat = ResponseFormat(type="text")
     reasoning_effort: str = "none"
     chat_template_kwargs: TemplateArguments = TemplateArguments()
-    modalities: list[str] = ["text"]
-    functions: list[Any] = []  # refused: the older form of tools
+    modalities: Items[str] = ["text"]
+    functions: Items[Any] = []  # refused: the older form of tools
+
+
+def _kind(prompt: Any) -> str:
+    """Which of a prompt's forms to hold it to, so that only one is tried."""
+    if not isinstance(prompt, list):
+        return "text"
+    first = prompt[0] if prompt else ""
+    return "texts" if isinstance(first, str) else "id_lists" if isinstance(first, list) else "ids"
 
 
 class CompletionBody(SamplingFields):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[U32] | list[list[U32]]
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[Items[str], Tag("texts")]
+        | Annotated[Ids[U32], Tag("ids")]
+        | Annotated[Items[Ids[U32]], Tag("id_lists")],
+        Discriminator(_kind),
+    ]
     logprobs: U32 | None = None
     echo: bool = False  # refused
     suffix: str = ""  # refused

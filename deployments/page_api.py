@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import mimetypes
 from pathlib import Path
@@ -75,7 +74,8 @@ def page_api_router(
         answer = await sessions.list_all(ListSessionsRequest(), call)
         status = await admin.get_status(GetStatusRequest(), call)
         tenants = [load.tenant for load in status.tenants]
-        stored_bytes = await asyncio.to_thread(conversations.sessions.used_bytes, tenants)
+        used_bytes = conversations.sessions.used_bytes
+        stored_bytes = await conversations.ask(call.tenant, used_bytes, tenants)
         return {**to_json(answer), "stored_bytes": stored_bytes}
 
     @router.put("/sessions/parked")

@@ -20,6 +20,7 @@ from cluster.tenancy import Admission
 from deployments.call import Call, key_in
 from deployments.request_log import NOBODY, RequestLog
 
+MESSAGE_S = 60.0  # for the message of a request to arrive
 STALL_S = 20.0  # a client that takes no message for so long is not reading
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,11 @@ class StalledClient(Overloaded):
 
 
 class Methods:
-    """Makes gRPC handlers of methods that take parsed requests and raise our errors."""
+    """Makes gRPC handlers of methods that take parsed requests and raise our errors.
+
+    To gRPC each takes a stream, which looks the same on the wire: of another method's handler it
+    reads the message before it calls it, so that whoever has no key could fill the memory.
+    """
 
     def __init__(self, metrics: Metrics, admission: Admission, requests: RequestLog) -> None:
         self._metrics = metrics
@@ -47,14 +52,14 @@ class Methods:
     ) -> Handler:
         """A server-streaming method."""
 
-        async def handle(data: bytes, context: Context) -> None:
+        async def handle(_: object, context: Context) -> None:
             async with self._answering(name, context) as call:
-                request = parse(request_type, data)
+                request = await read(context, request_type)
                 async with aclosing(method(request, call)) as messages:
                     async for message in messages:
                         await write(context, message)
 
-        return grpc.unary_stream_rpc_method_handler(handle, None, serialize)
+        return grpc.stream_stream_rpc_method_handler(handle, None, serialize)
 
     def unary(
         self,
@@ -64,12 +69,12 @@ class Methods:
     ) -> Handler:
         """A method with one message each way."""
 
-        async def handle(data: bytes, context: Context) -> Message | None:
+        async def handle(_: object, context: Context) -> None:
             async with self._answering(name, context) as call:
-                return await method(parse(request_type, data), call)
-            return None  # never reached: an error has ended in a status
+                request = await read(context, request_type)
+                await write(context, await method(request, call))
 
-        return grpc.unary_unary_rpc_method_handler(handle, None, serialize)
+        return grpc.stream_stream_rpc_method_handler(handle, None, serialize)
 
     @asynccontextmanager
     async def _answering(self, name: str, context: Context) -> AsyncIterator[Call]:
@@ -121,7 +126,7 @@ async def abort(context: Context, error: BrioletteError) -> NoReturn:
     """End a call with an error's status and sentence, and with the delay to try again after, as
     google.rpc.RetryInfo in the details of the status and as `retry-after-s`, in seconds.
     """
-    code, sentence, delay_s = grpc.StatusCode[error.status], str(error), error.retry_after_s
+    code, sentence, delay_s = grpc.StatusCode[error.status], error.sentence, error.retry_after_s
     trailing: tuple[tuple[str, str | bytes], ...] = ()
     if delay_s is not None:
         info = RetryInfo()
@@ -130,6 +135,18 @@ async def abort(context: Context, error: BrioletteError) -> NoReturn:
         status.details.add().Pack(info)
         trailing = (*to_status(status).trailing_metadata, ("retry-after-s", f"{delay_s:.3f}"))
     await context.abort(code, sentence, trailing)
+
+
+async def read(context: Context, request_type: type[Message]) -> Message:
+    """The one message of a request. Raises InvalidRequest."""
+    try:
+        async with asyncio.timeout(MESSAGE_S):
+            data = await context.read()
+    except TimeoutError:
+        raise InvalidRequest(f"The message didn't arrive within {MESSAGE_S:g} s.") from None
+    if data is grpc.aio.EOF:
+        raise InvalidRequest("The call has no message.")
+    return parse(request_type, data)
 
 
 def parse(request_type: type[Message], data: bytes) -> Message:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from contextlib import aclosing
@@ -60,7 +59,7 @@ class SessionService:
 
     async def list_all(self, _: ListSessionsRequest, call: Call) -> ListSessionsResponse:
         tenant = call.tenant
-        infos = await asyncio.to_thread(self._conversations.sessions.list, tenant)
+        infos = await self._conversations.ask(tenant, self._conversations.sessions.list, tenant)
         in_memory = await self._in_memory(tenant)
         return ListSessionsResponse(sessions=[to_session(info, in_memory) for info in infos])
 
@@ -118,7 +117,8 @@ class SessionService:
             return DeleteSessionResponse(freed_bytes=freed_bytes)
 
     async def _session(self, tenant: str, name: str) -> Session:
-        info = await asyncio.to_thread(self._conversations.sessions.info, tenant, name)
+        sessions = self._conversations.sessions
+        info = await self._conversations.ask(tenant, sessions.info, tenant, name)
         return to_session(info, await self._in_memory(tenant))
 
     async def _in_memory(self, tenant: str) -> Mapping[str, int] | None:

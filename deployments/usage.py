@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import date, timedelta
 
 from cluster.errors import InvalidRequest, PermissionDenied
 from cluster.usage import DayUsed, UsageBooks, Used, today
 from deployments.call import Call
+from deployments.tenant_threads import TenantThreads
 from protos.briolette.v1.admin_pb2 import DayUsage, GetUsageRequest, GetUsageResponse
 from protos.briolette.v1.stream_pb2 import Spent
 
 DEFAULT_DAYS = 30
 MAX_DAYS = 1000  # of one report
+FIRST_DAY = date(2000, 1, 1)
 
 
 class UsageService:
@@ -20,6 +21,7 @@ class UsageService:
 
     def __init__(self, books: UsageBooks) -> None:
         self._books = books
+        self._threads = TenantThreads("usage", num_threads=4, num_each=2, max_waiting=16)
 
     def count(self, spent: Spent) -> None:
         """A request has ended."""
@@ -40,11 +42,12 @@ class UsageService:
         if (until - since).days >= MAX_DAYS:
             raise InvalidRequest(f"A report has at most {MAX_DAYS} days; ask for fewer at a time.")
         tenants = _tenants(request.tenant, call)
-        days = await asyncio.to_thread(self._books.read, since, until, tenants)
+        days = await self._threads.run(call.tenant, self._books.read, since, until, tenants)
         return GetUsageResponse(days=map(_to_message, days))
 
     def close(self) -> None:
         """Write what isn't written yet. Waits for Redis."""
+        self._threads.close()
         self._books.close()
 
 
@@ -58,10 +61,17 @@ def _tenants(asked: str, call: Call) -> tuple[str, ...] | None:
 
 
 def _day(text: str, default: date) -> date:
+    if not text:
+        return default
     try:
-        return date.fromisoformat(text) if text else default
+        day = date.fromisoformat(text)
     except ValueError:
         raise InvalidRequest(f"{text!r} is no day; write it as 2026-11-24.") from None
+    if day < FIRST_DAY:
+        raise InvalidRequest(
+            f"There is no usage of {text}; the first day to ask for is {FIRST_DAY}."
+        )
+    return day
 
 
 def _to_message(day: DayUsed) -> DayUsage:

@@ -46,6 +46,8 @@ class Tokenizer:
         self._token_to_bytes = token_to_bytes(json.loads(self._backend.decoder.__getstate__()))
         self._id_to_bytes: dict[int, bytes] = {}  # filled as ids are met
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        # As the tokenizer writes it, with two or three bytes for some that are one in the text.
+        self.longest_token_bytes = max(len(t.encode()) for t in self._backend.get_vocab())
         self.bos_id: int | None = hf_tokenizer.bos_token_id
         ends = (hf_tokenizer.eos_token_id, *map(self._control_ids.get, (TURN_CLOSE, RESPONSE_OPEN)))
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
@@ -83,7 +85,8 @@ class Tokenizer:
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of a text in which nothing counts as a control token."""
         check_text(text)
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        # As a batch of one: for a single text the library would hold up all other threads.
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of token ids, special tokens skipped; U+FFFD for bytes that are no character."""

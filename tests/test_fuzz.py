@@ -134,7 +134,9 @@ U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 I32, I64 = st.integers(-(2**31), 2**31 - 1), st.integers(-(2**63), 2**63 - 1)
 SMALL = st.integers(0, 5)
 SCALARS: dict[int, st.SearchStrategy[Any]] = {
-    FieldDescriptor.CPPTYPE_STRING: st.text(max_size=20) | st.sampled_from(["user", "counter"]),
+    FieldDescriptor.CPPTYPE_STRING: (
+        st.text(max_size=20) | st.sampled_from(["user", "counter"]) | st.dates().map(str)
+    ),
     FieldDescriptor.CPPTYPE_BOOL: st.booleans(),
     FieldDescriptor.CPPTYPE_DOUBLE: st.floats() | st.floats(0, 1),
     FieldDescriptor.CPPTYPE_UINT32: U32 | SMALL,

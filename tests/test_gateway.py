@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -30,12 +31,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from cluster.config import GatewayConfig
-from cluster.errors import LinkError, Overloaded, PortTaken, Unavailable
+from cluster.errors import (
+    LinkError,
+    Overloaded,
+    PermissionDenied,
+    PortTaken,
+    Unavailable,
+    UnknownModel,
+)
 from cluster.links import Endpoint, Listener, connect
 from cluster.metrics import Metrics
 from cluster.sessions import Sessions
 from cluster.spec import AttentionKind
-from cluster.tenancy import Admission
+from cluster.tenancy import Admission, OpenLease, Tenant
+from deployments.answers import Answers
+from deployments.call import Call
+from deployments.conversations import Conversations
 from deployments.decoder_link import (
     HELLO,
     MAX_OUTBOX,
@@ -47,6 +58,7 @@ from deployments.gateway import Gateway
 from deployments.meters import EngineMeter
 from deployments.step_loop import StepLoop
 from deployments.streams import MAX_BUFFERED_TOKENS, Streams
+from deployments.tenant_threads import TenantThreads
 from engine.batch import Batch
 from engine.block_hash import BlockHasher
 from engine.core import EngineCore
@@ -296,6 +308,59 @@ def test_chat_goes_through_the_template(stub: InferenceStub) -> None:
     ids = stub.Tokenize(TokenizeRequest(messages=chat("hello").messages)).token_ids
     assert bytes(ids) == b"user:hello\nassistant:"
     assert answer.usage.prompt_tokens == len(ids)
+
+
+@pytest.mark.parametrize("method", ["Complete", "CompleteOnce"])
+def test_a_call_without_a_message(channel: grpc.Channel, method: str) -> None:
+    call: Any = channel.stream_stream(f"/briolette.v1.Inference/{method}")
+    assert failure(lambda: next(call(iter(())))) == ("INVALID_ARGUMENT", "The call has no message.")
+
+
+def test_the_model_is_looked_at_again_once_it_is_known(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder: Any = SimpleNamespace(status=ClusterStatus())
+    threads = TenantThreads("encoding", 1, 1, 1)
+    answers = Answers(decoder, tokenizer, Conversations(None, decoder, tokenizer, threads), threads)
+
+    def encode(_: str) -> list[int]:
+        decoder.status.model = "counter"
+        return [1]
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    for model, tenant, error in (
+        ("gemma", Tenant(), UnknownModel),
+        ("", Tenant(models=("gemma",)), PermissionDenied),
+    ):
+        decoder.status.model = ""
+        request = complete()
+        request.model = model
+        with pytest.raises(error):
+            asyncio.run(answers.whole(request, Call(OpenLease(tenant))))
+
+
+def test_a_sentence_repeats_only_so_much_of_what_was_sent(stub: InferenceStub) -> None:
+    request = complete()
+    request.model = "\N{GRINNING FACE}" * 20_000
+    code, sentence = failure(lambda: list(stub.Complete(request)))
+    assert (code, len(sentence), sentence[-1]) == ("NOT_FOUND", 500, "…")
+
+
+def test_a_text_that_can_never_fit_is_not_even_encoded(
+    cluster: tuple[Decoder, Gateway], stub: InferenceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "encode_plain", lambda *_: pytest.fail("It was encoded."))
+    text = "x" * (2 * CONTEXT + 1)  # a token has two bytes at most
+    for call, request in (
+        (stub.Tokenize, TokenizeRequest(text=text)),
+        (stub.Tokenize, TokenizeRequest(messages=chat(text).messages)),
+        (stub.CompleteOnce, complete(text)),
+        (stub.ChatOnce, chat(text)),
+    ):
+        assert failure(lambda call=call, request=request: call(request)) == (
+            "INVALID_ARGUMENT",
+            "The prompt has 1,025 bytes; the context holds 512 tokens, which can't be so many.",
+        )
 
 
 def test_stop_strings_and_token_ids(stub: InferenceStub) -> None:

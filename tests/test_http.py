@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
 
 import grpc
 import httpx2 as httpx
@@ -16,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from cluster.errors import PortTaken, Unauthenticated
 from cluster.tenancy import Lease, OpenLease
 from deployments.gateway import Gateway
+from deployments.http_stream import EventStream
 from deployments.open_files import raise_limit
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.inference_pb2 import Generation, ListModelsRequest
@@ -407,6 +410,30 @@ def test_silent_grpc_connections_are_closed(
         (silent,) = hold_silent(gateway.port, 1)
         wait_for(lambda: is_closed(silent))
     decoder.close()
+
+
+def test_a_sign_of_life_and_an_event_never_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sending of each takes longer than it is until the next one."""
+    monkeypatch.setattr("deployments.http_stream.HEARTBEAT_S", 0.01)
+    sent: list[str] = []
+    is_sending = False
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        for _ in range(5):
+            await asyncio.sleep(0.025)
+            yield b"data: {}\n\n"
+
+    async def send(message: Any) -> None:
+        nonlocal is_sending
+        assert not is_sending
+        is_sending = True
+        await asyncio.sleep(0.02)
+        is_sending = False
+        sent.append(message["type"].rpartition(".")[2])
+
+    stream = EventStream(events())
+    asyncio.run(stream({"type": "http", "path": "/", "state": {}}, None, send))  # type: ignore[arg-type]
+    assert sent[0] == "start" and sent.count("start") == 1 and len(sent) > 7
 
 
 # The end

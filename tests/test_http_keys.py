@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx2 as httpx
@@ -86,12 +87,23 @@ def test_a_key_is_needed(client: openai.OpenAI, registry: CollectorRegistry) -> 
     assert caught.value.code == "invalid_api_key"
     labels = {"tenant": "(none)", "method": "/v1/completions", "status": "UNAUTHENTICATED"}
     assert registry.get_sample_value("briolette_gateway_requests_total", labels) == 1
-    by_name = httpx.get(f"{client.base_url}models", headers={"x-api-key": client.api_key})
-    assert by_name.status_code == 200
+    for other in ({}, {"authorization": "Bearer"}, {"authorization": "Basic eDp5"}):
+        headers = {"x-api-key": client.api_key, **other}
+        assert httpx.get(f"{client.base_url}models", headers=headers).status_code == 200
     elsewhere = httpx.get(
         f"{client.base_url}models", headers={"x-api-key": client.api_key, "host": "gpu.example"}
     )
     assert elsewhere.status_code == 200
+
+
+def test_a_bad_deadline_is_counted_as_the_tenants(
+    client: openai.OpenAI, registry: CollectorRegistry
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="x-request-timeout"):
+        client.models.list(extra_headers={"x-request-timeout": "soon"})
+    samples = [sample for metric in registry.collect() for sample in metric.samples]
+    ended = [s.labels for s in samples if s.name == "briolette_gateway_requests_total"]
+    assert ("/v1/models", "INVALID_ARGUMENT") in [(e["method"], e["status"]) for e in ended]
 
 
 @pytest.mark.parametrize("client", [{"models": ("another",)}], indirect=True)
@@ -110,12 +122,20 @@ def test_over_quota(client: openai.OpenAI) -> None:
     assert caught.value.code == "rate_limit_exceeded"
 
 
-@pytest.mark.parametrize("client", [{"max_in_flight": 2}], indirect=True)
-def test_each_choice_is_a_request_in_flight(client: openai.OpenAI) -> None:
-    assert ask(client, n=2) == "bcdefghi"
+@pytest.mark.parametrize("client", [{"max_in_flight": 1}], indirect=True)
+def test_a_call_is_one_request_in_flight_whatever_its_choices(client: openai.OpenAI) -> None:
+    for _ in range(2):  # nothing stays behind
+        assert ask(client, n=3) == "bcdefghi"
+
+
+@pytest.mark.parametrize("client", [{"tokens_per_minute": 100}], indirect=True)
+def test_a_prompt_is_charged_once_and_all_of_a_call_together(client: openai.OpenAI) -> None:
+    complete = partial(client.completions.create, model="counter", temperature=0, max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="120 tokens"):  # no waiting helps
+        complete(prompt=["x" * 60, "y" * 60])
+    complete(prompt="x" * 60, n=8)
     with pytest.raises(openai.RateLimitError):
-        ask(client, n=3)
-    assert ask(client, n=2) == "bcdefghi"  # nothing stays behind
+        complete(prompt="x" * 60)
 
 
 def test_tls_with_and_without_clients_certificates(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -293,6 +294,17 @@ def test_sessions_are_a_tenants_own_and_cost_it_tokens(cluster: Cluster) -> None
         assert not again.list_sessions()
 
 
+@pytest.mark.parametrize("method", ["Complete", "CompleteOnce"])
+def test_without_a_key_no_message_is_waited_for(cluster: Cluster, method: str) -> None:
+    call: Any = cluster.channel.stream_stream(f"/briolette.v1.Inference/{method}")
+    ends = threading.Event()
+    never = iter(lambda: ends.wait(30), True)
+    try:
+        assert failure(lambda: next(call(never, timeout=5)))[0] == "UNAUTHENTICATED"
+    finally:
+        ends.set()
+
+
 def test_requests_in_flight_end_with_the_call(cluster: Cluster) -> None:
     key = cluster.create("single", max_in_flight=1)
     metadata = [("authorization", f"Bearer {key}")]
@@ -301,6 +313,9 @@ def test_requests_in_flight_end_with_the_call(cluster: Cluster) -> None:
     next(iter(call))
     code, sentence = cluster.refusal(key)
     assert (code, "1 requests in flight" in sentence) == ("RESOURCE_EXHAUSTED", True)
+    tokenize = InferenceStub(cluster.channel).Tokenize
+    code, _ = failure(lambda: tokenize(TokenizeRequest(text="a"), metadata=metadata))
+    assert code == "RESOURCE_EXHAUSTED"
     call.cancel()
     wait_for(lambda: not cluster.decoder.engine.has_work)
     cluster.decoder.runner.step_s = 0.0

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from cluster.errors import (
     BrioletteError,
@@ -24,6 +24,7 @@ from cluster.errors import (
 )
 from cluster.tenancy import Lease, OpenLease
 from deployments.gateway import Gateway
+from deployments.openai_schema import ChatBody, CompletionBody
 from protos.briolette.v1.inference_pb2 import (
     FINISH_REASON_TOOL_CALLS,
     TOOL_CHOICE_NONE,
@@ -495,6 +496,7 @@ IMAGE: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"
         ({"max_tokens": 2**40}, "max_tokens", "less"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "function"),
+        ({"messages": HELLO * 5000}, "messages", "at most 4096"),
     ],
 )
 def test_what_is_refused_in_a_chat(
@@ -511,6 +513,8 @@ def test_what_is_refused_in_a_chat(
     ("fields", "param"),
     [
         ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", [1]]}, "prompt.texts.1"),
+        ({"prompt": [[1], [1, "x"]]}, "prompt.id_lists.1.1"),
         ({"echo": True}, "echo"),
         ({"suffix": "!"}, "suffix"),
         ({"best_of": 3, "n": 2}, "best_of"),
@@ -523,6 +527,24 @@ def test_what_is_refused_in_a_completion(
     with pytest.raises(openai.BadRequestError) as caught:
         scripted.post("/completions", body={"prompt": "a", **fields}, cast_to=httpx.Response)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionBody, {"prompt": [{}] * 300_000}),
+        (CompletionBody, {"prompt": [1, *["x"] * 300_000]}),
+        (CompletionBody, {"prompt": "a", "stop": [1] * 300_000}),
+        (ChatBody, {"messages": [{}] * 300_000}),
+        (ChatBody, {"messages": [{**HELLO[0], "content": [{}] * 300_000}]}),
+    ],
+)
+def test_a_bad_item_is_told_once_and_not_for_each(
+    model: type[BaseModel], body: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() < 5
 
 
 def test_out_of_the_engines_range(client: openai.OpenAI) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +421,17 @@ def test_without_a_template_there_is_no_chat() -> None:
     tokenizer = wrap(byte_level_backend(), template=None)
     with pytest.raises(InvalidRequest, match="no chat template"):
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+@every_tokenizer
+def test_other_threads_go_on_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        encoding = executor.submit(tokenizer.encode_plain, "the cat and the dog " * 50_000)
+        num_turns = 0
+        while not encoding.done():
+            time.sleep(0.001)
+            num_turns += 1
+    assert num_turns > 10  # one or two, if it kept the interpreter to itself
 
 
 # Files

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from cluster import usage
-from cluster.errors import PermissionDenied, Unavailable
+from cluster.errors import InvalidRequest, PermissionDenied, Unavailable
 from cluster.redis import RedisAddress
 from cluster.tenancy import OpenLease, Tenant
 from cluster.usage import KEPT_S, UsageBooks, Used, today
@@ -240,6 +240,16 @@ def test_late_and_failed_requests_count(
 # Who may ask, and how
 
 
+@pytest.mark.parametrize("day", ["yesterday", "0001-01-10", "1999-12-31"])
+def test_a_day_that_no_report_has(day: str) -> None:
+    service, root = UsageService(UsageBooks(None)), Call(OpenLease())
+    for request in (GetUsageRequest(until=day), GetUsageRequest(since=day)):
+        with pytest.raises(InvalidRequest, match=day):
+            asyncio.run(service.get_usage(request, root))
+    assert not asyncio.run(service.get_usage(GetUsageRequest(until="2000-01-01"), root)).days
+    service.close()
+
+
 def test_a_tenant_sees_its_own_days() -> None:
     books = UsageBooks(None)
     for tenant in ("ann", "bob"):
@@ -262,7 +272,7 @@ def test_a_tenant_sees_its_own_days() -> None:
 
 def test_odd_days_are_refused(channel: grpc.Channel) -> None:
     admin = AdminStub(channel)
-    for since, word in (("yesterday", "'yesterday'"), ("1999-01-01", "1000 days")):
+    for since, word in (("yesterday", "'yesterday'"), ("2001-01-01", "1000 days")):
         request = GetUsageRequest(since=since)
         status, sentence = failure(partial(admin.GetUsage, request))
         assert status == "INVALID_ARGUMENT" and word in sentence
