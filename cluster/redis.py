@@ -13,7 +13,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, Unavailable
 from cluster.kv_value import Buffer
 
 # What a server that is full, slow, gone, or of another opinion can cause.
@@ -38,6 +38,10 @@ class RedisAddress:
     password_file: Path | None = None
     ca_file: Path | None = None
     timeout_s: float = 2.0
+
+    def unavailable(self, error: Exception) -> Unavailable:
+        """One of REDIS_ERRORS, as the sentence that a caller is told."""
+        return Unavailable(f"Redis at {self} doesn't answer: {error}")
 
     def __str__(self) -> str:
         """Without user name and password: for logs."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import redis
 
-from cluster.errors import InvalidRequest, SessionInUse, StoreFull, Unavailable, UnknownSession
+from cluster.errors import InvalidRequest, SessionInUse, StoreFull, UnknownSession
 from cluster.kv_keys import (
     DELETE_SESSION,
     LIST_SESSIONS,
@@ -157,7 +157,7 @@ class Sessions:
         try:
             answers = pipeline.execute()
         except REDIS_ERRORS as error:
-            raise self._unavailable(error) from None
+            raise self._address.unavailable(error) from None
         return {name: int(used or 0) for name, used in zip(names, answers, strict=True)}
 
     def close(self) -> None:
@@ -192,10 +192,7 @@ class Sessions:
         except REDIS_ERRORS as error:
             if isinstance(error, redis.ResponseError) and "OOM" in str(error):
                 raise StoreFull("Redis is full: delete sessions, or give it more memory.") from None
-            raise self._unavailable(error) from None
-
-    def _unavailable(self, error: Exception) -> Unavailable:
-        return Unavailable(f"Redis at {self._address} doesn't answer: {error}")
+            raise self._address.unavailable(error) from None
 
 
 def check_name(name: str) -> bytes:

@@ -171,7 +171,7 @@ class Tenants:
         try:
             return call(*args)
         except REDIS_ERRORS as error:
-            raise Unavailable(f"Redis at {self._address} doesn't answer: {error}") from None
+            raise self._address.unavailable(error) from None
 
 
 def eviction_policy(address: RedisAddress) -> str:

@@ -140,11 +140,12 @@ class UsageBooks:
                     log.error("What was used lately is lost: %s", error)
 
     def _write_batch(self) -> None:
+        assert self._address is not None
         try:
             self._write(self._batch)
         except REDIS_ERRORS as error:
             self._reach.failed(f"can't be written: {error}")
-            raise Unavailable(f"Redis at {self._address} doesn't answer: {error}") from None
+            raise self._address.unavailable(error) from None
         self._reach.succeeded()
         self._batch = {}
 
@@ -158,6 +159,7 @@ class UsageBooks:
         pipeline.execute()
 
     def _stored(self, days: Sequence[date], tenants: Collection[str] | None) -> _Books:
+        assert self._address is not None
         try:
             if tenants is None:
                 names = self._pipelined("smembers", [_tenants(day) for day in days])
@@ -169,7 +171,7 @@ class UsageBooks:
             ]
             books = self._pipelined("hgetall", [_book(*row) for row in rows])
         except REDIS_ERRORS as error:
-            raise Unavailable(f"Redis at {self._address} doesn't answer: {error}") from None
+            raise self._address.unavailable(error) from None
         return {row: _to_used(book) for row, book in zip(rows, books, strict=True) if book}
 
     def _pipelined(self, command: str, keys: Sequence[str]) -> list[Any]:

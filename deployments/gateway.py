@@ -100,7 +100,7 @@ class Gateway:
         admin_service = Admin(self._status, self._keys, self._usage)
         session_service = SessionService(self._conversations, self._decoder)
         self._server = self._make_server(
-            Methods(metrics, admission, self._requests),
+            Methods(admission, self._requests),
             Inference(answers),
             session_service,
             admin_service,
@@ -112,7 +112,7 @@ class Gateway:
                 page_router(),
                 page_api_router(admin_service, session_service, self._conversations),
             ]
-            app = make_app(config, metrics, admission, self._requests, self._status, routers)
+            app = make_app(config, admission, self._requests, self._status, routers)
             self._http = HttpServer(app, config.host, config.http_port, server_context(config))
 
     async def start(self) -> None:

@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse
 
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError, PortTaken
-from cluster.metrics import Metrics
 from cluster.tenancy import Admission, OpenAdmission
 from deployments.http_border import Border, own_names
 from deployments.http_calls import Calls
@@ -82,7 +81,6 @@ class HttpServer:
 
 def make_app(
     config: GatewayConfig,
-    metrics: Metrics,
     admission: Admission,
     requests: RequestLog,
     status: Callable[[], ClusterStatus],
@@ -94,7 +92,7 @@ def make_app(
     """
     # The pages that FastAPI offers load scripts from elsewhere.
     app = FastAPI(title="Briolette", docs_url=None, redoc_url=None)
-    app.state.calls = Calls(metrics, admission, requests, config.max_message_bytes)
+    app.state.calls = Calls(admission, requests, config.max_message_bytes)
     is_open = isinstance(admission, OpenAdmission)
     app.add_middleware(Border, own_names=own_names(config.host) if is_open else None)
     handle_errors(app)

@@ -15,11 +15,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import BrioletteError, InvalidRequest, Overloaded, Unavailable
-from cluster.metrics import Metrics
 from cluster.tenancy import Admission
 from deployments.call import Call, key_in
 from deployments.http_body import checked
-from deployments.request_log import NOBODY, RequestLog
+from deployments.request_log import RequestLog
 
 BODY_S = 60.0  # for the whole body of a request to arrive
 LONGEST_TIMEOUT_S = 365 * 86400.0  # of x-request-timeout
@@ -41,12 +40,10 @@ class Calls:
 
     def __init__(
         self,
-        metrics: Metrics,
         admission: Admission,
         requests: RequestLog,
         max_body_bytes: int,
     ) -> None:
-        self._metrics = metrics
         self._admission = admission
         self._requests = requests
         self._max_body_bytes = max_body_bytes
@@ -57,14 +54,9 @@ class Calls:
         """Run `app` on a call that was let in. Raises what keeps it out."""
         state: dict[str, Any] = scope["state"]
         headers = Headers(scope=scope)
-        try:
-            lease = self._admission.admit(key_in(headers.get))
-        except BrioletteError as error:
-            self._metrics.gateway_requests_total(NOBODY, name, error.status).inc()
-            self._requests.ended(None, name, error.status, error)
-            raise
+        lease = self._requests.let_in(self._admission, key_in(headers.get), name)
         call = state["call"] = Call(lease, request_id=state["request_id"])
-        self._metrics.gateway_streams(call.tenant, name).inc()
+        self._requests.began(call, name)
         try:
             call.timeout_s = timeout_s(headers)
             body = await read_body(receive, self._max_body_bytes)
@@ -81,17 +73,9 @@ class Calls:
             state["status"] = "INTERNAL"
             raise
         finally:
-            self._count(call, name, state)
-
-    def _count(self, call: Call, name: str, state: dict[str, Any]) -> None:
-        tenant = call.tenant
-        status = Overloaded.status if state.get("stalled") else state.get("status", "OK")
-        reason = "stalled" if state.get("stalled") else REASONS.get(status)
-        if reason is not None:
-            self._metrics.gateway_aborted_total(tenant, name, reason).inc()
-        self._metrics.gateway_streams(tenant, name).dec()
-        self._metrics.gateway_requests_total(tenant, name, status).inc()
-        self._requests.ended(call, name, status, state.get("error"))
+            status = Overloaded.status if state.get("stalled") else state.get("status", "OK")
+            given_up = "stalled" if state.get("stalled") else REASONS.get(status)
+            self._requests.ended(call, name, status, state.get("error"), given_up)
 
 
 class AdmittedRoute(APIRoute):

@@ -1,4 +1,4 @@
-"""The log of requests: a line of JSON for each one that ended, without a word of what it said."""
+"""What is told of calls: counters, and a line of JSON for each, without a word of what it said."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cluster.errors import BrioletteError
 from cluster.metrics import Metrics
+from cluster.tenancy import Admission, Lease
 from deployments.call import Call
 
 FILE = "requests.jsonl"
@@ -20,10 +21,10 @@ NOBODY = "(none)"  # who isn't let in; no tenant can have this name
 
 
 class RequestLog:
-    """Is told of the end of every call, whichever dialect it came in."""
+    """Is told of the beginning and the end of every call, whichever dialect it came in."""
 
     def __init__(self, metrics: Metrics, folder: Path | None) -> None:
-        """`folder` is where to write; None: only errors are counted."""
+        """`folder` is where to write; None: calls are counted only."""
         self._metrics = metrics
         self._lines = logging.Logger("requests")
         if folder is None:
@@ -34,17 +35,40 @@ class RequestLog:
             RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=NUM_OLD_FILES, delay=True)
         )
 
+    def let_in(self, admission: Admission, key: str | None, method: str) -> Lease:
+        """Whoever shows this key. Raises what keeps it out, which is the end of the call."""
+        try:
+            return admission.admit(key)
+        except BrioletteError as error:
+            self.ended(None, method, error.status, error)
+            raise
+
+    def began(self, call: Call, method: str) -> None:
+        """A call was let in; it will end."""
+        self._metrics.gateway_streams(call.tenant, method).inc()
+
     def ended(
-        self, call: Call | None, method: str, status: str, error: BrioletteError | None = None
+        self,
+        call: Call | None,
+        method: str,
+        status: str,
+        error: BrioletteError | None = None,
+        given_up: str | None = None,
     ) -> None:
-        """A call has ended with the name of a gRPC status; None was not let in.
+        """A call has ended with the name of a gRPC status; None was not let in. `given_up` says
+        why, of one that ended early: client, deadline or stalled.
 
         Written are those that generated or failed: what others ask once a second is no news.
         """
+        tenant = NOBODY if call is None else call.tenant
+        self._metrics.gateway_requests_total(tenant, method, status).inc()
+        if call is not None:
+            self._metrics.gateway_streams(tenant, method).dec()
+        if given_up is not None:
+            self._metrics.gateway_aborted_total(tenant, method, given_up).inc()
         is_fine = status in ("OK", "CANCELLED")
         kind = "" if is_fine else status.lower() if error is None else error.kind
         if kind:
-            tenant = NOBODY if call is None else call.tenant
             self._metrics.gateway_errors_total(tenant, method, kind).inc()
         if self._lines.handlers and (kind or (call is not None and call.answered.model)):
             level = "INFO" if is_fine else "ERROR" if status == "INTERNAL" else "WARNING"

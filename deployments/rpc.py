@@ -15,10 +15,9 @@ from google.rpc.status_pb2 import Status
 from grpc_status.rpc_status import to_status
 
 from cluster.errors import BrioletteError, InvalidRequest, Overloaded
-from cluster.metrics import Metrics
 from cluster.tenancy import Admission
 from deployments.call import Call, key_in
-from deployments.request_log import NOBODY, RequestLog
+from deployments.request_log import RequestLog
 
 MESSAGE_S = 60.0  # for the message of a request to arrive
 STALL_S = 20.0  # a client that takes no message for so long is not reading
@@ -39,8 +38,7 @@ class Methods:
     reads the message before it calls it, so that whoever has no key could fill the memory.
     """
 
-    def __init__(self, metrics: Metrics, admission: Admission, requests: RequestLog) -> None:
-        self._metrics = metrics
+    def __init__(self, admission: Admission, requests: RequestLog) -> None:
         self._admission = admission
         self._requests = requests
 
@@ -80,29 +78,27 @@ class Methods:
     async def _answering(self, name: str, context: Context) -> AsyncIterator[Call]:
         """Lets a call in and turns every error into a status and a sentence."""
         try:
-            call = Call(self._admission.admit(key_of(context)), context.time_remaining())
+            lease = self._requests.let_in(self._admission, key_of(context), name)
         except BrioletteError as error:
-            self._metrics.gateway_requests_total(NOBODY, name, error.status).inc()
-            self._requests.ended(None, name, error.status, error)
             await abort(context, error)
-        status, tenant, problem = "OK", call.tenant, None
-        self._metrics.gateway_streams(tenant, name).inc()
+        call = Call(lease, context.time_remaining())
+        status, problem, given_up = "OK", None, None
+        self._requests.began(call, name)
         try:
             await context.send_initial_metadata((("x-request-id", call.request_id),))
             yield call
         except BrioletteError as error:
             status, problem = error.status, error
             if isinstance(error, StalledClient):
-                self._metrics.gateway_aborted_total(tenant, name, "stalled").inc()
+                given_up = "stalled"
             elif status == "DEADLINE_EXCEEDED":  # the decoder noticed first
-                self._metrics.gateway_aborted_total(tenant, name, "deadline").inc()
+                given_up = "deadline"
             await abort(context, error)
         except asyncio.CancelledError:
             left_s = context.time_remaining()
             is_late = left_s is not None and left_s <= 0
             status = "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
-            reason = "deadline" if is_late else "client"
-            self._metrics.gateway_aborted_total(tenant, name, reason).inc()
+            given_up = "deadline" if is_late else "client"
             raise
         except Exception:
             status = "INTERNAL"
@@ -111,9 +107,7 @@ class Methods:
                 grpc.StatusCode.INTERNAL, "The gateway failed on this request; its log says why."
             )
         finally:
-            self._metrics.gateway_streams(tenant, name).dec()
-            self._metrics.gateway_requests_total(tenant, name, status).inc()
-            self._requests.ended(call, name, status, problem)
+            self._requests.ended(call, name, status, problem, given_up)
 
 
 def key_of(context: Context) -> str | None:

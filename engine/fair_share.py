@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.policy import TenantShare, Work
+from engine.policy import TenantShare, Work, weights_of
 from engine.request import Request, RequestState
 from engine.token_costs import TokenCosts
 
@@ -102,9 +102,7 @@ class FairShare:
         """Those of its own tenant that go before it, and as many of the others as are started
         meanwhile.
         """
-        weights = {other.tenant: other.weight for other in waiting} | {
-            request.tenant: request.weight
-        }
+        weights = weights_of((*waiting, request))
         own = (other for other in waiting if other.tenant == request.tenant)
         num_before = sum(other.priority >= request.priority for other in own)
         return min(len(waiting), num_before * sum(weights.values()) / request.weight)

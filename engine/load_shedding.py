@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from cluster.errors import Overloaded
+from engine.policy import weights_of
 from engine.request import Request
 
 REMEMBERED_S = 30.0  # seconds in which somebody waited; older ones weigh half
@@ -98,5 +99,4 @@ class LoadShedding:
 
 def _share(request: Request, waiting: Sequence[Request]) -> float:
     """The tenant's part of the queue, by weight, of those that are in it."""
-    weights = {other.tenant: other.weight for other in waiting} | {request.tenant: request.weight}
-    return request.weight / sum(weights.values())
+    return request.weight / sum(weights_of((*waiting, request)).values())

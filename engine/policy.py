@@ -69,6 +69,11 @@ class Policy(Protocol):
         """By tenant; empty where tenants make no difference."""
 
 
+def weights_of(requests: Iterable[Request]) -> dict[str, float]:
+    """Of the tenants that these belong to."""
+    return {request.tenant: request.weight for request in requests}
+
+
 class FirstComeFirstServed:
     """By arrival, those that run before those that wait; nobody gives way to a newcomer. A
     preempted request keeps its place before those that came later.

@@ -85,7 +85,6 @@ def running_server(
     admission, status = admission or OpenAdmission(), ClusterStatus(ready=True)
     app = make_app(
         config,
-        metrics,
         admission,
         RequestLog(metrics, None),
         lambda: status,
