@@ -3,8 +3,8 @@
 A run of the decoder's real step loop counts the calls that it makes of Prometheus' client, of the
 usage books and of the log of requests, from the first prompt to the last token; a loop around each
 kind of call says what one costs, and a second run, without counting, how long the steps take. The
-share is calls times cost over the time of the steps. Not counted: what the gateway's RPC and HTTP
-layers count of each call, the KV store's metrics, and scrapes.
+share is calls times cost over the time of the steps. Not counted: what the gateway counts as a call
+begins, the KV store's metrics, and scrapes.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def card_of(results: dict[str, Any]) -> list[str]:
         for name, case in results["cases"].items()
     ]
     columns = ["", "step ms", "calls a step", "µs a step", "% of it"]
-    uncounted = "Not counted: the gateway's own metrics of a call, the KV store's, and scrapes."
+    uncounted = "Not counted: the gateway's metrics as a call begins, the KV store's, and scrapes."
     return [f"µs a call: {costs}", uncounted, "", *table(columns, rows)]
 
 
