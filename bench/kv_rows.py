@@ -23,7 +23,7 @@ from cluster.kv_keys import value_name
 from cluster.kv_value import HEADER_BYTES
 from cluster.redis import RedisAddress
 from cluster.spec import AttentionKind, KVRows
-from deployments.kv_block_store import kv_tensors
+from deployments.kv.block_store import kv_tensors
 from engine.runner import ModelRunner
 
 MODEL = "moe-50m"

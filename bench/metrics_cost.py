@@ -37,13 +37,13 @@ from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import ModelSpec
 from cluster.tenancy import OpenLease
 from cluster.usage import UsageBooks
-from deployments.call import Call
-from deployments.decoder_link import GatewayLinks
+from deployments.calls.call import Call
+from deployments.calls.request_log import RequestLog
+from deployments.calls.usage import UsageService
+from deployments.decoding.link import GatewayLinks
+from deployments.decoding.step_loop import StepLoop
 from deployments.loading import Source, load_engine, load_local_experts
 from deployments.meters import EngineMeter, ExpertMeter
-from deployments.request_log import RequestLog
-from deployments.step_loop import StepLoop
-from deployments.usage import UsageService
 from engine.core import EngineCore
 from experts.host import ExpertHost, serve_host
 from experts.router import ExpertRouter

@@ -47,7 +47,7 @@ class Cluster:
 
     def __init__(self, model: BenchModel, overrides: dict[str, Any] | None = None) -> None:
         """Raises NotMeasured when the cluster doesn't come up."""
-        from deployments import lifecycle
+        from deployments.start import lifecycle
 
         self.state_dir = Path(tempfile.mkdtemp(prefix="briolette-bench-"))
         self._config = bench_config(
@@ -106,7 +106,7 @@ class Cluster:
         return Timing(token_times)
 
     def close(self) -> None:
-        from deployments import lifecycle
+        from deployments.start import lifecycle
 
         self._channel.close()
         lifecycle.stop(self.state_dir)

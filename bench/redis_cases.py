@@ -31,7 +31,7 @@ from cluster.kv_store import KVStore
 from cluster.metrics import Metrics
 from cluster.redis_server import RedisServer
 from cluster.spec import KVRows
-from deployments.kv_block_store import KVBlockStore, kv_tensors
+from deployments.kv.block_store import KVBlockStore, kv_tensors
 from deployments.loading import Source, load_local_experts
 from engine.kv_cache import KVCacheConfig
 from engine.model import GemmaDecoder

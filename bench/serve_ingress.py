@@ -53,7 +53,7 @@ def free_port() -> int:
 
 def main() -> None:
     state_dir, port = Path(sys.argv[1]), int(sys.argv[2])
-    from deployments.ray_cluster import prepare_environment
+    from deployments.start.ray_cluster import prepare_environment
 
     prepare_environment(Config.load(None, {"state_dir": str(state_dir)}))
     import ray

@@ -16,9 +16,9 @@ from bench.ours import bench_config
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
 from cluster.spec import AttentionKind
-from deployments.kv_block_store import KVBlockStore, kv_tensors
+from deployments.kv.block_store import KVBlockStore, kv_tensors
+from deployments.kv.store import open_kv_store
 from deployments.loading import Source, fingerprint, load_engine, load_local_experts
-from deployments.store import open_kv_store
 from engine.core import EngineCore
 from engine.prefill_meter import PrefillMeter
 from engine.runner import ModelRunner

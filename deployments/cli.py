@@ -16,8 +16,9 @@ from rich.markup import escape
 from cluster.config import Config
 from cluster.config_values import parse_overrides
 from cluster.errors import BrioletteError, InvalidRequest
-from deployments import access, key_options, lifecycle
-from deployments.lifecycle import Running
+from deployments.commands import access, key_options
+from deployments.start import lifecycle
+from deployments.start.lifecycle import Running
 
 # What brings grpc or torch along is imported by the command that needs it: --help is instant.
 
@@ -89,7 +90,7 @@ def down(config: Config, args: argparse.Namespace) -> int:
 
 def status(config: Config, args: argparse.Namespace) -> int:
     """Show the model, where attention and experts run, the queue and the speed."""
-    from deployments.cards import status_card
+    from deployments.commands.cards import status_card
 
     running = lifecycle.find_running(config.state_dir)
     if running is None or running.address is None:
@@ -103,7 +104,7 @@ def status(config: Config, args: argparse.Namespace) -> int:
 
 def chat(config: Config, args: argparse.Namespace) -> int:
     """Talk to the model."""
-    from deployments.chat import Conversation
+    from deployments.commands.chat import Conversation
     from protos.briolette.v1.inference_pb2 import Sampling
 
     sampling = Sampling(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)
@@ -118,7 +119,7 @@ def chat(config: Config, args: argparse.Namespace) -> int:
 
 def sessions(config: Config, args: argparse.Namespace) -> int:
     """List the conversations that are kept, or show, park, resume or delete one."""
-    from deployments.session_commands import COMMANDS
+    from deployments.commands.sessions import COMMANDS
 
     if args.action != "list" and args.name is None:
         raise InvalidRequest(f"Which one? briolette sessions {args.action} NAME")
@@ -129,7 +130,7 @@ def sessions(config: Config, args: argparse.Namespace) -> int:
 
 def usage(config: Config, args: argparse.Namespace) -> int:
     """Show what each tenant used on each day."""
-    from deployments.usage_commands import print_table, write_csv
+    from deployments.commands.usage import print_table, write_csv
 
     with access.connect(config, args) as client:
         days = client.usage(args.tenant, args.since)
@@ -142,7 +143,7 @@ def usage(config: Config, args: argparse.Namespace) -> int:
 
 def keys(config: Config, args: argparse.Namespace) -> int:
     """List the tenants, or create, change, rotate the key of, disable, enable or delete one."""
-    from deployments.key_commands import COMMANDS
+    from deployments.commands.keys import COMMANDS
 
     key_options.check(args)
     with access.connect(config, args) as client:
@@ -152,8 +153,8 @@ def keys(config: Config, args: argparse.Namespace) -> int:
 
 def demo(config: Config, args: argparse.Namespace) -> int:
     """Start the cluster, hold a conversation, show the numbers, stop it again."""
-    from deployments.cards import demo_card
-    from deployments.chat import Conversation
+    from deployments.commands.cards import demo_card
+    from deployments.commands.chat import Conversation
     from protos.briolette.v1.inference_pb2 import Sampling
 
     found = lifecycle.find_running(config.state_dir)
@@ -176,9 +177,9 @@ def demo(config: Config, args: argparse.Namespace) -> int:
 
 def verify(config: Config, args: argparse.Namespace) -> int:
     """Hold warm answers, from memory and from Redis, to cold ones; needs no running cluster."""
-    from deployments import verify as verification
-    from deployments.cards import StartDisplay
-    from deployments.verify_card import print_report
+    from deployments.commands import verify as verification
+    from deployments.commands.cards import StartDisplay
+    from deployments.commands.verify_card import print_report
 
     config = replace(config, batch_invariant=args.batch_invariant)
     with StartDisplay(console) as display:
@@ -196,7 +197,7 @@ def _settled(client: Any) -> Any:
 
 
 def _start(config: Config) -> Running:
-    from deployments.cards import StartDisplay
+    from deployments.commands.cards import StartDisplay
 
     try:
         with StartDisplay(console) as display:

@@ -14,9 +14,12 @@ from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.links import Listener
 from cluster.metrics import Metrics, part_registry, start_metrics_server
-from deployments.decoder_link import GatewayLinks, verify_gateway
-from deployments.host_directory import HostDirectory
-from deployments.kv_block_store import KVBlockStore, kv_tensors
+from deployments.decoding.host_directory import HostDirectory
+from deployments.decoding.link import GatewayLinks, verify_gateway
+from deployments.decoding.remote_experts import RemoteExperts
+from deployments.decoding.step_loop import StepLoop
+from deployments.kv.block_store import KVBlockStore, kv_tensors
+from deployments.kv.store import Budgets, open_kv_store, store_address
 from deployments.layout import decoder_threads, expert_groups, place_experts, transports
 from deployments.loading import (
     Source,
@@ -28,11 +31,8 @@ from deployments.loading import (
 from deployments.messages import to_group_load, to_kv_store
 from deployments.meters import EngineMeter, ExpertMeter
 from deployments.priority import go_first
-from deployments.remote_experts import RemoteExperts
 from deployments.replicas import Handle
-from deployments.start_report import Reporter, reporting
-from deployments.step_loop import StepLoop
-from deployments.store import Budgets, open_kv_store, store_address
+from deployments.start.report import Reporter, reporting
 from engine.core import EngineCore
 from engine.model import Experts
 from engine.prefill_meter import PrefillMeter

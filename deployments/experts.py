@@ -13,7 +13,7 @@ from deployments.layout import host_threads, place_experts, transports
 from deployments.loading import Source
 from deployments.meters import HostMeter
 from deployments.priority import go_first
-from deployments.start_report import reporting
+from deployments.start.report import reporting
 from experts.host import ExpertHost
 
 
@@ -52,7 +52,7 @@ class ExpertHostReplica:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Who and where this is, in plain values; see `deployments.host_directory`."""
+        """Who and where this is, in plain values; see `deployments.decoding.host_directory`."""
         return {
             "host_id": self._host.host_id,
             "pid": os.getpid(),

@@ -23,22 +23,22 @@ from cluster.metrics import Metrics
 from cluster.sessions import Sessions
 from cluster.tenancy import Admission, OpenAdmission
 from cluster.usage import UsageBooks
-from deployments import admin, health, inference, sessions
-from deployments.admin import Admin
-from deployments.answers import Answers
-from deployments.conversations import Conversations
-from deployments.health import Health
-from deployments.http import HttpServer, make_app
-from deployments.inference import Inference
-from deployments.openai import openai_router
-from deployments.page_api import page_api_router, page_router
-from deployments.remote_decoder import RemoteDecoder
-from deployments.request_log import RequestLog
-from deployments.rpc import Methods
-from deployments.sessions import SessionService
-from deployments.tenant_threads import TenantThreads
-from deployments.tls import server_context, server_credentials
-from deployments.usage import UsageService
+from deployments.calls.answers import Answers
+from deployments.calls.conversations import Conversations
+from deployments.calls.remote_decoder import RemoteDecoder
+from deployments.calls.request_log import RequestLog
+from deployments.calls.tenant_threads import TenantThreads
+from deployments.calls.tls import server_context, server_credentials
+from deployments.calls.usage import UsageService
+from deployments.http.page_api import page_api_router, page_router
+from deployments.http.server import HttpServer, make_app
+from deployments.openai.routes import openai_router
+from deployments.services import admin, health, inference, sessions
+from deployments.services.admin import Admin
+from deployments.services.health import Health
+from deployments.services.inference import Inference
+from deployments.services.rpc import Methods
+from deployments.services.sessions import SessionService
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 

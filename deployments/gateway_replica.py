@@ -17,13 +17,13 @@ from cluster.metrics import Metrics, part_registry, start_metrics_server
 from cluster.sessions import Sessions
 from cluster.tenancy import Admission
 from cluster.usage import UsageBooks
-from deployments.access import local_socket
-from deployments.admission import open_admission
+from deployments.calls.admission import open_admission
+from deployments.commands.access import local_socket
 from deployments.gateway import Gateway, bind
+from deployments.kv.store import store_address
 from deployments.replicas import Handle, ask_replicas
 from deployments.scrape_targets import ScrapeTargets
-from deployments.start_report import reporting
-from deployments.store import store_address
+from deployments.start.report import reporting
 from engine.tokenizer import Tokenizer
 
 BIND_DEADLINE_S = 10.0  # a gateway that is being replaced may still hold the port

@@ -14,10 +14,10 @@ from cluster.config import GatewayConfig
 from cluster.errors import BrioletteError
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission, OpenAdmission
-from deployments.call import Call
-from deployments.http import HttpServer, make_app
-from deployments.openai import openai_router
-from deployments.request_log import RequestLog
+from deployments.calls.call import Call
+from deployments.calls.request_log import RequestLog
+from deployments.http.server import HttpServer, make_app
+from deployments.openai.routes import openai_router
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 from protos.briolette.v1.inference_pb2 import (
     FINISH_REASON_STOP,

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from deployments.cards import Answer, StartDisplay, demo_card, status_card
+from deployments.commands.cards import Answer, StartDisplay, demo_card, status_card
 from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad, ExpertCalls, ExpertHost, Part
 
 

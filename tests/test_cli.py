@@ -29,12 +29,13 @@ from cluster.errors import (
     PortTaken,
 )
 from cluster.spec import ModelSpec
-from deployments import cli, lifecycle, preflight
-from deployments.cards import StartDisplay, status_card
-from deployments.chat import Conversation
-from deployments.client import Client
+from deployments import cli
+from deployments.commands.cards import StartDisplay, status_card
+from deployments.commands.chat import Conversation
+from deployments.commands.client import Client
 from deployments.layout import decoder_gpus, decoder_threads, host_gpus, host_threads, place_experts
-from deployments.start_report import read_reports, reporting
+from deployments.start import lifecycle, preflight
+from deployments.start.report import read_reports, reporting
 from protos.briolette.v1.admin_pb2 import ClusterStatus, KvStore
 from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling
 
@@ -132,7 +133,7 @@ def test_a_process_that_ignores_the_end_is_killed(
     code = (
         "import pathlib, signal, subprocess, sys, time\n"
         "from cluster.config import Config\n"
-        "from deployments.lifecycle import Running, holding\n"
+        "from deployments.start.lifecycle import Running, holding\n"
         "config = Config.load(None, {'state_dir': sys.argv[1]})\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "with holding(config.state_dir):\n"

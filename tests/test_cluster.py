@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from cluster.config import DEMO_MODEL_DIR, Config
 from cluster.errors import InvalidRequest, Unavailable
-from deployments import cli, lifecycle
-from deployments.client import Client
-from deployments.lifecycle import Running
+from deployments import cli
+from deployments.commands.client import Client
 from deployments.loading import Source, load_engine, load_local_experts
 from deployments.scrape_targets import FILE
+from deployments.start import lifecycle
+from deployments.start.lifecycle import Running
 from engine.request import SamplingParams
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling

@@ -14,10 +14,10 @@ import pytest
 
 from cluster.config import Config
 from cluster.errors import PermissionDenied, Unauthenticated, Unavailable
-from deployments import lifecycle
-from deployments.access import Access, connect_here, local_key_file
-from deployments.client import Client
-from deployments.lifecycle import Running
+from deployments.commands.access import Access, connect_here, local_key_file
+from deployments.commands.client import Client
+from deployments.start import lifecycle
+from deployments.start.lifecycle import Running
 from protos.briolette.v1.admin_pb2 import Tenant
 from tests.certificates import Authority
 from tests.test_cluster import answer, session_pids

@@ -13,9 +13,10 @@ import pytest
 
 from cluster.config import DEMO_MODEL_DIR, Config
 from cluster.redis import RedisAddress
-from deployments import cli, lifecycle
-from deployments.client import Client
-from deployments.store import store_address
+from deployments import cli
+from deployments.commands.client import Client
+from deployments.kv.store import store_address
+from deployments.start import lifecycle
 from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling
 
 pytestmark = pytest.mark.cluster

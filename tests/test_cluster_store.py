@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from cluster.config import Config
-from deployments import lifecycle
-from deployments.client import Client
-from deployments.lifecycle import Running
-from deployments.store import problem_of, store_address
+from deployments.commands.client import Client
+from deployments.kv.store import problem_of, store_address
+from deployments.start import lifecycle
+from deployments.start.lifecycle import Running
 from protos.briolette.v1.inference_pb2 import Generation, Message
 from tests.test_cluster import greedy, metric, name_of, session_pids, wait_for
 

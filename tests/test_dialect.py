@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.spec import AttentionKind
+from deployments.calls.streams import merge
 from deployments.gateway import Gateway
-from deployments.streams import merge
 from engine.core import EngineCore
 from engine.dialect import AnswerStream, Parts
 from engine.kv_cache import KVCacheConfig

@@ -44,21 +44,21 @@ from cluster.metrics import Metrics
 from cluster.sessions import Sessions
 from cluster.spec import AttentionKind
 from cluster.tenancy import Admission, OpenLease, Tenant
-from deployments.answers import Answers
-from deployments.call import Call
-from deployments.conversations import Conversations
-from deployments.decoder_link import (
+from deployments.calls.answers import Answers
+from deployments.calls.call import Call
+from deployments.calls.conversations import Conversations
+from deployments.calls.streams import MAX_BUFFERED_TOKENS, Streams
+from deployments.calls.tenant_threads import TenantThreads
+from deployments.decoding.link import (
     HELLO,
     MAX_OUTBOX,
     DecoderLink,
     GatewayLinks,
     verify_gateway,
 )
+from deployments.decoding.step_loop import StepLoop
 from deployments.gateway import Gateway
 from deployments.meters import EngineMeter
-from deployments.step_loop import StepLoop
-from deployments.streams import MAX_BUFFERED_TOKENS, Streams
-from deployments.tenant_threads import TenantThreads
 from engine.batch import Batch
 from engine.block_hash import BlockHasher
 from engine.core import EngineCore
@@ -543,7 +543,7 @@ def test_a_full_queue_refuses_at_once(stub: InferenceStub, decoder: Decoder) -> 
 def test_a_client_that_stops_reading_is_given_up(
     cluster: tuple[Decoder, Gateway], decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.rpc.STALL_S", 0.3)
+    monkeypatch.setattr("deployments.services.rpc.STALL_S", 0.3)
     decoder.runner.step_s = 0.01
     address = f"127.0.0.1:{cluster[1].port}"
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
@@ -622,9 +622,9 @@ def test_health_follows_the_decoder(
 
 
 def test_a_hanging_step_is_no_health(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.decoder_link.SILENCE_S", 0.5)
-    monkeypatch.setattr("deployments.step_loop.STATUS_PERIOD_S", 0.1)
-    monkeypatch.setattr("deployments.step_loop.LONGEST_STEP_S", 0.5)
+    monkeypatch.setattr("deployments.decoding.link.SILENCE_S", 0.5)
+    monkeypatch.setattr("deployments.decoding.step_loop.STATUS_PERIOD_S", 0.1)
+    monkeypatch.setattr("deployments.decoding.step_loop.LONGEST_STEP_S", 0.5)
     decoder = Decoder(tokenizer)
     with running_gateway(tokenizer, decoder.find) as gateway:
         wait_for(lambda: serving(gateway))
@@ -646,8 +646,8 @@ def test_a_hanging_step_is_no_health(tokenizer: Tokenizer, monkeypatch: pytest.M
 def test_a_step_that_waits_and_says_so_is_health(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.decoder_link.SILENCE_S", 0.5)
-    monkeypatch.setattr("deployments.step_loop.LONGEST_STEP_S", 0.5)
+    monkeypatch.setattr("deployments.decoding.link.SILENCE_S", 0.5)
+    monkeypatch.setattr("deployments.decoding.step_loop.LONGEST_STEP_S", 0.5)
     decoder = Decoder(tokenizer)
 
     def wait_long(_: float) -> bool:

@@ -23,7 +23,7 @@ import engine.grammar as grammar_module
 from cluster.config import DEMO_MODEL_DIR
 from cluster.errors import InvalidRequest
 from cluster.spec import AttentionKind
-from deployments.step_loop import StepLoop
+from deployments.decoding.step_loop import StepLoop
 from engine.batch import Batch
 from engine.core import EngineCore
 from engine.grammar import MAX_CHARS, Grammar, Grammars, Guide

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from cluster.errors import PortTaken, Unauthenticated
 from cluster.tenancy import Lease, OpenLease
 from deployments.gateway import Gateway
-from deployments.http_stream import EventStream
+from deployments.http.stream import EventStream
 from deployments.open_files import raise_limit
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.inference_pb2 import Generation, ListModelsRequest
@@ -284,7 +284,7 @@ def test_calls_are_counted(gateway: Gateway, decoder: Decoder, registry: Collect
 def test_silent_and_endless_connections_are_closed(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.http_connections.HEAD_S", 0.3)
+    monkeypatch.setattr("deployments.http.connections.HEAD_S", 0.3)
     silent = connected(gateway)
     slow = connected(gateway)
     served = connected(gateway, b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
@@ -303,7 +303,7 @@ def test_silent_and_endless_connections_are_closed(
 
 
 def test_a_body_that_does_not_come(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.http_calls.BODY_S", 0.2)
+    monkeypatch.setattr("deployments.http.calls.BODY_S", 0.2)
     connection = connected(gateway, post(b"{", "content-length: 100"))
     assert b"400" in connection.recv(12)
     wait_for(lambda: b"didn't arrive" in connection.recv(4096))
@@ -330,7 +330,7 @@ def streaming(address: str) -> socket.socket:
 
 def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what it was sent up to then doesn't keep the connection."""
-    monkeypatch.setattr("deployments.http_connections.STALL_S", 0.3)
+    monkeypatch.setattr("deployments.http.connections.STALL_S", 0.3)
     answers, registry = ScriptedAnswers(), CollectorRegistry()
     answers.script = [Generation(text="x" * 1_000_000)] * 20
     with running_server(answers, registry=registry) as address:
@@ -346,7 +346,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
 
 def test_a_client_that_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as it takes something within the limit."""
-    monkeypatch.setattr("deployments.http_connections.STALL_S", 0.3)
+    monkeypatch.setattr("deployments.http.connections.STALL_S", 0.3)
     answers = ScriptedAnswers()
     answers.script = [Generation(text="x" * 1_000_000)] * 12 + [END]
     with running_server(answers) as address:
@@ -391,7 +391,7 @@ def test_2000_silent_connections_keep_nobody_out(gateway: Gateway) -> None:
 
 
 def test_above_the_limit_the_longest_silent_one_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.http.raise_limit", lambda: 16)
+    monkeypatch.setattr("deployments.http.server.raise_limit", lambda: 16)
     with running_server(ScriptedAnswers()) as address:
         held = hold_silent(int(address.rpartition(":")[2]), 17)
         wait_for(lambda: sum(map(is_closed, held)) == 5)
@@ -414,7 +414,7 @@ def test_silent_grpc_connections_are_closed(
 
 def test_a_sign_of_life_and_an_event_never_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sending of each takes longer than it is until the next one."""
-    monkeypatch.setattr("deployments.http_stream.HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("deployments.http.stream.HEARTBEAT_S", 0.01)
     sent: list[str] = []
     is_sending = False
 

@@ -67,7 +67,7 @@ def test_a_cached_model_needs_no_network(no_network: None, tmp_path: Path, is_of
     code = (
         "from cluster.checkpoint import resolve_model\n"
         "from cluster.config import Config\n"
-        "from deployments.preflight import check\n"
+        "from deployments.start.preflight import check\n"
         "ports = {'gateway.port': 0, 'gateway.http_port': 0, 'gateway.metrics_port': 0}\n"
         "config = Config.load(None, {'model': 'some/model', 'engine.kv_bytes': '1MiB', **ports})\n"
         "print(config.model_id, check(config).num_experts, resolve_model(config.model_source))\n"

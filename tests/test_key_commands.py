@@ -13,9 +13,10 @@ import pytest
 
 from cluster.config import Config
 from cluster.errors import Unavailable
-from deployments import access, cli
-from deployments.admission import open_admission
-from deployments.lifecycle import FILE, holding
+from deployments import cli
+from deployments.calls.admission import open_admission
+from deployments.commands import access
+from deployments.start.lifecycle import FILE, holding
 from engine.tokenizer import Tokenizer
 from tests.redis_servers import redis_server
 from tests.test_gateway import Decoder, make_tokenizer, running_gateway, serving, wait_for
@@ -157,7 +158,7 @@ def test_no_key_is_shown_in_plain_text_beyond_this_machine(
         shown.append(shows)
         raise Unavailable("Nobody is there.")
 
-    monkeypatch.setattr("deployments.client.Client", take)
+    monkeypatch.setattr("deployments.commands.client.Client", take)
     for address in ("192.0.2.1:50051", "gpu.example:50051", "localhost.example:50051", "0:50051"):
         answer = said("keys", "--address", address, "--key", "brio_a_b")
         assert answer.startswith(f"error: A key would be sent to {address}"), address
@@ -182,7 +183,7 @@ def test_files_for_tls_that_are_not_there(said: Callable[..., Said], tmp_path: P
 
 
 def test_times_are_read_as_they_are_meant() -> None:
-    from deployments.key_options import PARSERS, seconds_of
+    from deployments.commands.key_options import PARSERS, seconds_of
 
     assert [seconds_of(text) for text in ("90s", "30m", "1.5h", "7d", "2w")] == [
         90, 1800, 5400, 604_800, 1_209_600,

@@ -20,8 +20,8 @@ from cluster.kv_store import KVStore
 from cluster.metrics import Metrics
 from cluster.redis import RedisAddress
 from cluster.spec import AttentionKind, KVRows
-from deployments.kv_block_store import KVBlockStore, kv_tensors
-from deployments.kv_copies import BlockCopier
+from deployments.kv.block_store import KVBlockStore, kv_tensors
+from deployments.kv.copies import BlockCopier
 from engine.batch import Batch
 from engine.block_hash import BlockHasher
 from engine.core import EngineCore, Runner
@@ -225,7 +225,7 @@ def test_a_session_that_leaves_out_what_was_thought_resumes_before_it(
 def test_a_budget_takes_the_windows_of_earlier_turns_first(
     address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.kv_values.MAX_RUN_BLOCKS", 4)
+    monkeypatch.setattr("deployments.kv.values.MAX_RUN_BLOCKS", 4)
     deployment = deploy(address, tenant_bytes=120_000)
     turn = PROMPT[:40]
     for word in range(2, 12):
@@ -271,7 +271,7 @@ def test_what_a_full_server_refused_is_written_at_the_next_turn(
     address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.kv_writer.RETRY_S", 0.1)
-    monkeypatch.setattr("deployments.kv_values.MAX_RUN_BLOCKS", 4)
+    monkeypatch.setattr("deployments.kv.values.MAX_RUN_BLOCKS", 4)
     deployment = deploy(address)
     deployment.redis.config_set("maxmemory", 1)
     deployment.ask(PROMPT)
@@ -363,7 +363,7 @@ def test_what_the_queue_doesnt_take_is_not_copied(
 ) -> None:
     deployment = deploy(address)
     monkeypatch.setattr(deployment.kv_store, "takes", lambda tenant, num_bytes: False)
-    monkeypatch.delattr("deployments.kv_copies.BlockCopier.read")
+    monkeypatch.delattr("deployments.kv.copies.BlockCopier.read")
     assert deployment.ask(PROMPT) == 0 and not deployment.stored()
 
 
@@ -388,7 +388,7 @@ def test_two_that_need_much_memory_read_one_after_the_other(
     for prompt in (PROMPT, PROMPT[::-1]):
         deployment.ask(prompt)
     deployment.start()
-    monkeypatch.setattr("deployments.kv_fetches.READING_BYTES", 1)
+    monkeypatch.setattr("deployments.kv.fetches.READING_BYTES", 1)
     first, second = (
         deployment.add(PROMPT, request_id="1"),
         deployment.add(PROMPT[::-1], request_id="2"),
@@ -402,7 +402,7 @@ def test_nothing_of_an_unsound_request_stays(
     address: RedisAddress, deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither what it wrote before its logits showed it, nor what it had read."""
-    monkeypatch.setattr("deployments.kv_values.MAX_RUN_BLOCKS", 4)
+    monkeypatch.setattr("deployments.kv.values.MAX_RUN_BLOCKS", 4)
     deployment = deploy(address)
     deployment.ask(TEXT[50:100])
     others = deployment.stored()

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from cluster.spec import AttentionKind
-from deployments.kv_values import MAX_RUN_BLOCKS, RUN_BYTES, BlockRun, ValueLayout
+from deployments.kv.values import MAX_RUN_BLOCKS, RUN_BYTES, BlockRun, ValueLayout
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
 

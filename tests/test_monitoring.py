@@ -23,10 +23,11 @@ import yaml
 from cluster.config import Config
 from cluster.errors import PermissionDenied
 from cluster.metrics import LABELS, METRICS
-from deployments import cli, lifecycle
-from deployments.access import Access, connect_here
-from deployments.client import Client
+from deployments import cli
+from deployments.commands.access import Access, connect_here
+from deployments.commands.client import Client
 from deployments.scrape_targets import FILE
+from deployments.start import lifecycle
 from protos.briolette.v1.admin_pb2 import Tenant
 from protos.briolette.v1.inference_pb2 import ChatRequest, CompleteRequest, Message, Sampling
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub

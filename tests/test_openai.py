@@ -24,7 +24,7 @@ from cluster.errors import (
 )
 from cluster.tenancy import Lease, OpenLease
 from deployments.gateway import Gateway
-from deployments.openai_schema import ChatBody, CompletionBody
+from deployments.openai.schema import ChatBody, CompletionBody
 from protos.briolette.v1.inference_pb2 import (
     FINISH_REASON_TOOL_CALLS,
     TOOL_CHOICE_NONE,
@@ -604,7 +604,7 @@ def test_a_deadline(client: openai.OpenAI, decoder: Decoder) -> None:
 def test_a_deadline_of_a_decoder_that_hangs(
     scripted: openai.OpenAI, answers: ScriptedAnswers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.choices.GRACE_S", 0.1)
+    monkeypatch.setattr("deployments.calls.choices.GRACE_S", 0.1)
     answers.script = [30.0]
     late = scripted.with_options(default_headers={"x-request-timeout": "0.1"})
     for n in (1, 2):
@@ -616,7 +616,7 @@ def test_a_deadline_of_a_decoder_that_hangs(
 def test_signs_of_life_while_nothing_comes(
     scripted: openai.OpenAI, answers: ScriptedAnswers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.http_stream.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("deployments.http.stream.HEARTBEAT_S", 0.05)
     answers.script = [0.3, Generation(text="a"), END]
     body = {"messages": HELLO, "stream": True}
     text = httpx.post(f"{scripted.base_url}chat/completions", json=body).text

@@ -19,13 +19,13 @@ from cluster.errors import PermissionDenied, Unauthenticated
 from cluster.placement import ExpertGroups
 from cluster.tenancy import Lease, OpenLease, Tenant
 from cluster.usage import UsageBooks
-from deployments.admin import Admin
-from deployments.call import Call
+from deployments.calls.call import Call
+from deployments.calls.usage import UsageService
+from deployments.decoding.tenant_loads import TenantLoads
 from deployments.gateway import Gateway
+from deployments.http.page_api import PAGE_DIR, to_json
 from deployments.messages import to_group_load
-from deployments.page_api import PAGE_DIR, to_json
-from deployments.tenant_loads import TenantLoads
-from deployments.usage import UsageService
+from deployments.services.admin import Admin
 from engine.batch import Batch
 from engine.request import Request, RequestState, SamplingParams
 from engine.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from cluster.config import DEMO_MODEL_DIR, Config
 from cluster.errors import ConfigError, NotEnoughMemory
 from cluster.spec import ModelSpec
-from deployments.preflight import PROCESS_BYTES, check, check_memory, memory_needed
+from deployments.start.preflight import PROCESS_BYTES, check, check_memory, memory_needed
 from tests.certificates import Authority
 
 SIZES = {name: t.numel() for name, t in load_file(DEMO_MODEL_DIR / "model.safetensors").items()}

@@ -17,12 +17,12 @@ from prometheus_client import CollectorRegistry
 from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.metrics import Metrics
-from deployments import host_directory, remote_experts
-from deployments.host_directory import HostDirectory
+from deployments.decoding import host_directory, remote_experts
+from deployments.decoding.host_directory import HostDirectory
+from deployments.decoding.remote_experts import RemoteExperts
 from deployments.layout import place_experts
 from deployments.loading import Source
 from deployments.meters import ExpertMeter
-from deployments.remote_experts import RemoteExperts
 from experts import fallback
 from experts.host import ExpertHost
 from protos.briolette.v1.admin_pb2 import ClusterStatus

@@ -18,9 +18,9 @@ from prometheus_client import CollectorRegistry
 from cluster.errors import QuotaExceeded
 from cluster.metrics import Metrics
 from cluster.tenancy import OpenLease
-from deployments import request_log
-from deployments.call import Call
-from deployments.request_log import FILE, NOBODY, RequestLog
+from deployments.calls import request_log
+from deployments.calls.call import Call
+from deployments.calls.request_log import FILE, NOBODY, RequestLog
 from protos.briolette.v1.admin_pb2 import GetStatusRequest
 from protos.briolette.v1.admin_pb2_grpc import AdminStub
 from protos.briolette.v1.inference_pb2 import Generation, Timings, Usage

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deployments import cli
-from deployments.session_commands import age, size
+from deployments.commands.sessions import age, size
 from engine.tokenizer import Tokenizer
 from tests.redis_servers import redis_server
 from tests.test_gateway import make_tokenizer

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.errors import ConfigError
-from deployments.store import Budgets, problem_of, store_address, store_server
+from deployments.kv.store import Budgets, problem_of, store_address, store_server
 from tests.redis_servers import redis_server
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.errors import Overloaded
-from deployments.tenant_threads import TenantThreads
+from deployments.calls.tenant_threads import TenantThreads
 
 
 @pytest.fixture

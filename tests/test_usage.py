@@ -19,11 +19,11 @@ from cluster.errors import InvalidRequest, PermissionDenied, Unavailable
 from cluster.redis import RedisAddress
 from cluster.tenancy import OpenLease, Tenant
 from cluster.usage import KEPT_S, UsageBooks, Used, today
-from deployments import usage_commands
-from deployments.call import Call
-from deployments.client import Client
+from deployments.calls.call import Call
+from deployments.calls.usage import UsageService
+from deployments.commands import usage as usage_commands
+from deployments.commands.client import Client
 from deployments.gateway import Gateway
-from deployments.usage import UsageService
 from protos.briolette.v1.admin_pb2 import DayUsage, GetUsageRequest
 from protos.briolette.v1.admin_pb2_grpc import AdminStub
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub

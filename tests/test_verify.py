@@ -17,11 +17,11 @@ from cluster.kv_keys import value_name
 from cluster.kv_value import HEADER_BYTES, header_of
 from cluster.spec import AttentionKind
 from deployments import cli
+from deployments.commands.verify import Answer, Comparison, Verifier
+from deployments.commands.verify_card import conclusion, problems
+from deployments.commands.verify_prompts import Case, Conversation, read_cases, shipped_cases
+from deployments.commands.verify_redis import RedisTier
 from deployments.loading import Source, load_engine, load_local_experts
-from deployments.verify import Answer, Comparison, Verifier
-from deployments.verify_card import conclusion, problems
-from deployments.verify_prompts import Case, Conversation, read_cases, shipped_cases
-from deployments.verify_redis import RedisTier
 from engine.block_store import BlockStore, StoredBlock
 from engine.core import EngineCore
 from engine.request import Request

@@ -1,0 +1,1 @@
+"""HTTP beside gRPC: connections, requests, errors, events, the web page."""
