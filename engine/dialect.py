@@ -102,8 +102,9 @@ class Parts:
 class AnswerStream:
     """Turns the tokens of one answer into its parts, as they come.
 
-    Stop strings end the text only. What a control token cuts short stands as far as it came: a
-    thought, and the pieces of a call, which then isn't whole.
+    Stop strings end the text only. A closing token closes its own part only. What an opening token
+    cuts short stands as far as it came: a thought, and the pieces of a call, which then isn't
+    whole.
     """
 
     def __init__(
@@ -156,7 +157,8 @@ class AnswerStream:
 
     def _push(self, token_id: int, parts: Parts) -> None:
         dialect = self._dialect
-        if self._thought is not None or token_id == dialect.thought_open:
+        is_in_thought = self._thought is not None and token_id != dialect.call_open
+        if is_in_thought or token_id == dialect.thought_open:
             self.num_thought_tokens += 1
         if token_id == dialect.thought_open:
             self._close(parts)
@@ -164,12 +166,16 @@ class AnswerStream:
         elif token_id == dialect.call_open:
             self._close(parts)
             self._call, self._call_text = Call(), TextStream(self._tokenizer)
-        elif token_id in (dialect.thought_close, dialect.call_close):
-            self._close(parts, is_closed=True)
         elif self._thought is not None:
-            parts.thought += self._thought.push(token_id)
+            if token_id == dialect.thought_close:
+                self._close(parts, is_closed=True)
+            else:
+                parts.thought += self._thought.push(token_id)
         elif self._call is not None:
-            self._push_call(self._call, token_id, parts)
+            if token_id == dialect.call_close:
+                self._close(parts, is_closed=True)
+            else:
+                self._push_call(self._call, token_id, parts)
         else:
             text, parts.matched_stop = self._text.push([token_id])
             parts.text += text

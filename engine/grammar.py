@@ -77,10 +77,11 @@ class Grammars:
         can't write.
         """
         self._compiled(grammar).matcher()
+        _ = self._in_thought  # made here, too
 
     def guide(self, grammar: Grammar, prompt_ids: Sequence[int] = ()) -> Guide:
         """A new answer's guide. What its prompt allows beside a text, a thought before it or calls
-        in its place, is free. Raises InvalidRequest.
+        in its place, needn't fit the grammar. Raises InvalidRequest.
         """
         dialect = self._vocabulary.dialect
         may_think = dialect.think is not None and dialect.think in prompt_ids
@@ -93,8 +94,9 @@ class Grammars:
             may_think=may_think,
             may_call=may_call,
             renew=partial(compiled.renew, matcher),
+            in_thought=self._in_thought,
         )
-        if may_think and dialect.open_thought(prompt_ids) is not None:
+        if dialect.open_thought(prompt_ids) is not None:
             guide.think()
         return guide
 
@@ -109,6 +111,18 @@ class Grammars:
             raise InvalidRequest(f"The {grammar.kind} can't be used: {reason}.")
         Guide(matcher).allowed()
         return matcher
+
+    @cached_property
+    def _in_thought(self) -> Allowed:
+        """[vocab_size]: text and what closes the thought, no other control token. One that ended
+        the answer or opened a call there would pass by the grammar.
+        """
+        texts = map(self._vocabulary.token_bytes, range(self._vocabulary.vocab_size))
+        allowed = np.fromiter((bool(text) for text in texts), np.bool_)
+        if (thought_close := self._vocabulary.dialect.thought_close) is not None:
+            allowed[thought_close] = True
+        allowed.flags.writeable = False
+        return allowed
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -172,24 +186,30 @@ class Guide:
         may_think: bool = False,
         may_call: bool = False,
         renew: Callable[[], LLMatcher | None] = lambda: None,
+        in_thought: Allowed | None = None,
     ) -> None:
-        """`renew` brings a matcher for when this one is used up."""
+        """`renew` brings a matcher for when this one is used up; `in_thought` are the tokens that
+        a thought may have.
+        """
         self._matcher, self._dialect = matcher, dialect
         self._renew: Callable[[], LLMatcher | None] | None = renew
         self._written: list[int] = []  # of the grammar
         # Tokens that may open something free as long as the text hasn't begun
         self._thought_open = dialect.thought_open if may_think else None
         self._call_open = dialect.call_open if may_call else None
-        self._is_free = False
-        self._free_until: int | None = None  # to the end
+        self._in_thought = in_thought
+        self._is_thinking = False
+        self._is_calling = False  # freely, to the end
 
     def allowed(self) -> Allowed | None:
         """The next tokens that may come; None: all.
 
         Raises InvalidRequest where there is none, and where the grammar has got too complex.
         """
-        if self._is_free:
+        if self._is_calling:
             return None
+        if self._is_thinking:
+            return self._in_thought
         bits = self._bits()
         allowed = np.unpackbits(bits, bitorder="little").view(np.bool_)
         reason = self._matcher.get_error().strip().split("\n")[0]
@@ -205,19 +225,20 @@ class Guide:
 
     def think(self) -> None:
         """A thought has begun, the last one before the text."""
-        self._thought_open, self._is_free = None, True
-        self._free_until = self._dialect.thought_close
+        self._thought_open, self._is_thinking = None, True
 
     def advance(self, token_id: int) -> None:
         """Take the token that came."""
-        if self._is_free:
-            self._is_free = token_id != self._free_until
+        if self._is_calling:
+            return
+        if self._is_thinking:
+            self._is_thinking = token_id != self._dialect.thought_close
             return
         is_grammars = self._matcher.validate_tokens([token_id]) == 1
         if not is_grammars and token_id == self._thought_open:
             self.think()
         elif not is_grammars and token_id == self._call_open:
-            self._is_free = True
+            self._is_calling = True
         else:
             self._thought_open = self._call_open = None
             self._written.append(token_id)

@@ -112,6 +112,25 @@ def test_any_cut_gives_the_same_parts(data: st.DataObject) -> None:
     assert not any(token in got.text for token in CONTROL_TOKENS.values())
 
 
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_the_stream_and_its_tokens_have_the_same_thoughts(data: st.DataObject) -> None:
+    tokens = st.sampled_from(ids(f"{THOUGHT}a{CALL}"))
+    token_ids = data.draw(st.lists(tokens, max_size=40))
+    reader = stream()
+    reader.push(token_ids)
+    num_tokens = sum(stop - start for start, stop in DIALECT.thoughts(token_ids))
+    assert reader.num_thought_tokens == num_tokens
+
+
+def test_a_closing_token_closes_only_its_own_part() -> None:
+    parts, reader = read("<|tool_call>call:f{a:<channel|>secret:1}<tool_call|>")
+    assert (parts.text, parts.thought) == ("", "")
+    assert arguments_of(parts.tool_calls) == {0: '{"a":"secret:1"}'}
+    parts, _ = read("<|channel>thought\nI think<tool_call|>, still secret<channel|>Yes")
+    assert (parts.text, parts.thought) == ("Yes", "I think, still secret")
+
+
 def test_what_is_typed_is_text() -> None:
     """The characters of a control token are no control token."""
     typed = f"{CALL}{THOUGHT}"

@@ -388,6 +388,48 @@ def test_a_format_is_compiled_before_it_comes_to_the_step_thread() -> None:
     assert len(taken) == 1
 
 
+# Thoughts
+
+
+def thinking_guide(*more: str) -> Guide:
+    """Of an answer that is in its thought."""
+    prompt_ids = spelled(TOKENIZER, "".join(["<|think|>", *more]))
+    guide = GRAMMARS.guide(Grammar("regex", "yes"), prompt_ids)
+    for token_id in spelled(TOKENIZER, "<|channel>thought\nhm"):
+        guide.advance(token_id)
+    return guide
+
+
+def test_a_thought_has_no_control_token_but_the_one_that_closes_it() -> None:
+    guide = thinking_guide("<|tool>")
+    allowed = guide.allowed()
+    assert allowed is not None
+    is_text = [TOKENIZER.token_bytes(i) != b"" for i in range(TOKENIZER.vocab_size)]
+    thought_close = TOKENIZER.dialect.thought_close
+    assert [i for i in range(len(allowed)) if allowed[i] and not is_text[i]] == [thought_close]
+    assert all(allowed[i] for i in range(len(allowed)) if is_text[i])
+
+
+def test_a_call_after_a_thought_is_free_to_the_end() -> None:
+    guide = thinking_guide("<|tool>")
+    for token_id in spelled(TOKENIZER, "<channel|><|tool_call>call:f{}<tool_call|><channel|>"):
+        guide.advance(token_id)
+        is_called = token_id == TOKENIZER.dialect.call_open or guide.allowed() is None
+    assert is_called and guide.allowed() is None
+
+
+def test_an_answer_that_thinks_keeps_to_its_format() -> None:
+    """A model that has learned nothing would soon end in its thought, or call."""
+    core = make_core()
+    for seed in range(5):
+        prompt_ids = spelled(TOKENIZER, "<|think|><|channel>thought\n")
+        add(core, str(seed), seed=seed, prompt_ids=prompt_ids, regex="yes", temperature=1.0)
+    for outputs in run(core).values():
+        assert not any(output.tool_calls for output in outputs)
+        is_cut = outputs[-1].finish_reason is FinishReason.LENGTH
+        assert text_of(outputs) == "yes" or (is_cut and "yes".startswith(text_of(outputs)))
+
+
 # Required calls
 
 
