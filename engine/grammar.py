@@ -43,10 +43,15 @@ class Grammar:
     kind: GrammarKind
     text: str
 
+    @property
+    def noun(self) -> str:
+        """What errors call it."""
+        return "lark grammar" if self.kind == "lark" else self.kind
+
     def check_size(self) -> None:
         """Raises InvalidRequest."""
         if len(self.text) > MAX_CHARS:
-            raise InvalidRequest(f"The {self.kind} has more than {MAX_CHARS:,} characters.")
+            raise InvalidRequest(f"The {self.noun} has more than {MAX_CHARS:,} characters.")
 
 
 class Vocabulary(Protocol):
@@ -105,10 +110,10 @@ class Grammars:
         try:
             matcher = LLMatcher(self._tokenizer, _definition(grammar), limits=LIMITS)
         except ValueError as error:
-            raise InvalidRequest(f"The {grammar.kind} is wrong: {error}.") from None
+            raise InvalidRequest(f"The {grammar.noun} is wrong: {error}.") from None
         if matcher.is_error():
             reason = matcher.get_error().strip().split("\n")[0]
-            raise InvalidRequest(f"The {grammar.kind} can't be used: {reason}.")
+            raise InvalidRequest(f"The {grammar.noun} can't be used: {reason}.")
         Guide(matcher).allowed()
         return matcher
 

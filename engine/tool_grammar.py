@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from cluster.errors import InvalidRequest
 from engine.chat_messages import to_object
@@ -71,9 +72,11 @@ class _Rules:
         """The name of a rule for an object."""
         properties = schema.get("properties") or {}
         required = schema.get("required") or []
-        if not isinstance(properties, Mapping) or not isinstance(required, list):
+        is_list = isinstance(required, list) and all(isinstance(key, str) for key in required)
+        if not isinstance(properties, Mapping) or not is_list:
             raise InvalidRequest(f"{self._where} are no JSON schema.")
         more = schema.get("additionalProperties", not properties)
+        properties = {**{key: {} for key in required}, **properties}
         tail = '("," pair)*' if more else ""
         firsts = [f"pair {tail}"] if more else []
         is_optional = True
@@ -104,10 +107,12 @@ class _Rules:
                 return self._any(map(self._expression, schema[key]))
         implied = "object" if "properties" in schema else "array" if "items" in schema else None
         types = schema.get("type", implied)
-        if isinstance(types, list) and types:
-            return self._any(self._of_type(name, schema) for name in types)
-        nullable = ["null"] if schema.get("nullable") else []
-        return self._any(self._of_type(name, schema) for name in (types, *nullable))
+        names = types if isinstance(types, list) and types else [types]
+        if schema.get("nullable"):
+            names = [*names, "null"]
+        # Each once: nested lists of the same names would make more and more rules
+        once = [name for i, name in enumerate(names) if name not in names[:i]]
+        return self._any(self._of_type(name, schema) for name in once)
 
     def _of_type(self, name: Any, schema: Mapping[str, Any]) -> str:
         if name == "object":
@@ -120,8 +125,8 @@ class _Rules:
     def _reference(self, reference: str) -> str:
         if reference not in self._references:
             target: Any = self._root
-            for step in reference.removeprefix("#").split("/")[1:]:
-                target = target.get(step) if isinstance(target, Mapping) else None
+            for step in unquote(reference.removeprefix("#")).split("/")[1:]:
+                target = _member(target, step.replace("~1", "/").replace("~0", "~"))
             if not reference.startswith("#") or not isinstance(target, Mapping):
                 raise InvalidRequest(f"{self._where} refer to {reference!r}, which isn't there.")
             rule = self._references[reference] = self._new_name()
@@ -154,6 +159,14 @@ class _Rules:
     def _new_name(self) -> str:
         self._num_rules += 1
         return f"{self._prefix}_{self._num_rules}"
+
+
+def _member(target: Any, name: str) -> Any:
+    """One step of a JSON pointer (RFC 6901); None where there is nothing."""
+    if isinstance(target, Mapping):
+        return target.get(name)
+    is_there = isinstance(target, list) and name.isdecimal() and int(name) < len(target)
+    return target[int(name)] if is_there else None
 
 
 def _literal(text: str) -> str:

@@ -124,7 +124,7 @@ def test_the_stream_and_its_tokens_have_the_same_thoughts(data: st.DataObject) -
 
 
 def test_a_closing_token_closes_only_its_own_part() -> None:
-    parts, reader = read("<|tool_call>call:f{a:<channel|>secret:1}<tool_call|>")
+    parts, _ = read("<|tool_call>call:f{a:<channel|>secret:1}<tool_call|>")
     assert (parts.text, parts.thought) == ("", "")
     assert arguments_of(parts.tool_calls) == {0: '{"a":"secret:1"}'}
     parts, _ = read("<|channel>thought\nI think<tool_call|>, still secret<channel|>Yes")
@@ -437,6 +437,16 @@ def test_a_required_call_comes_and_fits_its_tool(
     assert forced.text == "" and forced.tool_calls[0].name
 
 
+def test_tools_that_cannot_be_required_are_blamed(
+    stub: InferenceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.grammar.MAX_CHARS", 10)
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.ChatOnce(chat(tools=[WEATHER], tool_choice=TOOL_CHOICE_REQUIRED))
+    sentence = "These tools can't be required. The lark grammar has more than 10 characters."
+    assert refused.value.details() == sentence  # type: ignore[attr-defined]
+
+
 def test_no_calls_where_none_are_wanted(runner: ScriptedRunner, stub: InferenceStub) -> None:
     runner.play(ids(f"{CALL}<turn|>"))
     request = chat(tools=[WEATHER], tool_choice=TOOL_CHOICE_NONE)
@@ -481,7 +491,7 @@ BAD = [
     (chat(tools=[WEATHER], tool_choice=TOOL_CHOICE_REQUIRED, required_tool="x"), "no tool 'x'"),
     (chat(Message(role="tool", content="x", tool_call_id="y")), "call 'y', which nobody"),
     (chat(sampling={"json_schema": "{"}), "json_schema is wrong"),
-    (chat(sampling={"lark": 'start: "a'}), "lark can't be used"),
+    (chat(sampling={"lark": 'start: "a'}), "lark grammar can't be used"),
     (chat(sampling={"regex": "a", "ignore_eos": True}), "no ignore_eos"),
     (
         chat(sampling={"regex": "a"}, tools=[WEATHER], tool_choice=TOOL_CHOICE_REQUIRED),

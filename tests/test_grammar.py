@@ -239,8 +239,8 @@ def test_a_head_wider_than_the_vocabulary() -> None:
         ({"json_schema": '{"type": "foo"}'}, "Invalid type: foo"),
         ({"json_schema": '{"not": {}}'}, "json_schema can't be used"),
         ({"regex": "("}, "regex can't be used"),
-        ({"lark": "start: other"}, "lark can't be used"),
-        ({"lark": "start: <|nothing|>"}, "lark can't be used"),
+        ({"lark": "start: other"}, "lark grammar can't be used"),
+        ({"lark": "start: <|nothing|>"}, "lark grammar can't be used"),
         ({"regex": "a" * (MAX_CHARS + 1)}, "more than 131,072 characters"),
         ({"regex": "a", "lark": "b"}, "Give one of"),
         ({"regex": "a", "json_object": True}, "Give one of"),
@@ -464,9 +464,9 @@ TOOLS = [
 CALLS = Grammars(TOKENIZER), calls_grammar(TOOLS, TOKENIZER.dialect)
 
 
-def accepts(call: str) -> bool:
+def accepts(call: str, grammar: Grammar = CALLS[1]) -> bool:
     """Whether the grammar lets a model write this, and end there."""
-    grammars, grammar = CALLS
+    grammars, _ = CALLS
     guide = grammars.guide(grammar)
     for token_id in spelled(TOKENIZER, f"<|tool_call>call:{call}<tool_call|><turn|>"):
         allowed = guide.allowed()
@@ -504,6 +504,31 @@ def test_required_calls_fit_their_schema(call: str, is_allowed: bool) -> None:
     assert accepts(call) == is_allowed
 
 
+@pytest.mark.parametrize("pointer", ["#/$defs/a~1b/anyOf/1", "#/%24defs/a%7E1b/anyOf/1"])
+def test_a_reference_is_a_json_pointer(pointer: str) -> None:
+    schema = {
+        "properties": {"x": {"$ref": pointer}},
+        "$defs": {"a/b": {"anyOf": [{"type": "null"}, {"type": "boolean"}]}},
+    }
+    grammar = calls_grammar([{"name": "t", "parameters": schema}], TOKENIZER.dialect)
+    assert accepts("t{x:true}", grammar) and not accepts("t{x:null}", grammar)
+
+
+def test_the_grammar_of_nested_lists_of_types_stays_small() -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(40):
+        schema = {"type": ["array", "array"], "items": schema}
+    tool = {"name": "t", "parameters": {"properties": {"a": schema}}}
+    assert len(calls_grammar([tool], TOKENIZER.dialect).text) < 5000
+
+
+@pytest.mark.parametrize("properties", [{}, {"b": {"type": "boolean"}}])
+def test_what_is_required_must_come_though_nothing_describes_it(properties: Any) -> None:
+    schema = {"properties": properties, "required": ["a"]}
+    grammar = calls_grammar([{"name": "t", "parameters": schema}], TOKENIZER.dialect)
+    assert accepts("t{a:[1]}", grammar) and not accepts("t{}", grammar)
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_what_a_required_call_may_be_is_read_as_a_call(seed: int) -> None:
@@ -525,6 +550,8 @@ def test_what_a_required_call_may_be_is_read_as_a_call(seed: int) -> None:
     [
         ('{"properties": [1]}', "are no JSON schema"),
         ('{"required": "a"}', "are no JSON schema"),
+        ('{"required": [{}]}', "are no JSON schema"),
+        ('{"anyOf": [{}], "properties": {"a": {"$ref": "#/anyOf/1"}}}', "which isn't there"),
         ('{"properties": {"a": {"$ref": "#/$defs/b"}}}', "'#/\\$defs/b', which isn't there"),
         ('{"properties": {"a": {"$ref": "http://x"}}}', "'http://x', which isn't there"),
         ('{"properties": {"a": ' * 400 + "{}" + "}}" * 400, "nested too deeply"),

@@ -186,9 +186,14 @@ class Answers:
             sampling = await self._encoding.run(
                 call.tenant, to_sampling, request, self._tokenizer.dialect
             )
-        grammar = to_sampling_params(sampling).grammar
-        if grammar is not None:
-            await self._encoding.run(call.tenant, self._grammars.compile, grammar)
+        try:
+            grammar = to_sampling_params(sampling).grammar
+            if grammar is not None:
+                await self._encoding.run(call.tenant, self._grammars.compile, grammar)
+        except InvalidRequest as error:
+            if request.sampling.lark == sampling.lark:
+                raise
+            raise InvalidRequest(f"These tools can't be required. {error}") from None
         return sampling
 
     def _check_model(self, model: str, call: Call) -> None:
