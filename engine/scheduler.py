@@ -106,14 +106,13 @@ class Scheduler:
     @property
     def shares(self) -> dict[str, TenantShare]:
         """How each tenant stands; empty where the policy makes no difference between them."""
-        return self.policy.shares(self.waiting, self.running)
+        return self.policy.shares()
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises Overloaded when it would wait too long, or too many wait."""
         is_full = any(other.state is RequestState.WAITING for other in self._held_up)
         num_idle = 0 if is_full else max(0, self.max_num_seqs - len(self.running))
-        num_ahead = self.policy.num_ahead(request, self.waiting)
-        self.load_shedding.check(request, self.waiting, num_idle, num_ahead)
+        self.load_shedding.check(request, self.waiting, num_idle, self.policy)
         self._ask_store(request)
         self.waiting.append(request)
 
@@ -152,7 +151,8 @@ class Scheduler:
         queue = deque(order)
         budget = self.max_num_batched_tokens
         decodes = {request for request in self.running if request.num_pending_tokens == 1}
-        is_closed, num_starts = False, 0  # closed: blocks ran out, a newcomer's wouldn't last
+        started: list[str] = []  # their queues
+        is_closed = False  # blocks ran out, a newcomer's wouldn't last
         self._held_up = []
         while queue and budget > 0:
             request = queue.popleft()
@@ -172,7 +172,8 @@ class Scheduler:
                     continue
                 if self._held_up:
                     self._overtaken[request] = list(self._held_up)
-                num_starts += request.num_preemptions == 0
+                if request.num_preemptions == 0:
+                    started.append(self.policy.queue_of(request))
                 decodes.difference_update(output.preempted)
                 budget = self.max_num_batched_tokens - output.num_tokens  # some may have given way
                 limit = budget - len(decodes)
@@ -189,7 +190,7 @@ class Scheduler:
                 self._preempt(request, output)
                 break
             budget -= self._take(request, num_new, output)
-        self.load_shedding.saw_step(num_starts, len(self.waiting))
+        self.load_shedding.saw_step(started, {self.policy.queue_of(r) for r in self.waiting})
         return output
 
     def update(self, output: SchedulerOutput, failed: Collection[Request] = ()) -> None:
