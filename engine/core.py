@@ -272,13 +272,12 @@ class EngineCore:
 
     def _update(self, output: SchedulerOutput, sampled: SamplerOutput, seconds: float) -> None:
         failed = {output.sampling[row] for row in sampled.errors}
-        chunks = output.prefill_chunks
         self.scheduler.update(output, failed)
         num_decode = sum(item.is_decode for item in output.scheduled)
         self._num_steps += 1
         self._num_decode_tokens += num_decode
         self._num_prefill_tokens += output.num_tokens - num_decode
-        self.prefill_meter.saw_step(chunks, num_decode, seconds)
+        self.prefill_meter.saw_step(output.prefill_chunks, num_decode, seconds)
         rows = zip(output.sampling, sampled.token_ids, sampled.logprobs, strict=True)
         for row, (request, token_id, logprobs) in enumerate(rows):
             if row in sampled.errors:
@@ -374,6 +373,7 @@ class EngineCore:
         for item in output.scheduled:
             if not item.request.is_finished:
                 self._finish(item.request, FinishReason.ERROR, error=error)
+        self.scheduler.charge(output)  # a tenant whose requests break steps doesn't get them free
 
     def _expire(self) -> None:
         now_s = time.monotonic()

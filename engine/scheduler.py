@@ -25,9 +25,15 @@ class ScheduledRequest:
     """A request's share of a step."""
 
     request: Request
+    start: int  # the position of its first new token
     num_new_tokens: int
     samples: bool  # the step reaches its last known token, so that a new one is sampled
     is_decode: bool  # one token beyond the prompt; for counting only
+
+    @property
+    def stop(self) -> int:
+        """The position behind its last new token."""
+        return self.start + self.num_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +49,8 @@ class SchedulerOutput:
 
     @property
     def prefill_chunks(self) -> list[tuple[int, int]]:
-        """The positions [start, stop) of prompts, before `update` counts them as computed."""
-        return [
-            (start := item.request.num_computed_tokens, start + item.num_new_tokens)
-            for item in self.scheduled
-            if not item.is_decode
-        ]
+        """The positions [start, stop) of prompts."""
+        return [(item.start, item.stop) for item in self.scheduled if not item.is_decode]
 
     @property
     def sampling(self) -> list[Request]:
@@ -198,12 +200,17 @@ class Scheduler:
         back those that windows have left. What was computed for the `failed` is charged, but no
         progress.
         """
+        self.charge(output)
         for item in output.scheduled:
-            stop = item.request.num_computed_tokens + item.num_new_tokens
-            self.policy.charge(item.request, stop, Work.DECODE if item.is_decode else Work.PREFILL)
             if item.request not in failed:
-                item.request.num_computed_tokens = stop
+                item.request.num_computed_tokens = item.stop
                 self._save(item.request, self.kv.commit(item.request))
+
+    def charge(self, output: SchedulerOutput) -> None:
+        """Charge for the step, also where it failed; a second time adds nothing."""
+        for item in output.scheduled:
+            work = Work.DECODE if item.is_decode else Work.PREFILL
+            self.policy.charge(item.request, item.stop, work)
 
     def _num_new_tokens(self, request: Request, budget: int) -> int | None:
         """How many of its tokens the step computes: 0 where it lacks blocks, None where a span is
@@ -219,6 +226,7 @@ class Scheduler:
         self.kv.allocate(request, num_new)
         item = ScheduledRequest(
             request,
+            request.num_computed_tokens,
             num_new,
             samples=num_new == request.num_pending_tokens,
             is_decode=num_new == 1 and request.num_computed_tokens >= len(request.prompt_ids),

@@ -17,12 +17,14 @@ from cluster.spec import AttentionKind
 from engine.batch import Batch
 from engine.block_hash import BlockHasher
 from engine.core import EngineCore
+from engine.fair_share import FairShare
 from engine.kv_cache import KVCacheConfig
 from engine.limits import SpecLimits
 from engine.load_shedding import LoadShedding
 from engine.outputs import RequestOutput
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler
+from engine.token_costs import DECODE
 from engine.tokenizer import Tokenizer
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
@@ -311,6 +313,30 @@ def test_an_error_fails_the_requests_of_its_step_and_no_others() -> None:
     runner_of(core).fails_with = None
     core.check_integrity()
     assert tokens_of(drain(core)["c"]) == greedy_answer([5, 6], 8)
+
+
+@pytest.mark.parametrize("broken", ["runner.execute", "sampler.sample", "_append"])
+def test_a_step_that_fails_is_charged_to_those_who_were_in_it(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = make_core(policy=FairShare(), max_num_batched_tokens=8)
+    core.add(request_id="in", prompt_ids=[5, 6, 7], sampling=GREEDY, tenant="breaks", weight=2.0)
+    core.step()
+    core.add(request_id="chunk", prompt_ids=[5] * 20, sampling=GREEDY, tenant="reads")
+    core.add(request_id="out", prompt_ids=[5, 6, 7], sampling=GREEDY, tenant="waits")
+    *path, name = broken.split(".")
+    monkeypatch.setattr(reduce(getattr, path, core), name, fail)
+    assert {output.request_id for output in core.step()} == {"in", "chunk"}
+    shares = core.stats().fair_share
+    assert {tenant: share.service for tenant, share in shares.items()} == {
+        "breaks": 3 + DECODE,
+        "reads": 7,
+        "waits": 0,
+    }
+    assert shares["breaks"].counter == (3 + DECODE) / 2
+    monkeypatch.undo()
+    core.check_integrity()
+    drain(core)
 
 
 @pytest.mark.parametrize("seed", range(8))
