@@ -7,64 +7,17 @@ prompt, a whole prompt and a decoded token are one case.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
 
 from engine.block_store import BlockStore, NullBlockStore, StoredBlock
 from engine.kv_cache import KVCache
 from engine.load_shedding import LoadShedding
 from engine.policy import FirstComeFirstServed, Policy, TenantShare, Work
-from engine.prefix import NOTHING_FETCHED, Fetched
 from engine.request import FinishReason, Request, RequestState
+from engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from engine.spans import uncut
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """A request's share of a step."""
-
-    request: Request
-    start: int  # the position of its first new token
-    num_new_tokens: int
-    samples: bool  # the step reaches its last known token, so that a new one is sampled
-    is_decode: bool  # one token beyond the prompt; for counting only
-
-    @property
-    def stop(self) -> int:
-        """The position behind its last new token."""
-        return self.start + self.num_new_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOutput:
-    """One step: what to compute, in the batch's order, and who had to give way."""
-
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(item.num_new_tokens for item in self.scheduled)
-
-    @property
-    def prefill_chunks(self) -> list[tuple[int, int]]:
-        """The positions [start, stop) of prompts."""
-        return [(item.start, item.stop) for item in self.scheduled if not item.is_decode]
-
-    @property
-    def sampling(self) -> list[Request]:
-        """The requests that get a token, in the order of the batch's logits."""
-        return [item.request for item in self.scheduled if item.samples]
-
-
-@dataclass(slots=True)
-class PrefixUse:
-    """Counters of one tenant: requests that were started, and what they found cached."""
-
-    num_queries: int = 0
-    num_hits: int = 0
-    num_cached_tokens: int = 0
+from engine.starting import PrefixUse, Starter
 
 
 class Scheduler:
@@ -97,13 +50,18 @@ class Scheduler:
         self._held_up: list[Request] = []  # found no room in the last step
         self._overtaken: dict[Request, list[Request]] = {}  # by those that run in their stead
         self.num_preemptions = 0
-        self.prefix_use: defaultdict[str, PrefixUse] = defaultdict(PrefixUse)  # by tenant
+        self._starter = Starter(kv, self.store)
 
     @property
     def waits_for_blocks(self) -> bool:
         """Whether no request can go on before the store brings its blocks."""
         states = {request.state for request in (*self.running, *self.waiting)}
         return states == {RequestState.WAITING_FOR_BLOCKS}
+
+    @property
+    def prefix_use(self) -> Mapping[str, PrefixUse]:
+        """By tenant."""
+        return self._starter.prefix_use
 
     @property
     def shares(self) -> dict[str, TenantShare]:
@@ -115,7 +73,7 @@ class Scheduler:
         is_full = any(other.state is RequestState.WAITING for other in self._held_up)
         num_idle = 0 if is_full else max(0, self.max_num_seqs - len(self.running))
         self.load_shedding.check(request, self.waiting, num_idle, self.policy)
-        self._ask_store(request)
+        self._starter.ask_store(request)
         self.waiting.append(request)
 
     def withdraw(self, request: Request) -> None:
@@ -146,7 +104,7 @@ class Scheduler:
 
         A chunk leaves a token of the budget to each decode behind it.
         """
-        self._look_for_blocks()
+        self._starter.look_for_blocks(self.waiting)
         output = SchedulerOutput()
         ready = [r for r in self.waiting if r.state is RequestState.WAITING]
         order = self.policy.order([*self.running, *ready])
@@ -234,20 +192,6 @@ class Scheduler:
         output.scheduled.append(item)
         return num_new
 
-    def _ask_store(self, request: Request) -> bool:
-        """Let it wait if the store brings more than what is cached."""
-        cached = self.kv.find_prefix(request)
-        if self.store.fetch(request, cached.num_blocks * self.kv.block_size):
-            request.state = RequestState.WAITING_FOR_BLOCKS
-        return request.state is RequestState.WAITING_FOR_BLOCKS
-
-    def _look_for_blocks(self) -> None:
-        """Ask the store how far it is, also while there is no room: it goes on when asked."""
-        for request in self.waiting:
-            is_waiting = request.state is RequestState.WAITING_FOR_BLOCKS
-            if is_waiting and self.store.fetched(request) is not None:
-                request.state = RequestState.WAITING
-
     def _may_start(self, request: Request) -> bool:
         return not self._held_up or self.policy.may_overtake(request, self._held_up)
 
@@ -255,7 +199,7 @@ class Scheduler:
         """Start it, in place of running ones if that makes room for it."""
         if request.asks_store:
             request.asks_store = False
-            if self._ask_store(request):
+            if self._starter.ask_store(request):
                 return False
         giving_way = self._giving_way(request, order)
         if giving_way is None or (giving_way and self._suits_first(giving_way, order)):
@@ -305,61 +249,17 @@ class Scheduler:
     def _has_room(self, request: Request, without: Collection[Request]) -> bool:
         if len(self.running) - len(without) >= self.max_num_seqs:
             return False
-        fetched = self.store.fetched(request) or NOTHING_FETCHED
-        return self._fits(request, fetched, without) or (
-            bool(fetched) and self._fits(request, without=without)
-        )
-
-    def _fits(
-        self,
-        request: Request,
-        fetched: Fetched = NOTHING_FETCHED,
-        without: Collection[Request] = (),
-    ) -> bool:
-        """Whether all its known tokens fit beside those of the running requests, or `without`
-        some of these.
-
-        Asking for the first chunk only would admit prompts that preempt each other halfway.
-        """
-        return self.kv.can_hold(request, self.kv.find_prefix(request, fetched), without)
+        return self._starter.fits(request, without)
 
     def _admit(self, request: Request) -> bool:
-        """Start it behind what is cached or fetched of it, if it fits."""
-        fetched = self.store.fetched(request) or NOTHING_FETCHED
-        in_memory = self.kv.find_prefix(request)
-        if not (self._start(request, fetched) or (fetched and self._start(request))):
+        """Start it, if it fits."""
+        if not self._starter.start(request):
             return False
-        self.store.release(request)
+        self.policy.charge(request, request.num_computed_tokens, Work.CACHED)
         self.waiting.remove(request)
         self.running.append(request)
         request.state = RequestState.RUNNING
-        if request.num_preemptions == 0:
-            self._count_prefix(request, in_memory.num_blocks * self.kv.block_size)
         return True
-
-    def _start(self, request: Request, fetched: Fetched = NOTHING_FETCHED) -> bool:
-        """Give it the blocks of its prefix, if it fits."""
-        if not self._fits(request, fetched):
-            return False
-        prefix = self.kv.find_prefix(request, fetched)
-        lacking = self.kv.add(request, prefix)
-        if lacking:
-            if not self.store.load(request, lacking):
-                self.kv.free(request)
-                self.store.release(request)
-                return False
-            self.kv.loaded(request, prefix.num_blocks)
-        request.num_computed_tokens = prefix.num_blocks * self.kv.block_size
-        self.policy.charge(request, request.num_computed_tokens, Work.CACHED)
-        return True
-
-    def _count_prefix(self, request: Request, num_in_memory: int) -> None:
-        request.num_cached_tokens = request.num_computed_tokens
-        request.num_fetched_tokens = max(0, request.num_cached_tokens - num_in_memory)
-        use = self.prefix_use[request.tenant]
-        use.num_queries += 1
-        use.num_hits += request.num_cached_tokens > 0
-        use.num_cached_tokens += request.num_cached_tokens
 
     def _preempt(self, request: Request, output: SchedulerOutput) -> None:
         """Back to the queue; prompt and output are kept. It resumes from what is cached then."""

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from engine.fair_share import FairShare
 from engine.policy import Policy, Work
 from engine.request import FinishReason, Request, RequestState
-from engine.scheduler import Scheduler, SchedulerOutput
+from engine.scheduler import Scheduler
+from engine.scheduler_output import SchedulerOutput
 from engine.token_costs import CACHED, DECODE, TokenCosts
 from tests.test_kv_size import spec_of
 from tests.test_scheduler import make_request, make_scheduler, run_step, shares

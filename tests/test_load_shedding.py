@@ -11,7 +11,7 @@ from engine.fair_share import FairShare
 from engine.load_shedding import FORGOTTEN_S, LoadShedding, StartRate
 from engine.policy import FirstComeFirstServed
 from engine.request import FinishReason, Request, RequestState
-from engine.scheduler import SchedulerOutput
+from engine.scheduler_output import SchedulerOutput
 from tests.test_scheduler import make_request, make_scheduler, run_step
 
 

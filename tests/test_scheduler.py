@@ -25,7 +25,8 @@ from engine.kv_cache_group import IntArray
 from engine.load_shedding import LoadShedding
 from engine.policy import FirstComeFirstServed, Policy
 from engine.request import FinishReason, Owner, Request, RequestState, SamplingParams
-from engine.scheduler import Scheduler, SchedulerOutput
+from engine.scheduler import Scheduler
+from engine.scheduler_output import SchedulerOutput
 from tests.memory_store import MemoryStore
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
