@@ -18,12 +18,13 @@ from deployments.layout import expert_groups
 from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
 from engine.core import EngineCore
+from engine.decoder_layer import Experts
 from engine.fair_share import FairShare
 from engine.kv_cache import KVCacheConfig
 from engine.kv_sizing import kv_bytes_per_block, longest_context, size_kv_cache
 from engine.limits import SpecLimits
 from engine.load_shedding import LoadShedding
-from engine.model import Experts, GemmaDecoder
+from engine.model import GemmaDecoder
 from engine.prefill_meter import PrefillMeter
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
