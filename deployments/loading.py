@@ -12,7 +12,7 @@ import torch
 from cluster.checkpoint import Checkpoint, resolve_model
 from cluster.config import Config
 from cluster.errors import ConfigError, NotEnoughMemory, Unavailable
-from cluster.native import kernels_name
+from cluster.kernel_choice import kernels_name
 from cluster.spec import ModelSpec
 from deployments.layout import expert_groups
 from engine.block_hash import BlockHasher

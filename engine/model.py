@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
 from cluster.invariant import check_invariance
-from cluster.native import NativeKernels, kernels_for
+from cluster.kernel_choice import kernels_for
+from cluster.native import NativeKernels
 from cluster.spec import AttentionKind, KVRows, LayerSpec, ModelSpec
 from engine.attention import KVTensors
 from engine.attention_planner import AttentionPlanner, find_gpu_attention
