@@ -6,7 +6,7 @@ import pytest
 
 from cluster.spec import AttentionKind
 from engine.core import EngineCore
-from tests.test_core import GREEDY, drain, make_core
+from tests.fake_engine import GREEDY, drain, make_core
 from tests.test_prefix_caching import DOCUMENT
 from tests.test_scheduler import evict_all, make_request, make_scheduler, run_step
 
