@@ -16,8 +16,8 @@ from engine.request import FinishReason, Request, RequestState
 from engine.scheduler import Scheduler
 from engine.scheduler_output import SchedulerOutput
 from engine.token_costs import CACHED, DECODE, TokenCosts
+from tests.schedulers import make_request, make_scheduler, run_step, shares
 from tests.test_kv_size import spec_of
-from tests.test_scheduler import make_request, make_scheduler, run_step, shares
 
 SMALL = {"num_global": 129, "num_sliding": 65, "max_num_batched_tokens": 32}
 

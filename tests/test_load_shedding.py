@@ -12,7 +12,7 @@ from engine.load_shedding import FORGOTTEN_S, LoadShedding, StartRate
 from engine.policy import FirstComeFirstServed
 from engine.request import FinishReason, Request, RequestState
 from engine.scheduler_output import SchedulerOutput
-from tests.test_scheduler import make_request, make_scheduler, run_step
+from tests.schedulers import make_request, make_scheduler, run_step
 
 
 class Clock:

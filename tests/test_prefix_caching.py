@@ -29,8 +29,8 @@ from tests.fake_engine import (
     tokens_of,
 )
 from tests.memory_store import MemoryStore, TensorBlocks
+from tests.schedulers import evict_all, make_request, make_scheduler, run_step, shares
 from tests.test_batch_invariant import Subject, load
-from tests.test_scheduler import evict_all, make_request, make_scheduler, run_step, shares
 from tests.tiny_models import make_tiny
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING

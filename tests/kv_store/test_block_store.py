@@ -13,8 +13,8 @@ from cluster.redis import RedisAddress
 from cluster.spec import KVRows
 from tests.kv_store.deployment import BLOCK_SIZE, PROMPT, TEXT, Deployment
 from tests.redis_servers import redis_server, wait_until
+from tests.schedulers import evict_all
 from tests.test_batch_invariant import Subject
-from tests.test_scheduler import evict_all
 
 
 @pytest.mark.parametrize(
