@@ -319,10 +319,10 @@ class EngineCore:
         logger.error("A step of %d tokens failed: %s", output.num_tokens, ids, exc_info=error)
         if not isinstance(error, BrioletteError):
             error = BrioletteError(f"{type(error).__name__} while computing: {error}")
+        self.scheduler.charge(output)  # a tenant whose requests break steps doesn't get them free
         for item in output.scheduled:
             if not item.request.is_finished:
                 self._finish(item.request, FinishReason.ERROR, error=error)
-        self.scheduler.charge(output)  # a tenant whose requests break steps doesn't get them free
 
     def _expire(self) -> None:
         now_s = time.monotonic()
