@@ -19,7 +19,8 @@ from cluster.links import Endpoint, Link
 from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import ModelSpec
 from experts.beats import Beats
-from experts.host import REPLY_DEADLINE_S, ExpertHost, serve_host
+from experts.host import REPLY_DEADLINE_S, ExpertHost
+from experts.host_process import serve_host
 from experts.router import ExpertRouter
 
 HOST_ID = "host0"

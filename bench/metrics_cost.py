@@ -45,7 +45,8 @@ from deployments.decoding.step_loop import StepLoop
 from deployments.loading import Source, load_engine, load_local_experts
 from deployments.meters import EngineMeter, ExpertMeter
 from engine.core import EngineCore
-from experts.host import ExpertHost, serve_host
+from experts.host import ExpertHost
+from experts.host_process import serve_host
 from experts.router import ExpertRouter
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 from protos.briolette.v1.inference_pb2 import Sampling, TokenIds

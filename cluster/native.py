@@ -8,27 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cluster.kernels import InvariantKernels, Kernels, PackedWeight, TorchKernels, Weight
+from cluster.kernels import PackedWeight, Weight
 from cluster.native_build import declare, native_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 PANEL, LANES = 32, 16  # as in the source
-
-
-def kernels_for(
-    device: torch.device | str, dtype: torch.dtype, *, batch_invariant: bool = False
-) -> Kernels:
-    """The fastest kernels for this device and dtype, of those that keep what is asked."""
-    if torch.device(device).type == "cpu" and dtype is torch.float32:
-        native = native_kernels()
-        if native is not None:
-            return native
-    return InvariantKernels() if batch_invariant else TorchKernels()
-
-
-def kernels_name(device: torch.device, dtype: torch.dtype) -> str:
-    """Whose kernels these are, for an operator: "native" or "PyTorch"."""
-    return "native" if isinstance(kernels_for(device, dtype), NativeKernels) else "PyTorch"
 
 
 def native_kernels() -> NativeKernels | None:

@@ -34,7 +34,7 @@ from deployments.priority import go_first
 from deployments.replicas import Handle
 from deployments.start.report import Reporter, reporting
 from engine.core import EngineCore
-from engine.model import Experts
+from engine.decoder_layer import Experts
 from engine.prefill_meter import PrefillMeter
 from engine.runner import ModelRunner
 from experts.load import ExpertLoad

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cluster.spec import AttentionKind
 from engine.kv_cache import KVCache
-from engine.scheduler import SchedulerOutput
+from engine.scheduler_output import SchedulerOutput
 from engine.spans import Overlay, overlays
 
 

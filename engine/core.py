@@ -14,11 +14,11 @@ from typing import Protocol
 from torch import Tensor
 
 from cluster.errors import BrioletteError, InvalidRequest
+from engine.answer_streams import AnswerStreams
 from engine.batch import Batch, build_batch
 from engine.block_hash import BlockHasher
 from engine.block_store import BlockStore
-from engine.dialect import NO_DIALECT, AnswerStream, Parts
-from engine.grammar import Grammars
+from engine.dialect import Parts
 from engine.kv_cache import KVCache, KVCacheConfig
 from engine.limits import RequestLimits, SpecLimits
 from engine.load_shedding import LoadShedding
@@ -27,7 +27,8 @@ from engine.policy import Policy
 from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler, SamplerOutput, TokenLogprobs
-from engine.scheduler import Scheduler, SchedulerOutput
+from engine.scheduler import Scheduler
+from engine.scheduler_output import SchedulerOutput
 from engine.spans import Span
 from engine.tokenizer import Tokenizer
 
@@ -73,9 +74,6 @@ class EngineCore:
         self.runner = runner
         self.sampler = sampler or Sampler()
         self.tokenizer = tokenizer
-        self._grammars = (
-            None if tokenizer is None else Grammars(tokenizer, spec_limits.eos_token_ids)
-        )
         self.prefill_meter = prefill_meter or PrefillMeter()
         self.limits = spec_limits
         self.kv = KVCache(
@@ -98,7 +96,7 @@ class EngineCore:
             spec_limits, self.kv, self.scheduler.max_num_batched_tokens
         )
         self._requests: dict[str, Request] = {}
-        self._streams: dict[str, AnswerStream] = {}
+        self._answers = AnswerStreams(tokenizer, spec_limits.eos_token_ids)
         self._outputs: list[RequestOutput] = []  # of the step under way, and of aborts before it
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
 
@@ -189,9 +187,7 @@ class EngineCore:
             undo.callback(self._withdraw, request)
             self.scheduler.add(request)
             self._requests[request_id] = request
-            self._guide(request)
-            self._open_stream(request, chat)
-            self._resume(request)
+            self._resume(request, chat)
             undo.pop_all()
         return request
 
@@ -200,8 +196,7 @@ class EngineCore:
 
         Raises InvalidRequest.
         """
-        if sampling.grammar is not None and self._grammars is not None:
-            self._grammars.compile(sampling.grammar)
+        self._answers.compile(sampling)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request between two steps and free its blocks at once; unknown ids are ignored.
@@ -252,33 +247,32 @@ class EngineCore:
         self.scheduler.check_integrity()
         live = {r.request_id for r in (*self.scheduler.running, *self.scheduler.waiting)}
         assert live == set(self._requests), "a request is lost"
-        assert set(self._streams) <= live, "a text stream is leaked"
+        assert self._answers.request_ids <= live, "a text stream is leaked"
 
     def _check_idle(self) -> None:
         """Report what is leaked, which shows when nothing runs; unlike `check_integrity`, this
         costs nothing and disturbs nobody.
         """
         leaked = {k.value: g.pool.num_used for k, g in self.kv.groups.items() if g.pool.num_used}
-        if leaked or self.kv.requests or self._requests or self._streams:
+        if leaked or self.kv.requests or self._requests or self._answers.request_ids:
             logger.error(
                 "Leaked while idle: blocks %s, rows %d, requests %d, text streams %d.",
                 leaked,
                 len(self.kv.requests),
                 len(self._requests),
-                len(self._streams),
+                len(self._answers.request_ids),
             )
 
     # After a step
 
     def _update(self, output: SchedulerOutput, sampled: SamplerOutput, seconds: float) -> None:
         failed = {output.sampling[row] for row in sampled.errors}
-        chunks = output.prefill_chunks
         self.scheduler.update(output, failed)
         num_decode = sum(item.is_decode for item in output.scheduled)
         self._num_steps += 1
         self._num_decode_tokens += num_decode
         self._num_prefill_tokens += output.num_tokens - num_decode
-        self.prefill_meter.saw_step(chunks, num_decode, seconds)
+        self.prefill_meter.saw_step(output.prefill_chunks, num_decode, seconds)
         rows = zip(output.sampling, sampled.token_ids, sampled.logprobs, strict=True)
         for row, (request, token_id, logprobs) in enumerate(rows):
             if row in sampled.errors:
@@ -291,47 +285,13 @@ class EngineCore:
 
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Take a sampled token; end the request where that makes it complete."""
-        request.output_ids.append(token_id)
-        if request.guide is not None:
-            request.guide.advance(token_id)
-        parts = Parts()
-        if not self._is_stop_token(request, token_id):  # which is no part of the answer
-            parts = self._push(request, [token_id])
+        parts, end = self._answers.append(request, token_id)
         tokens = [token_id], None if logprobs is None else [logprobs]
-        reason, matched_stop = self._end_of(request, parts.matched_stop)
-        if reason is None:
+        if end is None:
             self._outputs.append(output_of(request, *tokens, parts))
         else:
-            self._finish(request, reason, tokens=tokens, parts=parts, matched_stop=matched_stop)
-
-    def _end_of(
-        self, request: Request, matched: str | None
-    ) -> tuple[FinishReason | None, str | int | None]:
-        """Why the request ends with its last output token, if it does, and the stop it met."""
-        last = request.output_ids[-1]
-        if self._is_stop_token(request, last):
-            stream = self._streams.get(request.request_id)
-            if stream is not None and stream.has_calls:
-                return FinishReason.TOOL_CALLS, None
-            return FinishReason.STOP, last if last in request.sampling.stop_token_ids else None
-        if matched is not None:
-            return FinishReason.STOP, matched
-        if len(request.output_ids) >= request.max_tokens:
-            return FinishReason.LENGTH, None
-        return None, None
-
-    def _is_stop_token(self, request: Request, token_id: int) -> bool:
-        sampling = request.sampling
-        is_eos = token_id in self.limits.eos_token_ids and not sampling.ignore_eos
-        return is_eos or token_id in sampling.stop_token_ids
-
-    def _push(self, request: Request, token_ids: list[int]) -> Parts:
-        stream = self._streams.get(request.request_id)
-        if stream is None:
-            return Parts()
-        parts = stream.push(token_ids)
-        request.num_thought_tokens = stream.num_thought_tokens
-        return parts
+            stop = end.matched_stop
+            self._finish(request, end.reason, tokens=tokens, parts=parts, matched_stop=stop)
 
     def _finish(
         self,
@@ -351,26 +311,15 @@ class EngineCore:
         self.scheduler.finish(request, reason, is_sound=is_sound)
         del self._requests[request.request_id]
         parts = parts or Parts()
-        stream = self._streams.pop(request.request_id, None)
-        if stream is not None:
-            parts.add(stream.finish())
-        self._note_lasting(request)
+        parts.add(self._answers.finish(request))
         self._outputs.append(output_of(request, *tokens, parts, matched_stop, error))
-
-    def _note_lasting(self, request: Request) -> None:
-        """A session goes on without the thoughts of a turn that has ended; with calls it goes on
-        in the same turn.
-        """
-        is_turn_over = request.finish_reason is not FinishReason.TOOL_CALLS
-        if request.session is not None and self.tokenizer is not None and is_turn_over:
-            thoughts = self.tokenizer.thoughts(request.token_ids(0, request.num_tokens))
-            request.num_lasting_tokens = thoughts[0][0] if thoughts else None
 
     def _fail(self, output: SchedulerOutput, error: Exception) -> None:
         ids = " ".join(item.request.request_id for item in output.scheduled)
         logger.error("A step of %d tokens failed: %s", output.num_tokens, ids, exc_info=error)
         if not isinstance(error, BrioletteError):
             error = BrioletteError(f"{type(error).__name__} while computing: {error}")
+        self.scheduler.charge(output)  # a tenant whose requests break steps doesn't get them free
         for item in output.scheduled:
             if not item.request.is_finished:
                 self._finish(item.request, FinishReason.ERROR, error=error)
@@ -386,37 +335,14 @@ class EngineCore:
     def _withdraw(self, request: Request) -> None:
         """Drop what a failed `add` has left."""
         self._requests.pop(request.request_id, None)
-        self._streams.pop(request.request_id, None)
+        self._answers.withdraw(request)
         self.scheduler.withdraw(request)
 
-    def _guide(self, request: Request) -> None:
-        """Begin to follow the grammar that the answer must keep to, if there is one."""
-        grammar = request.sampling.grammar
-        if grammar is not None and self._grammars is not None:
-            request.guide = self._grammars.guide(grammar, request.prompt_ids)
-            for token_id in request.output_ids:
-                request.guide.advance(token_id)
-
-    def _open_stream(self, request: Request, chat: bool) -> None:
-        if self.tokenizer is not None:
-            self._streams[request.request_id] = AnswerStream(
-                self.tokenizer,
-                self.tokenizer.dialect if chat else NO_DIALECT,
-                request.sampling.stop,
-                call_id=f"call_{request.request_id}",
-                prompt_ids=request.prompt_ids,
-            )
-
-    def _resume(self, request: Request) -> None:
-        """Bring the text of earlier output up to date; what it gave was returned back then."""
-        if not request.output_ids:
-            return
-        is_stop = self._is_stop_token(request, request.output_ids[-1])
-        answer_ids = request.output_ids[:-1] if is_stop else request.output_ids
-        parts = self._push(request, answer_ids)
-        reason, matched_stop = self._end_of(request, parts.matched_stop)
-        if reason is not None:
-            self._finish(request, reason, matched_stop=matched_stop)
+    def _resume(self, request: Request, chat: bool) -> None:
+        """Begin its answer, or go on with it; end it where it was complete already."""
+        end = self._answers.begin(request, chat)
+        if end is not None:
+            self._finish(request, end.reason, matched_stop=end.matched_stop)
 
 
 def _first(*values: int | None) -> int:

@@ -7,10 +7,10 @@ prefill, prices from the model's own work, and preemption: docs/decisions/0010-f
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.policy import TenantShare, Work, weights_of
+from engine.policy import TenantShare, Work
 from engine.request import Request, RequestState
 from engine.token_costs import TokenCosts
 
@@ -98,27 +98,16 @@ class FairShare:
             account.service += cost
             account.counter += cost / request.weight
 
-    def num_ahead(self, request: Request, waiting: Sequence[Request]) -> float:
-        """Those of its own tenant that go before it, and as many of the others as are started
-        meanwhile.
-        """
-        weights = weights_of((*waiting, request))
-        own = (other for other in waiting if other.tenant == request.tenant)
-        num_before = sum(other.priority >= request.priority for other in own)
-        return min(len(waiting), num_before * sum(weights.values()) / request.weight)
+    def queue_of(self, request: Request) -> str:
+        return request.tenant
 
-    def shares(
-        self, waiting: Iterable[Request], running: Iterable[Request]
-    ) -> dict[str, TenantShare]:
-        num_waiting, num_running = _count(waiting), _count(running)
+    def num_ahead(self, request: Request, waiting: Sequence[Request]) -> int:
+        own = (other for other in waiting if other.tenant == request.tenant)
+        return sum(other.priority >= request.priority for other in own)
+
+    def shares(self) -> dict[str, TenantShare]:
         return {
-            tenant: TenantShare(
-                weight=account.weight,
-                num_waiting=num_waiting[tenant],
-                num_running=num_running[tenant],
-                service=account.service,
-                counter=account.counter,
-            )
+            tenant: TenantShare(account.weight, account.service, account.counter)
             for tenant, account in self._accounts.items()
         }
 
@@ -149,10 +138,3 @@ def _is_backlogged(request: Request) -> bool:
 
 def _has_begun(request: Request) -> bool:
     return request.state is RequestState.RUNNING or request.num_preemptions > 0
-
-
-def _count(requests: Iterable[Request]) -> defaultdict[str, int]:
-    counts: defaultdict[str, int] = defaultdict(int)
-    for request in requests:
-        counts[request.tenant] += 1
-    return counts

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 from cluster.errors import Overloaded
-from engine.policy import weights_of
+from engine.policy import Policy
 from engine.request import Request
 
 REMEMBERED_S = 30.0  # seconds in which somebody waited; older ones weigh half
@@ -29,13 +30,11 @@ class LoadShedding:
         self._max_queue = max_queue
         self._max_queue_per_tenant = max_queue_per_tenant
         self._max_queue_wait_s = max_queue_wait_s
-        self._num_starts = self._seconds = 0.0
-        self._since_start_s = 0.0  # of the seconds, those after the last start
-        self._measured_s = -math.inf  # when a step last counted
-        self._last_s: float | None = None  # the last step, if it left somebody waiting
+        self._rates: defaultdict[str, StartRate] = defaultdict(StartRate)  # by the policy's queue
+        self._waiting: set[str] = set()  # the queues that the last step left somebody in
 
     def check(
-        self, request: Request, waiting: Sequence[Request], num_idle: int, num_ahead: float
+        self, request: Request, waiting: Sequence[Request], num_idle: int, policy: Policy
     ) -> None:
         """Raises Overloaded for a request that may not wait, or would wait too long. Those that
         the next step can take on, `num_idle`, don't count as queued.
@@ -49,26 +48,56 @@ class LoadShedding:
         share = _share(request, waiting)
         if len(waiting) >= self._max_queue + num_idle and num_own >= share * self._max_queue:
             raise Overloaded(f"{len(waiting)} requests are waiting; try again later.")
-        wait_s, most_s = self.wait_s(num_ahead - num_idle), self._most_s(request)
+        num_ahead = policy.num_ahead(request, waiting) - num_idle
+        wait_s, most_s = self.wait_s(policy.queue_of(request), num_ahead), self._most_s(request)
         if most_s is not None and wait_s > most_s:
             raise Overloaded(
                 f"About {wait_s:.0f} s of waiting are ahead of this request, which may wait "
                 f"{max(0, most_s):.0f} s; try again later."
             )
 
-    def saw_step(self, num_starts: int, num_waiting: int) -> None:
-        """A step took on so many requests for the first time, and left so many waiting."""
+    def saw_step(self, started: Iterable[str], waiting: set[str]) -> None:
+        """A step took on requests of these queues for the first time, one for each that is named,
+        and left some waiting in those.
+        """
+        num_starts = Counter(started)
+        for queue in self._waiting | waiting:
+            self._rates[queue].saw_step(num_starts[queue], queue in waiting)
+        self._waiting = waiting
+
+    def wait_s(self, queue: str, num_ahead: int) -> float:
+        """How long so many starts of the queue take; 0 while that isn't known."""
+        return self._rates[queue].wait_s(num_ahead) if queue in self._rates else 0.0
+
+    def _most_s(self, request: Request) -> float | None:
+        """How long the request may wait: as configured, and not past its deadline."""
+        limits = [] if self._max_queue_wait_s is None else [self._max_queue_wait_s]
+        if request.deadline_s is not None:
+            limits.append(request.deadline_s - time.monotonic())
+        return min(limits, default=None)
+
+
+class StartRate:
+    """How fast the requests of one queue start while some wait in it."""
+
+    def __init__(self) -> None:
+        self._num_starts = self._seconds = 0.0
+        self._since_start_s = 0.0  # of the seconds, those after the last start
+        self._measured_s = -math.inf  # when a step last counted
+        self._last_s: float | None = None  # the last step, if it left somebody waiting
+
+    def saw_step(self, num_starts: int, is_waiting: bool) -> None:
         now_s = time.monotonic()
         if self._is_forgotten():
             self._num_starts = self._seconds = 0.0
         if self._last_s is not None:
             self._measure(now_s - self._last_s, num_starts)
             self._measured_s = now_s
-        if num_starts or not num_waiting:
+        if num_starts or not is_waiting:
             self._since_start_s = 0.0
-        self._last_s = now_s if num_waiting else None
+        self._last_s = now_s if is_waiting else None
 
-    def wait_s(self, num_ahead: float) -> float:
+    def wait_s(self, num_ahead: int) -> float:
         """How long so many starts take, by the rate of late, and at least as long as there has been
         none; 0 while that isn't known.
         """
@@ -89,14 +118,8 @@ class LoadShedding:
     def _is_forgotten(self) -> bool:
         return self._last_s is None and time.monotonic() - self._measured_s > FORGOTTEN_S
 
-    def _most_s(self, request: Request) -> float | None:
-        """How long the request may wait: as configured, and not past its deadline."""
-        limits = [] if self._max_queue_wait_s is None else [self._max_queue_wait_s]
-        if request.deadline_s is not None:
-            limits.append(request.deadline_s - time.monotonic())
-        return min(limits, default=None)
-
 
 def _share(request: Request, waiting: Sequence[Request]) -> float:
     """The tenant's part of the queue, by weight, of those that are in it."""
-    return request.weight / sum(weights_of((*waiting, request)).values())
+    weights = {other.tenant: other.weight for other in (*waiting, request)}
+    return request.weight / sum(weights.values())

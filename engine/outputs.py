@@ -11,7 +11,7 @@ from engine.dialect import Parts
 from engine.policy import TenantShare
 from engine.request import FinishReason, Request
 from engine.sampler import TokenLogprobs
-from engine.scheduler import PrefixUse
+from engine.starting import PrefixUse
 from engine.tool_calls import CallPiece
 
 

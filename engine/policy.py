@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +23,6 @@ class TenantShare:
     """How a tenant stands; a policy that shares by tenant tells it."""
 
     weight: float
-    num_waiting: int
-    num_running: int
     service: float  # counter, in the cost of a prompt's first token
     counter: float  # service over weight, lifted where it was idle; the lowest goes first
 
@@ -58,20 +56,16 @@ class Policy(Protocol):
         """
 
     def charge(self, request: Request, stop: int, work: Work) -> None:
-        """This was done for the request's tokens up to position `stop`."""
+        """This was done for the request's tokens up to position `stop`; each counts once."""
 
-    def num_ahead(self, request: Request, waiting: Sequence[Request]) -> float:
-        """How many starts come before that of a request which would wait behind these."""
+    def queue_of(self, request: Request) -> str:
+        """A name for those that start one after the other, whatever else starts meanwhile."""
 
-    def shares(
-        self, waiting: Iterable[Request], running: Iterable[Request]
-    ) -> dict[str, TenantShare]:
+    def num_ahead(self, request: Request, waiting: Sequence[Request]) -> int:
+        """How many of these start before it in its queue."""
+
+    def shares(self) -> dict[str, TenantShare]:
         """By tenant; empty where tenants make no difference."""
-
-
-def weights_of(requests: Iterable[Request]) -> dict[str, float]:
-    """Of the tenants that these belong to."""
-    return {request.tenant: request.weight for request in requests}
 
 
 class FirstComeFirstServed:
@@ -97,10 +91,11 @@ class FirstComeFirstServed:
     def charge(self, request: Request, stop: int, work: Work) -> None:
         pass
 
-    def num_ahead(self, request: Request, waiting: Sequence[Request]) -> float:
+    def queue_of(self, request: Request) -> str:
+        return "all"
+
+    def num_ahead(self, request: Request, waiting: Sequence[Request]) -> int:
         return len(waiting)
 
-    def shares(
-        self, waiting: Iterable[Request], running: Iterable[Request]
-    ) -> dict[str, TenantShare]:
+    def shares(self) -> dict[str, TenantShare]:
         return {}

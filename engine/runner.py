@@ -13,8 +13,9 @@ from cluster.errors import NotEnoughMemory
 from cluster.spec import AttentionKind, LayerSpec, ModelSpec
 from engine.attention import KVTensors
 from engine.batch import Batch
+from engine.decoder_layer import Experts, Forward
 from engine.kv_cache import KVCacheConfig
-from engine.model import Experts, Forward, GemmaDecoder
+from engine.model import GemmaDecoder
 
 
 class ModelRunner:

@@ -7,62 +7,17 @@ prompt, a whole prompt and a decoded token are one case.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
 
 from engine.block_store import BlockStore, NullBlockStore, StoredBlock
 from engine.kv_cache import KVCache
 from engine.load_shedding import LoadShedding
 from engine.policy import FirstComeFirstServed, Policy, TenantShare, Work
-from engine.prefix import NOTHING_FETCHED, Fetched
 from engine.request import FinishReason, Request, RequestState
+from engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from engine.spans import uncut
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """A request's share of a step."""
-
-    request: Request
-    num_new_tokens: int
-    samples: bool  # the step reaches its last known token, so that a new one is sampled
-    is_decode: bool  # one token beyond the prompt; for counting only
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOutput:
-    """One step: what to compute, in the batch's order, and who had to give way."""
-
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(item.num_new_tokens for item in self.scheduled)
-
-    @property
-    def prefill_chunks(self) -> list[tuple[int, int]]:
-        """The positions [start, stop) of prompts, before `update` counts them as computed."""
-        return [
-            (start := item.request.num_computed_tokens, start + item.num_new_tokens)
-            for item in self.scheduled
-            if not item.is_decode
-        ]
-
-    @property
-    def sampling(self) -> list[Request]:
-        """The requests that get a token, in the order of the batch's logits."""
-        return [item.request for item in self.scheduled if item.samples]
-
-
-@dataclass(slots=True)
-class PrefixUse:
-    """Counters of one tenant: requests that were started, and what they found cached."""
-
-    num_queries: int = 0
-    num_hits: int = 0
-    num_cached_tokens: int = 0
+from engine.starting import PrefixUse, Starter
 
 
 class Scheduler:
@@ -95,7 +50,7 @@ class Scheduler:
         self._held_up: list[Request] = []  # found no room in the last step
         self._overtaken: dict[Request, list[Request]] = {}  # by those that run in their stead
         self.num_preemptions = 0
-        self.prefix_use: defaultdict[str, PrefixUse] = defaultdict(PrefixUse)  # by tenant
+        self._starter = Starter(kv, self.store)
 
     @property
     def waits_for_blocks(self) -> bool:
@@ -104,17 +59,21 @@ class Scheduler:
         return states == {RequestState.WAITING_FOR_BLOCKS}
 
     @property
+    def prefix_use(self) -> Mapping[str, PrefixUse]:
+        """By tenant."""
+        return self._starter.prefix_use
+
+    @property
     def shares(self) -> dict[str, TenantShare]:
         """How each tenant stands; empty where the policy makes no difference between them."""
-        return self.policy.shares(self.waiting, self.running)
+        return self.policy.shares()
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises Overloaded when it would wait too long, or too many wait."""
         is_full = any(other.state is RequestState.WAITING for other in self._held_up)
         num_idle = 0 if is_full else max(0, self.max_num_seqs - len(self.running))
-        num_ahead = self.policy.num_ahead(request, self.waiting)
-        self.load_shedding.check(request, self.waiting, num_idle, num_ahead)
-        self._ask_store(request)
+        self.load_shedding.check(request, self.waiting, num_idle, self.policy)
+        self._starter.ask_store(request)
         self.waiting.append(request)
 
     def withdraw(self, request: Request) -> None:
@@ -145,14 +104,15 @@ class Scheduler:
 
         A chunk leaves a token of the budget to each decode behind it.
         """
-        self._look_for_blocks()
+        self._starter.look_for_blocks(self.waiting)
         output = SchedulerOutput()
         ready = [r for r in self.waiting if r.state is RequestState.WAITING]
         order = self.policy.order([*self.running, *ready])
         queue = deque(order)
         budget = self.max_num_batched_tokens
         decodes = {request for request in self.running if request.num_pending_tokens == 1}
-        is_closed, num_starts = False, 0  # closed: blocks ran out, a newcomer's wouldn't last
+        started: list[str] = []  # their queues
+        is_closed = False  # blocks ran out, a newcomer's wouldn't last
         self._held_up = []
         while queue and budget > 0:
             request = queue.popleft()
@@ -172,7 +132,8 @@ class Scheduler:
                     continue
                 if self._held_up:
                     self._overtaken[request] = list(self._held_up)
-                num_starts += request.num_preemptions == 0
+                if request.num_preemptions == 0:
+                    started.append(self.policy.queue_of(request))
                 decodes.difference_update(output.preempted)
                 budget = self.max_num_batched_tokens - output.num_tokens  # some may have given way
                 limit = budget - len(decodes)
@@ -189,7 +150,7 @@ class Scheduler:
                 self._preempt(request, output)
                 break
             budget -= self._take(request, num_new, output)
-        self.load_shedding.saw_step(num_starts, len(self.waiting))
+        self.load_shedding.saw_step(started, {self.policy.queue_of(r) for r in self.waiting})
         return output
 
     def update(self, output: SchedulerOutput, failed: Collection[Request] = ()) -> None:
@@ -197,12 +158,17 @@ class Scheduler:
         back those that windows have left. What was computed for the `failed` is charged, but no
         progress.
         """
+        self.charge(output)
         for item in output.scheduled:
-            stop = item.request.num_computed_tokens + item.num_new_tokens
-            self.policy.charge(item.request, stop, Work.DECODE if item.is_decode else Work.PREFILL)
             if item.request not in failed:
-                item.request.num_computed_tokens = stop
+                item.request.num_computed_tokens = item.stop
                 self._save(item.request, self.kv.commit(item.request))
+
+    def charge(self, output: SchedulerOutput) -> None:
+        """Charge for the step, also where it failed; a second time adds nothing."""
+        for item in output.scheduled:
+            work = Work.DECODE if item.is_decode else Work.PREFILL
+            self.policy.charge(item.request, item.stop, work)
 
     def _num_new_tokens(self, request: Request, budget: int) -> int | None:
         """How many of its tokens the step computes: 0 where it lacks blocks, None where a span is
@@ -218,26 +184,13 @@ class Scheduler:
         self.kv.allocate(request, num_new)
         item = ScheduledRequest(
             request,
+            request.num_computed_tokens,
             num_new,
             samples=num_new == request.num_pending_tokens,
             is_decode=num_new == 1 and request.num_computed_tokens >= len(request.prompt_ids),
         )
         output.scheduled.append(item)
         return num_new
-
-    def _ask_store(self, request: Request) -> bool:
-        """Let it wait if the store brings more than what is cached."""
-        cached = self.kv.find_prefix(request)
-        if self.store.fetch(request, cached.num_blocks * self.kv.block_size):
-            request.state = RequestState.WAITING_FOR_BLOCKS
-        return request.state is RequestState.WAITING_FOR_BLOCKS
-
-    def _look_for_blocks(self) -> None:
-        """Ask the store how far it is, also while there is no room: it goes on when asked."""
-        for request in self.waiting:
-            is_waiting = request.state is RequestState.WAITING_FOR_BLOCKS
-            if is_waiting and self.store.fetched(request) is not None:
-                request.state = RequestState.WAITING
 
     def _may_start(self, request: Request) -> bool:
         return not self._held_up or self.policy.may_overtake(request, self._held_up)
@@ -246,7 +199,7 @@ class Scheduler:
         """Start it, in place of running ones if that makes room for it."""
         if request.asks_store:
             request.asks_store = False
-            if self._ask_store(request):
+            if self._starter.ask_store(request):
                 return False
         giving_way = self._giving_way(request, order)
         if giving_way is None or (giving_way and self._suits_first(giving_way, order)):
@@ -296,61 +249,17 @@ class Scheduler:
     def _has_room(self, request: Request, without: Collection[Request]) -> bool:
         if len(self.running) - len(without) >= self.max_num_seqs:
             return False
-        fetched = self.store.fetched(request) or NOTHING_FETCHED
-        return self._fits(request, fetched, without) or (
-            bool(fetched) and self._fits(request, without=without)
-        )
-
-    def _fits(
-        self,
-        request: Request,
-        fetched: Fetched = NOTHING_FETCHED,
-        without: Collection[Request] = (),
-    ) -> bool:
-        """Whether all its known tokens fit beside those of the running requests, or `without`
-        some of these.
-
-        Asking for the first chunk only would admit prompts that preempt each other halfway.
-        """
-        return self.kv.can_hold(request, self.kv.find_prefix(request, fetched), without)
+        return self._starter.fits(request, without)
 
     def _admit(self, request: Request) -> bool:
-        """Start it behind what is cached or fetched of it, if it fits."""
-        fetched = self.store.fetched(request) or NOTHING_FETCHED
-        in_memory = self.kv.find_prefix(request)
-        if not (self._start(request, fetched) or (fetched and self._start(request))):
+        """Start it, if it fits."""
+        if not self._starter.start(request):
             return False
-        self.store.release(request)
+        self.policy.charge(request, request.num_computed_tokens, Work.CACHED)
         self.waiting.remove(request)
         self.running.append(request)
         request.state = RequestState.RUNNING
-        if request.num_preemptions == 0:
-            self._count_prefix(request, in_memory.num_blocks * self.kv.block_size)
         return True
-
-    def _start(self, request: Request, fetched: Fetched = NOTHING_FETCHED) -> bool:
-        """Give it the blocks of its prefix, if it fits."""
-        if not self._fits(request, fetched):
-            return False
-        prefix = self.kv.find_prefix(request, fetched)
-        lacking = self.kv.add(request, prefix)
-        if lacking:
-            if not self.store.load(request, lacking):
-                self.kv.free(request)
-                self.store.release(request)
-                return False
-            self.kv.loaded(request, prefix.num_blocks)
-        request.num_computed_tokens = prefix.num_blocks * self.kv.block_size
-        self.policy.charge(request, request.num_computed_tokens, Work.CACHED)
-        return True
-
-    def _count_prefix(self, request: Request, num_in_memory: int) -> None:
-        request.num_cached_tokens = request.num_computed_tokens
-        request.num_fetched_tokens = max(0, request.num_cached_tokens - num_in_memory)
-        use = self.prefix_use[request.tenant]
-        use.num_queries += 1
-        use.num_hits += request.num_cached_tokens > 0
-        use.num_cached_tokens += request.num_cached_tokens
 
     def _preempt(self, request: Request, output: SchedulerOutput) -> None:
         """Back to the queue; prompt and output are kept. It resumes from what is cached then."""

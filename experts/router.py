@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,28 +19,10 @@ from experts.choices import AskedSlots, Choices, GroupCut
 from experts.fallback import Fallback
 from experts.load import ExpertLoad
 from experts.peers import Peer, Peers
+from experts.plan import Asked, Plan, make_plan
 from experts.stats import CallObserver, CallStats
 
 WAIT_S = 1.0  # between two signs that a call waits for weights
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What one host is asked for."""
-
-    peer: Peer
-    group_ids: tuple[int, ...]
-    is_asked: Tensor  # [num_experts] bool: the experts of those groups
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Which copy of each group is asked, until a link opens or closes."""
-
-    generation: object
-    epoch: int
-    asked: tuple[_Asked, ...]
-    missing: frozenset[int]  # the groups that nobody can be asked for
 
 
 @dataclass(slots=True)
@@ -108,7 +90,7 @@ class ExpertRouter:
         self.load = ExpertLoad(spec.num_layers, spec.num_experts)
         self._observer = observer
         self.on_wait: Callable[[], None] = lambda: None  # every WAIT_S of a wait for the fallback
-        self._plan = _Plan(None, 0, (), frozenset())
+        self._plan = Plan(None, 0, (), frozenset())
         self._cut = GroupCut(placement.groups)
         self._peers.use(placement, endpoints)
 
@@ -199,7 +181,7 @@ class ExpertRouter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, handle: Handle, plan: _Plan) -> None:
+    def _send(self, handle: Handle, plan: Plan) -> None:
         """Ask for what has a slot; groups that nobody can be asked for become orphans."""
         for asked in plan.asked:
             slots = handle.choices.slots_of(asked.is_asked)
@@ -207,7 +189,7 @@ class ExpertRouter:
                 handle.orphans.update(asked.group_ids)
         handle.orphans.update(plan.missing)
 
-    def _send_frame(self, handle: Handle, asked: _Asked, slots: AskedSlots, epoch: int) -> bool:
+    def _send_frame(self, handle: Handle, asked: Asked, slots: AskedSlots, epoch: int) -> bool:
         peer = asked.peer
         link, call_id = peer.link, next(self._call_ids)
         if link is None:
@@ -225,31 +207,10 @@ class ExpertRouter:
         handle.sent.append(_Sent(peer, link, call_id, asked.group_ids, sent_s))
         return True
 
-    def _current_plan(self) -> _Plan:
+    def _current_plan(self) -> Plan:
         if self._plan.generation is not self._peers.generation:
-            self._plan = self._make_plan(range(self._cut.num_groups), ())
+            self._plan = make_plan(self._peers, self._cut, range(self._cut.num_groups))
         return self._plan
-
-    def _make_plan(self, group_ids: Iterable[int], avoided: Container[tuple[str, int]]) -> _Plan:
-        """Whom to ask for these groups; a pair of host and group may be avoided."""
-        generation, placement, alive = self._peers.snapshot()
-        copies = {
-            group_id: [
-                host
-                for host in placement.group_to_hosts[group_id]
-                if host in alive and (host, group_id) not in avoided
-            ]
-            for group_id in group_ids
-        }
-        by_host: dict[str, list[int]] = {}
-        for group_id, host in choose_copies(copies).items():
-            by_host.setdefault(host, []).append(group_id)
-        asked = [
-            _Asked(alive[host], tuple(sorted(groups)), self._cut.mask(groups))
-            for host, groups in sorted(by_host.items())
-        ]
-        missing = frozenset(group_id for group_id, hosts in copies.items() if not hosts)
-        return _Plan(generation, placement.epoch, tuple(asked), missing)
 
     def _collect(self, handle: Handle, sent: _Sent, num_rows: list[int]) -> bool:
         """Take in one host's answer; False if it has to be asked again elsewhere. `num_rows`: of
@@ -293,7 +254,7 @@ class ExpertRouter:
     def _retry(self, handle: Handle) -> None:
         """Ask for the orphans again: another copy, else the fallback, else Unavailable."""
         group_ids, handle.orphans = handle.orphans, set()
-        self._send(handle, self._make_plan(group_ids, handle.refusals))
+        self._send(handle, make_plan(self._peers, self._cut, group_ids, handle.refusals))
         if handle.sent:
             self._stats.num_retries += 1
         elif handle.orphans:
@@ -327,18 +288,3 @@ class ExpertRouter:
                 group_id, handle.layer_idx, slots.rows_of(handle.hidden_states), slots.unpack()
             )
         self._stats.num_fallbacks += 1
-
-
-def choose_copies(group_to_hosts: Mapping[int, Sequence[str]]) -> dict[int, str]:
-    """One host for each group that has any, so that no host gets many more groups than another.
-
-    Groups with the fewest copies choose first; among equals the earlier copy wins. Pure.
-    """
-    num_groups_of: dict[str, int] = {}
-    choice: dict[int, str] = {}
-    for group_id, hosts in sorted(group_to_hosts.items(), key=lambda item: (len(item[1]), item[0])):
-        if hosts:
-            host = min(hosts, key=lambda host: num_groups_of.get(host, 0))
-            num_groups_of[host] = num_groups_of.get(host, 0) + 1
-            choice[group_id] = host
-    return choice

@@ -11,7 +11,7 @@ from torch import Tensor
 from cluster.checkpoint import Checkpoint
 from cluster.errors import NotEnoughMemory
 from cluster.invariant import check_invariance
-from cluster.native import kernels_for
+from cluster.kernel_choice import kernels_for
 from cluster.placement import ExpertGroups
 from cluster.spec import ModelSpec
 from experts.kernels import LayerExperts, Slots

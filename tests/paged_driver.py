@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cluster.spec import AttentionKind, KVRows, ModelSpec
 from engine.batch import Batch
+from engine.decoder_layer import Experts
 from engine.kv_cache import KVCacheConfig
-from engine.model import Experts, GemmaDecoder
+from engine.model import GemmaDecoder
 from engine.runner import ModelRunner
 from engine.spans import Overlay, Span, overlays
 

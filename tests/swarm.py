@@ -13,7 +13,8 @@ from cluster.checkpoint import Checkpoint
 from cluster.links import Endpoint
 from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import ModelSpec
-from experts.host import ExpertHost, serve_host
+from experts.host import ExpertHost
+from experts.host_process import serve_host
 from experts.router import ExpertRouter
 from tests.tiny_experts import NUM_EXPERTS, tiny_spec
 

@@ -15,10 +15,11 @@ from cluster.checkpoint import Checkpoint
 from cluster.placement import ExpertGroups
 from cluster.spec import AttentionKind, ModelSpec
 from engine.core import EngineCore
+from engine.decoder_layer import Experts
 from engine.kv_cache import KVCacheConfig
 from engine.kv_sizing import size_kv_cache
 from engine.limits import SpecLimits
-from engine.model import Experts, GemmaDecoder
+from engine.model import GemmaDecoder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
 from experts.local import LocalExperts

@@ -18,9 +18,10 @@ from cluster.errors import CheckpointError, Unavailable
 from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import AttentionKind, ModelSpec
 from engine.core import EngineCore
+from engine.decoder_layer import Experts
 from engine.kv_cache import KVCacheConfig
 from engine.limits import SpecLimits
-from engine.model import Experts, GemmaDecoder
+from engine.model import GemmaDecoder
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
 from experts import fallback as fallback_module

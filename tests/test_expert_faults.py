@@ -25,7 +25,8 @@ from experts import peers, wire
 from experts.host import ExpertHost
 from experts.load import ExpertLoad
 from experts.local import LocalExperts
-from experts.router import ExpertRouter, choose_copies
+from experts.plan import choose_copies
+from experts.router import ExpertRouter
 from tests.swarm import GROUPS, HOSTS, ONE_COPY, SECRET, SPEC, TWO_COPIES, SlowHost, Swarm
 from tests.tiny_experts import NUM_EXPERTS, random_topk, save_experts
 

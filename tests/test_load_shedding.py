@@ -8,11 +8,11 @@ import pytest
 
 from cluster.errors import Overloaded
 from engine.fair_share import FairShare
-from engine.load_shedding import FORGOTTEN_S, LoadShedding
+from engine.load_shedding import FORGOTTEN_S, LoadShedding, StartRate
 from engine.policy import FirstComeFirstServed
 from engine.request import FinishReason, Request, RequestState
-from engine.scheduler import SchedulerOutput
-from tests.test_scheduler import make_request, make_scheduler, run_step
+from engine.scheduler_output import SchedulerOutput
+from tests.schedulers import make_request, make_scheduler, run_step
 
 
 class Clock:
@@ -31,7 +31,7 @@ def a_request(tenant: str, weight: float = 1.0, deadline_s: float | None = None)
 
 def is_refused(shedding: LoadShedding, request: Request, waiting: list[Request]) -> bool:
     try:
-        shedding.check(request, waiting, 0, FairShare().num_ahead(request, waiting))
+        shedding.check(request, waiting, 0, FairShare())
     except Overloaded:
         return True
     return False
@@ -52,9 +52,9 @@ def test_each_tenant_has_a_bound_of_its_own() -> None:
     shedding = LoadShedding(max_queue=10, max_queue_per_tenant=3)
     waiting = [a_request("a") for _ in range(3)]
     with pytest.raises(Overloaded, match="3 of your requests are waiting"):
-        shedding.check(a_request("a"), waiting, 0, 0)
-    shedding.check(a_request("a"), waiting, 1, 0)  # the next step takes one on
-    shedding.check(a_request("b"), waiting, 0, 0)
+        shedding.check(a_request("a"), waiting, 0, FairShare())
+    shedding.check(a_request("a"), waiting, 1, FairShare())  # the next step takes one on
+    shedding.check(a_request("b"), waiting, 0, FairShare())
 
 
 def test_what_would_wait_too_long_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,55 +63,85 @@ def test_what_would_wait_too_long_is_refused_at_once(monkeypatch: pytest.MonkeyP
     waiting = [a_request("a") for _ in range(20)]
     assert not is_refused(shedding, a_request("a"), waiting)  # nothing is known yet
     for _ in range(5):
-        shedding.saw_step(1, 20)
+        shedding.saw_step(["a"], {"a"})
         clock.now_s += 1.0
-    shedding.saw_step(1, 0)  # five starts in five seconds
-    assert shedding.wait_s(20) == 20
+    shedding.saw_step(["a"], set())  # five starts in five seconds
+    assert shedding.wait_s("a", 20) == 20
     with pytest.raises(Overloaded, match=r"About 20 s of waiting .* may wait 10 s"):
-        shedding.check(a_request("a"), waiting, 0, 20)
+        shedding.check(a_request("a"), waiting, 0, FairShare())
     assert not is_refused(shedding, a_request("a"), waiting[:8])
     assert not is_refused(shedding, a_request("b"), waiting)  # it goes before them
-    shedding.check(a_request("a"), waiting, 15, 20)  # the next step takes on fifteen
+    shedding.check(a_request("a"), waiting, 15, FairShare())  # the next step takes on fifteen
 
     clock.now_s += FORGOTTEN_S  # nobody waited: the rate stays for a while
-    shedding.saw_step(1, 0)
-    assert shedding.wait_s(20) == 20
+    shedding.saw_step(["a"], set())
+    assert shedding.wait_s("a", 20) == 20
     clock.now_s += 1.0
-    assert shedding.wait_s(20) == LoadShedding().wait_s(20) == 0
-    shedding.saw_step(0, 1)
-    assert shedding.wait_s(20) == 0
+    assert shedding.wait_s("a", 20) == LoadShedding().wait_s("a", 20) == 0
+    shedding.saw_step([], {"a"})
+    assert shedding.wait_s("a", 20) == 0
 
 
 def test_slow_starts_are_measured_as_slow_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    shedding = LoadShedding()
+    rate = StartRate()
     for second in range(601):
-        shedding.saw_step(second % 100 == 0 and second > 0, 5)
+        rate.saw_step(second % 100 == 0 and second > 0, True)
         clock.now_s += 1.0
-    assert shedding.wait_s(3) == 300
+    assert rate.wait_s(3) == 300
 
     for _ in range(100):
-        shedding.saw_step(10, 5)
+        rate.saw_step(10, True)
         clock.now_s += 1.0
-    assert 0.1 <= shedding.wait_s(1) < 0.2  # what was slow is past
+    assert 0.1 <= rate.wait_s(1) < 0.2  # what was slow is past
     for _ in range(60):
-        shedding.saw_step(0, 5)
+        rate.saw_step(0, True)
         clock.now_s += 1.0
-    assert shedding.wait_s(1) == pytest.approx(60)  # no start for so long
-    shedding.saw_step(0, 0)
-    assert shedding.wait_s(1) < 5  # nobody waits for it
+    assert rate.wait_s(1) == pytest.approx(60)  # no start for so long
+    rate.saw_step(0, False)
+    assert rate.wait_s(1) < 5  # nobody waits for it
+
+
+@pytest.mark.parametrize("num_light", [0, 1, 8])
+def test_no_wait_looks_shorter_for_what_others_start_meanwhile(
+    num_light: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    scheduler = make_scheduler(policy=FairShare(), max_num_batched_tokens=64)
+    predicted_s: dict[Request, float] = {}
+    waited_s: dict[Request, float] = {}
+
+    def fill_queue(tenant: str, num_waiting: int, num_prompt: int, max_tokens: int) -> None:
+        for index in range(num_waiting - sum(r.tenant == tenant for r in scheduler.waiting)):
+            arrival = clock.now_s + index / 100
+            request = make_request(f"{tenant}{arrival}", num_prompt, max_tokens, arrival)
+            request.tenant = tenant
+            scheduler.add(request)
+            if tenant == "heavy" and clock.now_s > 150:  # the rate is known by now
+                predicted_s[request] = scheduler.load_shedding.wait_s(tenant, num_waiting)
+
+    for _ in range(400):
+        fill_queue("heavy", 8, num_prompt=60, max_tokens=20)
+        fill_queue("light", num_light, num_prompt=4, max_tokens=2)
+        run_step(scheduler)
+        clock.now_s += 1.0
+        for request in predicted_s.keys() - waited_s.keys() - set(scheduler.waiting):
+            waited_s[request] = clock.now_s - request.arrival_s
+    assert len(waited_s) > 20
+    predicted = sum(predicted_s[request] for request in waited_s)
+    assert predicted == pytest.approx(sum(waited_s.values()), rel=0.2)
 
 
 def test_coming_back_after_giving_way_is_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = make_scheduler(max_num_seqs=2)
-    steps: list[int] = []
+    steps: list[list[str]] = []
     monkeypatch.setattr(scheduler.load_shedding, "saw_step", lambda *step: steps.append(step[0]))
     request = make_request("a", 4)
     scheduler.add(request)
     run_step(scheduler)
     scheduler._preempt(request, SchedulerOutput())
     run_step(scheduler)
-    assert request.state is RequestState.RUNNING and steps == [1, 0]
+    assert request.state is RequestState.RUNNING and steps == [["all"], []]
 
 
 def test_a_deadline_that_would_be_missed_is_refused_at_once(
@@ -154,7 +184,7 @@ def test_who_waits_behind_whom() -> None:
     assert FirstComeFirstServed().num_ahead(light, waiting) == 10
     assert FairShare().num_ahead(light, waiting) == 0
     waiting += [a_request("light", weight=3.0) for _ in range(3)]
-    assert FairShare().num_ahead(light, waiting) == 4  # three of its own, and one of the others
+    assert FairShare().num_ahead(light, waiting) == 3
     light.priority = 1
     assert FairShare().num_ahead(light, waiting) == 0
-    assert FairShare().num_ahead(a_request("heavy"), waiting) == 13
+    assert FairShare().num_ahead(a_request("heavy"), waiting) == 10

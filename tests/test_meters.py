@@ -156,6 +156,6 @@ def test_service_is_counted_by_tenant() -> None:
     registry = CollectorRegistry()
     meter = EngineMeter(Metrics(registry), "m")
     for service in (10.0, 25.0):
-        meter.shares({"ann": TenantShare(1.0, 0, 1, service, service)})
+        meter.shares({"ann": TenantShare(1.0, service, service)})
         labels = {"model": "m", "tenant": "ann"}
         assert registry.get_sample_value("briolette_tenant_service_total", labels) == service

@@ -19,9 +19,7 @@ from engine.eviction import EvictionQueue, eviction_priority
 from engine.kv_cache import KVCacheConfig
 from engine.request import FinishReason, Request, RequestState, SamplingParams
 from engine.runner import ModelRunner
-from tests.memory_store import MemoryStore, TensorBlocks
-from tests.test_batch_invariant import Subject, load
-from tests.test_core import (
+from tests.fake_engine import (
     GREEDY,
     FakeRunner,
     drain,
@@ -30,7 +28,9 @@ from tests.test_core import (
     runner_of,
     tokens_of,
 )
-from tests.test_scheduler import evict_all, make_request, make_scheduler, run_step, shares
+from tests.memory_store import MemoryStore, TensorBlocks
+from tests.schedulers import evict_all, make_request, make_scheduler, run_step, shares
+from tests.test_batch_invariant import Subject, load
 from tests.tiny_models import make_tiny
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING

@@ -6,9 +6,9 @@ import pytest
 
 from cluster.spec import AttentionKind
 from engine.core import EngineCore
-from tests.test_core import GREEDY, drain, make_core
+from tests.fake_engine import GREEDY, drain, make_core
+from tests.schedulers import evict_all, make_request, make_scheduler, run_step
 from tests.test_prefix_caching import DOCUMENT
-from tests.test_scheduler import evict_all, make_request, make_scheduler, run_step
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
 

@@ -27,8 +27,8 @@ from experts.local import LocalExperts
 from tests.memory_store import MemoryStore, TensorBlocks
 from tests.paged_driver import PagedDriver, Sequence
 from tests.remote_experts import remote_experts
+from tests.schedulers import evict_all
 from tests.test_attention import draw
-from tests.test_scheduler import evict_all
 from tests.tiny_models import IMAGE_TOKEN_ID, tiny_multimodal
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING

@@ -25,9 +25,9 @@ from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
 from engine.spans import Overlay, Span, check_spans, uncut, uncut_blocks
 from engine.torch_attention import FastAttention, SpanAttention
+from tests.fake_engine import VOCAB_SIZE, WINDOW, FakeRunner, drain
+from tests.schedulers import make_request, make_scheduler, run_step, shares
 from tests.test_attention import BLOCK_SIZE, draw, make_batch, make_kv
-from tests.test_core import VOCAB_SIZE, WINDOW, FakeRunner, drain
-from tests.test_scheduler import make_request, make_scheduler, run_step, shares
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
 WIDTH = 3

@@ -74,7 +74,7 @@ def test_in_a_model(cpu_kernels: str, make_pair: MakePair) -> None:  # noqa: F81
         return [torch.stack(list(sequence.logits.values())) for sequence in sequences]
 
     expected = logits()
-    pair.model.gpu_attention = plan
+    pair.model.attention.gpu = plan
     for ours, reference in zip(logits(), expected, strict=True):
         assert torch.allclose(ours, reference, atol=1e-4)
     assert used

@@ -1,0 +1,127 @@
+"""The answers of all requests, as their tokens come: their parts, their formats, their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Set
+from typing import NamedTuple
+
+from engine.dialect import NO_DIALECT, AnswerStream, Parts
+from engine.grammar import Grammars
+from engine.request import FinishReason, Request, SamplingParams
+from engine.tokenizer import Tokenizer
+
+
+class End(NamedTuple):
+    """Why an answer ends with its last token."""
+
+    reason: FinishReason
+    matched_stop: str | int | None = None  # the stop string or stop token id that it met
+
+
+class AnswerStreams:
+    """Takes sampled tokens into their requests and turns them into parts of the answers; without a
+    tokenizer these stay empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: Collection[int]) -> None:
+        self._tokenizer, self._eos_token_ids = tokenizer, eos_token_ids
+        self._grammars = None if tokenizer is None else Grammars(tokenizer, tuple(eos_token_ids))
+        self._streams: dict[str, AnswerStream] = {}
+
+    @property
+    def request_ids(self) -> Set[str]:
+        """Of the answers that are open."""
+        return self._streams.keys()
+
+    def compile(self, sampling: SamplingParams) -> None:
+        """Compile the format that is asked for, in any thread. Raises InvalidRequest."""
+        if sampling.grammar is not None and self._grammars is not None:
+            self._grammars.compile(sampling.grammar)
+
+    def begin(self, request: Request, chat: bool) -> End | None:
+        """Open its answer. Output that it comes with was returned back then; returns the end that
+        this is, if it is one.
+        """
+        self._guide(request)
+        self._open(request, chat)
+        if not request.output_ids:
+            return None
+        is_stop = self._is_stop_token(request, request.output_ids[-1])
+        parts = self._push(request, request.output_ids[:-1] if is_stop else request.output_ids)
+        return self._end_of(request, parts.matched_stop)
+
+    def append(self, request: Request, token_id: int) -> tuple[Parts, End | None]:
+        """Take a sampled token; returns what it adds to the answer, and the end that it is."""
+        request.output_ids.append(token_id)
+        if request.guide is not None:
+            request.guide.advance(token_id)
+        parts = Parts()
+        if not self._is_stop_token(request, token_id):  # which is no part of the answer
+            parts = self._push(request, [token_id])
+        return parts, self._end_of(request, parts.matched_stop)
+
+    def finish(self, request: Request) -> Parts:
+        """Close the answer of a finished request; returns what was held back."""
+        stream = self._streams.pop(request.request_id, None)
+        parts = Parts() if stream is None else stream.finish()
+        self._note_lasting(request)
+        return parts
+
+    def withdraw(self, request: Request) -> None:
+        """Drop what `begin` has left, as far as it got."""
+        self._streams.pop(request.request_id, None)
+
+    def _guide(self, request: Request) -> None:
+        """Begin to follow the grammar that the answer must keep to, if there is one."""
+        grammar = request.sampling.grammar
+        if grammar is not None and self._grammars is not None:
+            request.guide = self._grammars.guide(grammar, request.prompt_ids)
+            for token_id in request.output_ids:
+                request.guide.advance(token_id)
+
+    def _open(self, request: Request, chat: bool) -> None:
+        if self._tokenizer is not None:
+            self._streams[request.request_id] = AnswerStream(
+                self._tokenizer,
+                self._tokenizer.dialect if chat else NO_DIALECT,
+                request.sampling.stop,
+                call_id=f"call_{request.request_id}",
+                prompt_ids=request.prompt_ids,
+            )
+
+    def _push(self, request: Request, token_ids: list[int]) -> Parts:
+        stream = self._streams.get(request.request_id)
+        if stream is None:
+            return Parts()
+        parts = stream.push(token_ids)
+        request.num_thought_tokens = stream.num_thought_tokens
+        return parts
+
+    def _end_of(self, request: Request, matched: str | None) -> End | None:
+        """The end that the last output token is; `matched`: the stop string that it completes."""
+        last = request.output_ids[-1]
+        if self._is_stop_token(request, last):
+            stream = self._streams.get(request.request_id)
+            if stream is not None and stream.has_calls:
+                return End(FinishReason.TOOL_CALLS)
+            is_asked_for = last in request.sampling.stop_token_ids
+            return End(FinishReason.STOP, last if is_asked_for else None)
+        if matched is not None:
+            return End(FinishReason.STOP, matched)
+        if len(request.output_ids) >= request.max_tokens:
+            return End(FinishReason.LENGTH)
+        return None
+
+    def _is_stop_token(self, request: Request, token_id: int) -> bool:
+        sampling = request.sampling
+        is_eos = token_id in self._eos_token_ids and not sampling.ignore_eos
+        return is_eos or token_id in sampling.stop_token_ids
+
+    def _note_lasting(self, request: Request) -> None:
+        """A session goes on without the thoughts of a turn that has ended; with calls it goes on
+        in the same turn.
+        """
+        is_turn_over = request.finish_reason is not FinishReason.TOOL_CALLS
+        if request.session is not None and self._tokenizer is not None and is_turn_over:
+            thoughts = self._tokenizer.thoughts(request.token_ids(0, request.num_tokens))
+            request.num_lasting_tokens = thoughts[0][0] if thoughts else None
