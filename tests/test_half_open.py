@@ -78,7 +78,15 @@ def test_the_answer_to_a_vanished_client_ends(
         wait_for(lambda: serving(gateway))
         decoder.runner.step_s = 0.05  # 400 tokens take 20 s
         port = gateway.port if dialect == "grpc" else gateway.http_port
-        command = ["ip", "netns", "exec", apart.name, sys.executable, "-m", "tests.streaming_client"]
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            apart.name,
+            sys.executable,
+            "-m",
+            "tests.streaming_client",
+        ]
         with subprocess.Popen(
             [*command, dialect, f"{HERE}:{port}"], stdout=subprocess.PIPE, cwd=ROOT
         ) as client:

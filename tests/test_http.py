@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
-import grpc
 import httpx2 as httpx
 import pytest
 from prometheus_client import CollectorRegistry
@@ -20,8 +19,7 @@ from cluster.tenancy import Lease, OpenLease
 from deployments.gateway import Gateway
 from deployments.http.stream import EventStream
 from engine.tokenizer import Tokenizer
-from protos.briolette.v1.inference_pb2 import Generation, ListModelsRequest
-from protos.briolette.v1.inference_pb2_grpc import InferenceStub
+from protos.briolette.v1.inference_pb2 import Generation
 from tests.http_server import END, ScriptedAnswers, running_server
 from tests.test_gateway import (
     CONTEXT,
