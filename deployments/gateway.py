@@ -100,20 +100,20 @@ class Gateway:
         self._conversations = Conversations(kept, self._decoder, tokenizer, self._encoding)
         admission = admission or OpenAdmission()
         answers = Answers(self._decoder, tokenizer, self._conversations, self._encoding)
-        admin_service = Admin(self._status, self._keys, self._usage)
+        self._admin = Admin(self._status, self._keys, self._usage)
         session_service = SessionService(self._conversations, self._decoder)
         self._server = self._make_server(
             Methods(admission, self._requests),
             Inference(answers),
             session_service,
-            admin_service,
+            self._admin,
         )
         self._http: HttpServer | None = None
         if config.http_port is not None:
             routers = [
                 openai_router(answers),
                 page_router(),
-                page_api_router(admin_service, session_service, self._conversations),
+                page_api_router(self._admin, session_service, self._conversations),
             ]
             app = make_app(config, admission, self._requests, self._status, routers)
             self._http = HttpServer(app, config.host, config.http_port, server_context(config))
@@ -153,6 +153,7 @@ class Gateway:
         self._decoder.close()
         self._conversations.close()
         self._encoding.close()
+        self._admin.close()
         if self._keys is not None:
             await asyncio.to_thread(self._keys.close)
         await asyncio.to_thread(self._usage.close)
