@@ -69,33 +69,48 @@ class Answers:
             if isinstance(request, ChatRequest) and request.session:
                 outputs = self._turn(request, call)
             else:
-                outputs = self._answer(await self._encode(request, call), request, call)
+                outputs = self._answer(await self.prepare(request, call), call)
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output.generation
 
-    async def _answer(
+    async def prepare(self, request: ChatRequest | CompleteRequest, call: Call) -> Add:
+        """What the decoder is told for an answer to it; copies of that are for several answers."""
+        self._check_model(request.model, call)
+        return await self._prepare(await self._encode(request, call), request, call)
+
+    async def answer(self, add: Add, call: Call) -> AsyncGenerator[Generation, None]:
+        """The pieces of an answer to what was prepared; the caller has the lease."""
+        async with aclosing(self._answer(add, call)) as outputs:
+            async for output in outputs:
+                yield output.generation
+
+    async def _prepare(
         self,
         prompt_ids: list[int],
         request: ChatRequest | CompleteRequest,
         call: Call,
         session: str = "",
-    ) -> AsyncGenerator[Output, None]:
+    ) -> Add:
         self._check_length(prompt_ids)
         add = Add(
             prompt_ids=prompt_ids,
             sampling=await self._sampling(request, call),
             chat=isinstance(request, ChatRequest),
-            request_id=call.request_id,
             tenant=call.tenant,
             weight=call.lease.tenant.weight,
             priority=request.priority,
             session=session,
-            timeout_s=call.time_remaining_s,
             kv_bytes=call.lease.tenant.kv_bytes or 0,
         )
         self._check_model(request.model, call)  # which wasn't known at first, perhaps
-        call.answered.begin(self._decoder.status.model, len(prompt_ids))
+        return add
+
+    async def _answer(self, add: Add, call: Call) -> AsyncGenerator[Output, None]:
+        add.request_id = call.request_id
+        if (left_s := call.time_remaining_s) is not None:
+            add.timeout_s = left_s
+        call.answered.begin(self._decoder.status.model, len(add.prompt_ids))
         ttft_s = None
         async with aclosing(charged(self._decoder, add, call.lease)) as outputs:
             async for output in outputs:
@@ -121,8 +136,8 @@ class Answers:
             options = to_options(request)
             self._check_size(message.content for message in request.messages)
             prompt_ids = await conversations.prompt(before, request.messages, options)
-            outputs = self._answer(prompt_ids, request, call, request.session)
-            async with aclosing(outputs):
+            add = await self._prepare(prompt_ids, request, call, request.session)
+            async with aclosing(self._answer(add, call)) as outputs:
                 async for output in outputs:
                     merge(answer, output.generation)
                     if output.generation.finish_reason == FINISH_REASON_UNSPECIFIED:
@@ -173,11 +188,12 @@ class Answers:
     async def _encode_chat(
         self, messages: Iterable[Message], call: Call, **options: Any
     ) -> list[int]:
-        turns = to_turns(messages)
-        self._check_size(turn["content"] for turn in turns)
-        return await self._encoding.run(
-            call.tenant, self._tokenizer.apply_chat_template, turns, **options
-        )
+        def encode() -> list[int]:
+            turns = to_turns(messages)
+            self._check_size(turn["content"] for turn in turns)
+            return self._tokenizer.apply_chat_template(turns, **options)
+
+        return await self._encoding.run(call.tenant, encode)
 
     async def _sampling(self, request: ChatRequest | CompleteRequest, call: Call) -> Sampling:
         """What is wrong with it is told here: a huge list, or a grammar, would hold up a step."""
