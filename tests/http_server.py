@@ -14,6 +14,7 @@ from cluster.config import GatewayConfig
 from cluster.errors import BrioletteError
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission, OpenAdmission
+from deployments.calls.answers import Prepared
 from deployments.calls.call import Call
 from deployments.calls.request_log import RequestLog
 from deployments.http.server import HttpServer, make_app
@@ -55,12 +56,12 @@ class ScriptedAnswers:
             async for piece in pieces:
                 yield piece
 
-    async def prepare(self, request: ChatRequest | CompleteRequest, _: Call) -> Add:
+    async def prepare(self, request: ChatRequest | CompleteRequest, _: Call) -> Prepared:
         self.requests.append(request)
-        return Add(sampling=request.sampling)
+        return Prepared(Add(sampling=request.sampling), [])
 
-    async def answer(self, add: Add, call: Call) -> AsyncGenerator[Generation, None]:
-        self.adds.append(add)
+    async def answer(self, prepared: Prepared, call: Call) -> AsyncGenerator[Generation, None]:
+        self.adds.append(prepared.add)
         self.calls.append(call)
         self.num_running += 1
         try:

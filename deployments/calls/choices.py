@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from cluster.errors import DeadlineExceeded
-from deployments.calls.answers import Answers
+from deployments.calls.answers import Answers, Prepared
 from deployments.calls.call import Call
 from deployments.calls.charging import CallLease, NextChoiceLease
 from protos.briolette.v1.inference_pb2 import ChatRequest, CompleteRequest, Generation
@@ -56,13 +56,13 @@ async def _all(
     num_answers = len(requests) * num_choices
     ready: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(num_answers)
 
-    async def run(index: int, prepared: asyncio.Future[Add]) -> None:
+    async def run(index: int, prepared: asyncio.Future[Prepared]) -> None:
         choice = index % num_choices
         lease = following if choice else first
         own = replace(call, request_id=f"{call.request_id}-{index}", lease=lease)
         try:
-            add = for_choice(await prepared, choice)
-            async with aclosing(answers.answer(add, own)) as pieces:
+            request = for_choice(await prepared, choice)
+            async with aclosing(answers.answer(request, own)) as pieces:
                 async for piece in pieces:
                     await ready.put((index, piece))
             await ready.put(None)
@@ -90,13 +90,13 @@ async def _all(
             await asyncio.gather(*prepared, *tasks, return_exceptions=True)
 
 
-def for_choice(prepared: Add, choice: int) -> Add:
+def for_choice(prepared: Prepared, choice: int) -> Prepared:
     """For another answer: the choices have seeds of their own, and the first one the request's."""
     add = Add()
-    add.CopyFrom(prepared)
+    add.CopyFrom(prepared.add)
     if add.sampling.HasField("seed"):
         add.sampling.seed = (add.sampling.seed + choice * SEED_STEP) % 2**63
-    return add
+    return Prepared(add, prepared.prompt_ids)
 
 
 async def _in_time(piece: Awaitable[T], call: Call) -> T:
