@@ -167,23 +167,25 @@ end
 """
 )
 
-# ARGV: name, content, meta, the budget in bytes, the version that it replaces ('' for none), how
-# many keys it needs, these keys, then its traces. Keys that only the replaced one needed become
-# ordinary values, and traces. Returns {1, the new version, missing keys} or, with nothing changed,
-# {0, bytes that all sessions would need} or {-1} where another version is there.
+# KEYS[2] is where the records of tenants are. ARGV: name, content, meta, the budget in bytes, the
+# version that it replaces ('' for none), the tenant that must have a record ('' for none), how many
+# keys it needs, these keys, then its traces. Keys that only the replaced one needed become ordinary
+# values, and traces. Returns {1, the new version, missing keys} or, with nothing changed, {0, bytes
+# that all sessions would need}, {-1} where another version is there or {-2} where no record is.
 SAVE_SESSION = (
     _SESSIONS
     + """
 local name, content, meta, budget = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+if ARGV[7] ~= '' and redis.call('HEXISTS', KEYS[2], ARGV[7]) == 0 then return {-2} end
 local record = record_of(name)
 local before = redis.call('HMGET', record, 'version', 'created')
 if (before[1] or '') ~= ARGV[6] then return {-1} end
 local old_keys, growth = all_keys(name), #content - redis.call('HSTRLEN', record, 'content')
-local is_old, is_needed, last = {}, {}, 7 + tonumber(ARGV[7])
+local is_old, is_needed, last = {}, {}, 8 + tonumber(ARGV[8])
 for _, key in ipairs(old_keys) do is_old[key] = true end
-for i = 8, last do is_needed[ARGV[i]] = true end
+for i = 9, last do is_needed[ARGV[i]] = true end
 local function each_new(call)
-  for i = 8, last do if not is_old[ARGV[i]] then call(ARGV[i]) end end
+  for i = 9, last do if not is_old[ARGV[i]] then call(ARGV[i]) end end
 end
 local function each_left(call)
   for _, key in ipairs(old_keys) do if not is_needed[key] then call(key) end end
@@ -207,7 +209,7 @@ each_left(trace)
 for i = last + 1, #ARGV do trace(ARGV[i]) end
 redis.call('DEL', keys_of(name))
 local missing = {}
-for i = 8, last do
+for i = 9, last do
   redis.call('RPUSH', keys_of(name), ARGV[i])
   if redis.call('EXISTS', base..'kv:'..ARGV[i]) == 0 then missing[#missing + 1] = ARGV[i] end
 end

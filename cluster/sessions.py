@@ -28,6 +28,8 @@ from cluster.kv_keys import (
     tenant_prefix,
 )
 from cluster.redis import REDIS_ERRORS, RedisAddress
+from cluster.tenancy import DEFAULT_TENANT
+from cluster.tenants import TENANTS
 
 MAX_NAME_BYTES = 200
 MAX_CONTENT_BYTES = 64 << 20
@@ -67,12 +69,20 @@ class Sessions:
     """
 
     def __init__(
-        self, address: RedisAddress, ttl_s: float, budget_of: Callable[[str], int]
+        self,
+        address: RedisAddress,
+        ttl_s: float,
+        budget_of: Callable[[str], int],
+        refresh_tenants: Callable[[], None] | None = None,
     ) -> None:
+        """`budget_of` raises for a tenant that was deleted, as far as its copy of them knows;
+        `refresh_tenants` brings that copy up to date, where tenants have records.
+        """
         self._address = address
         self._client = address.client()
         self._ttl_ms = round(ttl_s * 1000)
         self._budget_of = budget_of
+        self._refresh_tenants = refresh_tenants
 
     def save(
         self,
@@ -92,13 +102,19 @@ class Sessions:
 
         Raises, with nothing changed, InvalidRequest for an impossible name or a content too long,
         SessionInUse where another version is there, StoreFull where the tenant's sessions would
-        need more than its budget or the server is full.
+        need more than its budget or the server is full, and what `budget_of` raises.
         """
         encoded, budget = _encoded(content), self._budget_of(tenant)
         meta = json.dumps({"fingerprint": fingerprint, "num_tokens": num_tokens})
         keys = dict.fromkeys(block_keys)  # each once, in order
-        head = (check_name(name), encoded, meta, str(budget), version, str(len(keys)))
-        is_saved, *answer = self._run(SAVE_SESSION, tenant, *head, *keys, *traces)
+        has_record = self._refresh_tenants is not None and tenant != DEFAULT_TENANT
+        head = (check_name(name), encoded, meta, str(budget), version, tenant if has_record else "")
+        words: list[bytes | str] = [*head, str(len(keys)), *keys, *traces]
+        is_saved, *answer = self._run(SAVE_SESSION, tenant, *words)
+        if is_saved == -2 and self._refresh_tenants is not None:
+            self._refresh_tenants()  # a Redis that lost its tenants is given them back
+            self._budget_of(tenant)
+            is_saved, *answer = self._run(SAVE_SESSION, tenant, *words)
         if is_saved < 0:
             raise SessionInUse(f"The session {name!r} was changed meanwhile; ask again.")
         if not is_saved:
@@ -188,7 +204,7 @@ class Sessions:
     def _run(self, script: str, tenant: str, *args: bytes | str) -> Any:
         prefix = tenant_prefix(tenant)
         try:
-            return self._client.eval(script, 1, prefix, str(self._ttl_ms), *args)
+            return self._client.eval(script, 2, prefix, TENANTS, str(self._ttl_ms), *args)
         except REDIS_ERRORS as error:
             if isinstance(error, redis.ResponseError) and "OOM" in str(error):
                 raise StoreFull("Redis is full: delete sessions, or give it more memory.") from None

@@ -103,6 +103,7 @@ class Tenants:
         self.update(name, lambda tenant: replace(tenant, is_disabled=True))
         self._run(self._remove_values, name)
         self._change(name, lambda record: None)
+        self._run(self._remove_values, name)  # of turns that ended meanwhile; no more are kept now
 
     def refresh(self) -> Directory:
         """What there is now; a Redis that lost changes is given them back. What is lost for good,

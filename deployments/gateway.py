@@ -32,6 +32,7 @@ from deployments.calls.tls import server_context, server_credentials
 from deployments.calls.usage import UsageService
 from deployments.http.page_api import page_api_router, page_router
 from deployments.http.server import HttpServer, make_app
+from deployments.open_files import GRPC_PART, raise_limit
 from deployments.openai.routes import openai_router
 from deployments.services import admin, health, inference, sessions
 from deployments.services.admin import Admin
@@ -43,8 +44,10 @@ from engine.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 
 MAX_STREAMS = 1000  # calls at a time on one connection; more wait in the client
-IDLE_S = 600.0  # a connection without calls is closed; a client opens another one by itself
+IDLE_S = 60.0  # a connection without calls is closed; a client opens another one by itself
 HANDSHAKE_S = 10.0  # a connection that hasn't said by then that it speaks HTTP/2 is closed
+PING_S = 30.0  # of a client that says nothing during a call
+PONG_S = 20.0  # without an answer its machine is gone
 
 T = TypeVar("T")
 
@@ -97,20 +100,20 @@ class Gateway:
         self._conversations = Conversations(kept, self._decoder, tokenizer, self._encoding)
         admission = admission or OpenAdmission()
         answers = Answers(self._decoder, tokenizer, self._conversations, self._encoding)
-        admin_service = Admin(self._status, self._keys, self._usage)
+        self._admin = Admin(self._status, self._keys, self._usage)
         session_service = SessionService(self._conversations, self._decoder)
         self._server = self._make_server(
             Methods(admission, self._requests),
             Inference(answers),
             session_service,
-            admin_service,
+            self._admin,
         )
         self._http: HttpServer | None = None
         if config.http_port is not None:
             routers = [
                 openai_router(answers),
                 page_router(),
-                page_api_router(admin_service, session_service, self._conversations),
+                page_api_router(self._admin, session_service, self._conversations),
             ]
             app = make_app(config, admission, self._requests, self._status, routers)
             self._http = HttpServer(app, config.host, config.http_port, server_context(config))
@@ -150,6 +153,7 @@ class Gateway:
         self._decoder.close()
         self._conversations.close()
         self._encoding.close()
+        self._admin.close()
         if self._keys is not None:
             await asyncio.to_thread(self._keys.close)
         await asyncio.to_thread(self._usage.close)
@@ -179,7 +183,9 @@ class Gateway:
                 ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
                 ("grpc.max_concurrent_streams", MAX_STREAMS),
                 ("grpc.max_connection_idle_ms", int(IDLE_S * 1000)),
-                ("grpc.keepalive_time_ms", 30_000),  # notices a client whose machine is gone
+                ("grpc.max_allowed_incoming_connections", int(raise_limit() * GRPC_PART)),
+                ("grpc.keepalive_time_ms", int(PING_S * 1000)),
+                ("grpc.keepalive_timeout_ms", int(PONG_S * 1000)),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ]
         )

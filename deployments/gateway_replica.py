@@ -75,12 +75,13 @@ def kept_sessions(config: Config, admission: Admission) -> Sessions | None:
     address = store_address(config)
     if address is None:
         return None
+    if not isinstance(admission, KeyAdmission):
+        return Sessions(address, config.store.ttl_s, lambda tenant: config.store.tenant_bytes)
 
     def budget_of(tenant: str) -> int:
-        own = admission.kv_bytes(tenant) if isinstance(admission, KeyAdmission) else None
-        return own or config.store.tenant_bytes
+        return admission.kv_bytes(tenant) or config.store.tenant_bytes
 
-    return Sessions(address, config.store.ttl_s, budget_of)
+    return Sessions(address, config.store.ttl_s, budget_of, admission.refresh)
 
 
 def serve_metrics(config: GatewayConfig, registry: CollectorRegistry) -> int:

@@ -1,4 +1,4 @@
-"""How many files this process may open: each connection is one."""
+"""How many files this process may open, and what parts of them connections may take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 import resource
 
 WANTED = 65536
-FEW = 16384  # too few for ten thousand connections
+FEW = 16384  # too few for ten thousand connections that say nothing
+GRPC_PART = 5 / 8  # gRPC lets nobody in above it
+HTTP_PART = 1 / 4  # above it whoever was silent longest makes room
 
 log = logging.getLogger(__name__)
 

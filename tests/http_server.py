@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -14,6 +14,7 @@ from cluster.config import GatewayConfig
 from cluster.errors import BrioletteError
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission, OpenAdmission
+from deployments.calls.answers import Prepared
 from deployments.calls.call import Call
 from deployments.calls.request_log import RequestLog
 from deployments.http.server import HttpServer, make_app
@@ -29,6 +30,7 @@ from protos.briolette.v1.inference_pb2 import (
     Model,
     Usage,
 )
+from protos.briolette.v1.stream_pb2 import Add
 
 END = Generation(
     finish_reason=FINISH_REASON_STOP, usage=Usage(prompt_tokens=7, output_tokens=3, cached_tokens=4)
@@ -43,13 +45,23 @@ class ScriptedAnswers:
     def __init__(self) -> None:
         self.script: Sequence[Generation | BrioletteError | float] = [END]  # a float is a pause
         self.requests: list[ChatRequest | CompleteRequest] = []
+        self.adds: list[Add] = []  # one for each answer
         self.calls: list[Call] = []
         self.num_running = 0
 
     async def generate(
         self, request: ChatRequest | CompleteRequest, call: Call
     ) -> AsyncGenerator[Generation, None]:
+        async with aclosing(self.answer(await self.prepare(request, call), call)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def prepare(self, request: ChatRequest | CompleteRequest, _: Call) -> Prepared:
         self.requests.append(request)
+        return Prepared(Add(sampling=request.sampling), [])
+
+    async def answer(self, prepared: Prepared, call: Call) -> AsyncGenerator[Generation, None]:
+        self.adds.append(prepared.add)
         self.calls.append(call)
         self.num_running += 1
         try:

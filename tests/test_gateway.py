@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import httpx2 as httpx
 import pytest
 import torch
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -47,6 +48,7 @@ from cluster.tenancy import Admission, OpenLease, Tenant
 from deployments.calls.answers import Answers
 from deployments.calls.call import Call
 from deployments.calls.conversations import Conversations
+from deployments.calls.remote_decoder import RemoteDecoder
 from deployments.calls.streams import MAX_BUFFERED_TOKENS, Streams
 from deployments.calls.tenant_threads import TenantThreads
 from deployments.decoding.link import (
@@ -82,7 +84,7 @@ from protos.briolette.v1.inference_pb2 import (
     TokenizeRequest,
 )
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
-from protos.briolette.v1.stream_pb2 import FromDecoder, Output
+from protos.briolette.v1.stream_pb2 import Add, FromDecoder, Output, ToDecoder
 
 SECRET = b"secret of this test"
 CONTEXT = 512
@@ -569,6 +571,57 @@ def test_a_slow_stream_is_bounded() -> None:
             await stream.take()
 
     asyncio.run(behind())
+
+
+def test_what_begins_at_once_with_one_prompt_is_sent_with_one_copy() -> None:
+    """And an abort never overtakes what it aborts."""
+    sent: list[ToDecoder] = []
+
+    async def begin() -> None:
+        decoder = RemoteDecoder(lambda: Endpoint("", 0), SECRET, lambda: None, lambda spent: None)
+        decoder._link = SimpleNamespace(send=sent.append)  # type: ignore[assignment]
+        decoder.status.ready = True
+        one, two = [1, 2, 3], [1, 2, 3]
+        for i, prompt in enumerate((one, one, two, one)):
+            answer = decoder.generate(Add(request_id=str(i)), prompt)
+            task = asyncio.ensure_future(anext(answer))
+            tasks.append(task)
+        await asyncio.sleep(0)  # all have begun, and nothing was sent yet
+        assert not sent
+        tasks[-1].cancel()
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    tasks: list[asyncio.Future[Output]] = []
+    asyncio.run(begin())
+    adds = [[(a.request_id, list(a.prompt_ids), a.same_prompt) for a in m.adds] for m in sent]
+    whole = [1, 2, 3]
+    assert adds[:3] == [
+        [("0", whole, False), ("1", [], True)],
+        [("2", whole, False)],
+        [("3", whole, False)],
+    ]
+    assert [list(message.aborts) for message in sent[3:]] == [["3"], ["0"], ["1"], ["2"]]
+
+
+def test_several_answers_are_encoded_once(
+    cluster: tuple[Decoder, Gateway], decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[Any] = []
+    encode = Tokenizer.apply_chat_template
+
+    def count(self: Tokenizer, messages: Any, **options: Any) -> list[int]:
+        encoded.append(messages)
+        return encode(self, messages, **options)
+
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", count)
+    body = {"messages": [{"role": "user", "content": "a"}], "n": 5, "temperature": 0}
+    url = f"http://127.0.0.1:{cluster[1].http_port}/v1/chat/completions"
+    answer = httpx.post(url, json={**body, "max_tokens": 4}).json()
+    assert [choice["message"]["content"] for choice in answer["choices"]] == [";<=>"] * 5
+    assert len(encoded) == 1 and answer["usage"]["prompt_tokens"] == len("user:a\nassistant:")
 
 
 # What goes wrong behind the gateway

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from bench import gateway_cost, http_load
+from bench.gateway_cost import Beside
 from bench.http_load import Connection, get, post, requests_per_s
 from bench.silent import num_open, silent_connections
 from protos.briolette.v1.inference_pb2 import Generation
@@ -49,9 +50,15 @@ def test_results_and_checks() -> None:
     results = gateway_cost._results({"gap": gaps, "single": gaps}, rates)
     assert results["gap"]["HTTP"]["added_p50_us"] == 2000
     assert results["requests_per_s"]["gRPC"] == 250.0
-    silent = {"gRPC": {"held": 10_000}, "HTTP": {"held": 9_999}}
-    verdicts = [check.ok for check in gateway_cost._checks(rates, silent)]
-    assert verdicts == [True, False, True, False]
+    beside = {
+        "gRPC": [Beside(10_000, [0.0109] * 9, [0.01] * 9)] * 3,
+        "HTTP": [Beside(99, [0.0111] * 9, [0.01] * 9), Beside(10_000, [0.012] * 9, [0.01] * 9)],
+    }
+    verdicts = [check.ok for check in gateway_cost._checks(rates, beside)]
+    assert verdicts == [True, False, True, True, False, False]
+    shown = gateway_cost._silent_results(beside)
+    assert (shown["silent"]["HTTP"]["held"], shown["alone"]["HTTP"]["p50_us"]) == (99, 10_000)
+    assert shown["silent"]["gRPC"] == {"held": 10_000, "p50_us": 10_900, "p99_us": 10_900}
 
 
 def test_the_clients_requests_are_whole() -> None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
-import grpc
 import httpx2 as httpx
 import pytest
 from prometheus_client import CollectorRegistry
@@ -19,10 +18,8 @@ from cluster.errors import PortTaken, Unauthenticated
 from cluster.tenancy import Lease, OpenLease
 from deployments.gateway import Gateway
 from deployments.http.stream import EventStream
-from deployments.open_files import raise_limit
 from engine.tokenizer import Tokenizer
-from protos.briolette.v1.inference_pb2 import Generation, ListModelsRequest
-from protos.briolette.v1.inference_pb2_grpc import InferenceStub
+from protos.briolette.v1.inference_pb2 import Generation
 from tests.http_server import END, ScriptedAnswers, running_server
 from tests.test_gateway import (
     CONTEXT,
@@ -360,56 +357,6 @@ def test_a_client_that_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) ->
             time.sleep(0.01)
         assert num_bytes > 12_000_000 and time.monotonic() - started > 0.6
         connection.close()
-
-
-def hold_silent(port: int, num: int) -> list[socket.socket]:
-    held = []
-    for _ in range(num):
-        connection = socket.socket()
-        connection.connect(("127.0.0.1", port))
-        held.append(connection)
-    return held
-
-
-def test_2000_silent_connections_keep_nobody_out(gateway: Gateway) -> None:
-    """Of each dialect; both ends of each are files of this process."""
-    num = min(2000, raise_limit() // 8)
-    assert num >= 100
-    held: list[socket.socket] = []
-    try:
-        for port in (gateway.port, gateway.http_port or 0):
-            held += hold_silent(port, num)
-        started = time.monotonic()
-        assert httpx.post(url(gateway), json=CHAT).status_code == 200
-        with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
-            assert InferenceStub(channel).ListModels(ListModelsRequest(), timeout=5).models
-        assert time.monotonic() - started < 5.0
-        assert not any(map(is_closed, held[-num:]))
-    finally:
-        for connection in held:
-            connection.close()
-
-
-def test_above_the_limit_the_longest_silent_one_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.http.server.raise_limit", lambda: 16)
-    with running_server(ScriptedAnswers()) as address:
-        held = hold_silent(int(address.rpartition(":")[2]), 17)
-        wait_for(lambda: sum(map(is_closed, held)) == 5)
-        assert all(map(is_closed, held[:5]))
-        assert httpx.get(f"{address}/healthz").status_code == 200
-        for connection in held:
-            connection.close()
-
-
-def test_silent_grpc_connections_are_closed(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deployments.gateway.HANDSHAKE_S", 0.5)
-    decoder = Decoder(tokenizer)
-    with running_gateway(tokenizer, decoder.find) as gateway:
-        (silent,) = hold_silent(gateway.port, 1)
-        wait_for(lambda: is_closed(silent))
-    decoder.close()
 
 
 def test_a_sign_of_life_and_an_event_never_mix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,6 +358,31 @@ def test_tenants_change_nothing_unless_they_are_admins(cluster: Cluster) -> None
             client.list_tenants()
 
 
+def test_one_admins_changes_leave_threads_to_another(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long Redis takes for them."""
+    key, go_on = cluster.create("slow", admin=True), threading.Event()
+    assert cluster.gateway._keys is not None
+
+    def rotate(name: str, grace_s: float) -> str:
+        go_on.wait(20)
+        return "a key"
+
+    monkeypatch.setattr(cluster.gateway._keys.tenants, "rotate", rotate)
+    metadata, admin = [("x-api-key", key)], AdminStub(cluster.channel)
+    calls = [
+        admin.RotateKey.future(RotateKeyRequest(name="slow"), metadata=metadata) for _ in range(12)
+    ]
+    time.sleep(0.2)
+    started = time.monotonic()
+    assert "slow" in [tenant.name for tenant in cluster.operator.list_tenants()]
+    assert time.monotonic() - started < 2.0
+    assert not any(call.done() for call in calls)
+    go_on.set()
+    assert [call.result(10).key for call in calls] == ["a key"] * 12
+
+
 def test_a_list_shows_all_but_keys(cluster: Cluster) -> None:
     key = cluster.create("shown", weight=2.5, tokens_per_minute=7, models=["counter"])
     (shown,) = [t for t in cluster.operator.list_tenants() if t.name == "shown"]

@@ -202,17 +202,17 @@ def test_choices_of_a_stream_come_side_by_side(client: openai.OpenAI, decoder: D
 
 def test_choices_have_seeds_of_their_own(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
     def seeds(**fields: Any) -> list[int]:
-        answers.requests.clear()
+        answers.adds.clear()
         scripted.chat.completions.create(model="", messages=HELLO, **fields)
-        return [request.sampling.seed for request in answers.requests]
+        return [add.sampling.seed for add in answers.adds]
 
     first = seeds(n=4, seed=42)
     assert first == seeds(n=4, seed=42) and len(set(first)) == 4
     assert first[0] == 42 == seeds(seed=42)[0]
     assert all(0 <= seed < 2**63 for seed in seeds(n=2, seed=-1))
-    answers.requests.clear()
+    answers.adds.clear()
     scripted.chat.completions.create(model="", messages=HELLO, n=2)
-    assert not any(request.sampling.HasField("seed") for request in answers.requests)
+    assert not any(add.sampling.HasField("seed") for add in answers.adds)
     assert len({call.request_id for call in answers.calls}) == len(answers.calls)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from cluster.errors import QuotaExceeded
+from bench.http_load import post
+from cluster.errors import Unauthenticated
 from cluster.metrics import Metrics
-from cluster.tenancy import OpenLease
+from cluster.tenancy import Lease, OpenLease
 from deployments.calls import request_log
 from deployments.calls.call import Call
 from deployments.calls.request_log import FILE, NOBODY, RequestLog
@@ -45,6 +47,7 @@ class Logged:
         self.decoder, self.channel, self.folder = decoder, channel, folder
         self.stub = InferenceStub(channel)
         self.registry = CollectorRegistry()
+        self.port = 0
         self.http_port: int | None = None
 
     @property
@@ -53,9 +56,9 @@ class Logged:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines()]
 
-    def last(self, num_lines: int) -> dict[str, Any]:
+    def last(self, num_lines: int, timeout_s: float = 5.0) -> dict[str, Any]:
         """Of so many that come."""
-        wait_for(lambda: len(self.lines) == num_lines)
+        wait_for(lambda: len(self.lines) == num_lines, timeout_s)
         return self.lines[-1]
 
 
@@ -68,7 +71,7 @@ def logged(tmp_path: Path) -> Iterator[Logged]:
         wait_for(lambda: serving(gateway))
         with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
             made = Logged(decoder, channel, folder)
-            made.registry, made.http_port = registry, gateway.http_port
+            made.registry, made.port, made.http_port = registry, gateway.port, gateway.http_port
             yield made
     decoder.close()
 
@@ -171,14 +174,77 @@ def test_what_is_asked_every_second_is_no_news(logged: Logged) -> None:
 
 
 def test_a_caller_that_is_not_let_in(tmp_path: Path) -> None:
-    registry = CollectorRegistry()
-    log = RequestLog(Metrics(registry), tmp_path)
-    log.ended(None, "Chat", "RESOURCE_EXHAUSTED", QuotaExceeded("Too much."))
-    log.close()
-    line = json.loads((tmp_path / FILE).read_text())
-    assert (line["status"], line["error"]) == ("RESOURCE_EXHAUSTED", "quota_exceeded")
-    labels = {"tenant": NOBODY, "method": "Chat", "error": "quota_exceeded"}
+    """It has an id too, which its client sees in either dialect."""
+    tokenizer, registry = make_tokenizer(), CollectorRegistry()
+    decoder, nobody = Decoder(tokenizer), NobodyAdmission()
+    with (
+        running_gateway(
+            tokenizer, decoder.find, registry=registry, admission=nobody, log_dir=tmp_path
+        ) as gateway,
+        grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel,
+    ):
+        logged = Logged(decoder, channel, tmp_path)
+        with pytest.raises(grpc.RpcError) as refused:
+            logged.stub.ChatOnce(chat())
+        line = logged.last(1)
+        assert line["request_id"] == id_of(refused.value)
+        assert (line["status"], line["error"]) == ("UNAUTHENTICATED", "unauthenticated")
+        stream = logged.stub.Chat(chat())
+        with pytest.raises(grpc.RpcError):
+            next(stream)
+        assert logged.last(2)["request_id"] == id_of(stream)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"http://127.0.0.1:{gateway.http_port}/v1/models", timeout=5)
+        line = logged.last(3)
+        assert line["request_id"] == caught.value.headers["x-request-id"]
+        assert (line["method"], line["level"]) == ("/v1/models", "WARNING")
+    decoder.close()
+    labels = {"tenant": NOBODY, "method": "ChatOnce", "error": "unauthenticated"}
     assert registry.get_sample_value("briolette_gateway_errors_total", labels) == 1
+
+
+class NobodyAdmission:
+    """Lets nobody in."""
+
+    def admit(self, key: str | None) -> Lease:
+        raise Unauthenticated("Not you.")
+
+
+@pytest.mark.parametrize("dialect", ["grpc", "http"])
+def test_a_client_that_does_not_read_has_one_name(
+    dialect: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.services.rpc.STALL_S", 0.3)
+    monkeypatch.setattr("deployments.http.connections.STALL_S", 0.3)
+    monkeypatch.setattr("deployments.calls.streams.MAX_BUFFERED_TOKENS", 10**6)
+    logged.decoder.runner.step_s = 0.002
+    if dialect == "grpc":
+        options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
+        with grpc.insecure_channel(f"127.0.0.1:{logged.port}", options) as channel:
+            call = InferenceStub(channel).Complete(complete(max_tokens=500, logprobs=20))
+            line, method = logged.last(1, 20.0), "Complete"
+            call.cancel()
+    else:
+        messages = [{"role": "user", "content": "a"}]
+        body = {"messages": messages, "stream": True, "logprobs": True, "top_logprobs": 20}
+        with small_window(logged.http_port) as connection:
+            connection.sendall(post("/v1/chat/completions", {**body, "ignore_eos": True}))
+            line, method = logged.last(1, 20.0), "/v1/chat/completions"
+    facts = (line["method"], line["status"], line["error"], line["level"])
+    assert facts == (method, "UNAVAILABLE", "stalled_client", "WARNING")
+    labels = {"tenant": "default", "method": method}
+    value = logged.registry.get_sample_value
+    assert value("briolette_gateway_errors_total", {**labels, "error": "stalled_client"}) == 1
+    assert value("briolette_gateway_aborted_total", {**labels, "reason": "stalled"}) == 1
+    assert value("briolette_gateway_requests_total", {**labels, "status": "UNAVAILABLE"}) == 1
+
+
+def small_window(port: int | None) -> socket.socket:
+    """A connection to a client that takes little."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", port))
+    return connection
 
 
 def test_several_answers_to_one_call_add_up() -> None:

@@ -26,6 +26,7 @@ from cluster.errors import (
 )
 from cluster.keys import new_key
 from cluster.redis import RedisAddress
+from cluster.sessions import Sessions
 from cluster.tenancy import Tenant
 from cluster.tenants import TENANTS, TenantExists, Tenants, UnknownTenant, eviction_policy
 from tests.redis_servers import redis_server, wait_until
@@ -293,6 +294,71 @@ def test_nothing_that_is_refused_shows_a_key(
     for wrong in (key + "0", f"brio_00000000_{secret}", f"Bearer {key}"):
         shown.append(repr(refusal(admission, wrong)))
     assert secret not in "".join(shown) + caplog.text
+
+
+# Sessions of tenants that go
+
+
+@contextmanager
+def sessions_of_a_late_gateway(
+    address: RedisAddress, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Sessions]:
+    """It doesn't look for changes by itself while a test runs."""
+    monkeypatch.setattr("cluster.admission.POLL_S", 60.0)
+    with admitting(address) as admission:
+        budget_of = lambda tenant: admission.kv_bytes(tenant) or 1 << 20  # noqa: E731
+        sessions = Sessions(address, 60.0, budget_of, admission.refresh)
+        yield sessions
+        sessions.close()
+
+
+def keep(sessions: Sessions, tenant: str = "ann") -> None:
+    sessions.save(tenant, "trip", ["hello"], [b"a"], fingerprint="f", num_tokens=1)
+
+
+def test_what_another_gateway_deleted_keeps_no_session(
+    address: RedisAddress, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ann", "bob"):
+        tenants.create(Tenant(name))
+    with sessions_of_a_late_gateway(address, monkeypatch) as sessions, address.client() as client:
+        tenants.delete("ann")
+        with pytest.raises(PermissionDenied, match="ann was deleted; nothing is kept"):
+            keep(sessions)
+        assert client.keys("briolette:{ann}*") == []
+        for name in ("bob", "default"):  # who has no record
+            keep(sessions, name)
+            assert sessions.load(name, "trip").content == ["hello"]
+
+
+def test_a_session_that_is_kept_while_its_tenant_goes_goes_too(
+    address: RedisAddress, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenants.create(Tenant("ann"))
+    with sessions_of_a_late_gateway(address, monkeypatch) as sessions, address.client() as client:
+        remove, num_removed = tenants._remove_values, 0
+
+        def remove_and_keep(name: str) -> None:
+            nonlocal num_removed
+            remove(name)
+            num_removed += 1
+            if num_removed == 1:
+                keep(sessions)
+
+        monkeypatch.setattr(tenants, "_remove_values", remove_and_keep)
+        tenants.delete("ann")
+        assert num_removed == 2 and client.keys("briolette:{ann}*") == []
+
+
+def test_a_loss_of_tenants_costs_nobody_a_session(
+    address: RedisAddress, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenants.create(Tenant("ann"))
+    with sessions_of_a_late_gateway(address, monkeypatch) as sessions, address.client() as client:
+        client.flushall()
+        keep(sessions)
+        assert sessions.load("ann", "trip").content == ["hello"]
+        assert client.hexists(TENANTS, "ann")
 
 
 # Redis may go, and come back without its data

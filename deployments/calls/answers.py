@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.errors import ContextTooLong, InvalidRequest, UnknownModel
 from deployments.calls.call import Call
@@ -32,6 +32,13 @@ from protos.briolette.v1.inference_pb2 import (
     TokenizeResponse,
 )
 from protos.briolette.v1.stream_pb2 import Add, Output
+
+
+class Prepared(NamedTuple):
+    """A request that was checked and encoded."""
+
+    add: Add  # without the prompt
+    prompt_ids: list[int]
 
 
 class Answers:
@@ -69,35 +76,50 @@ class Answers:
             if isinstance(request, ChatRequest) and request.session:
                 outputs = self._turn(request, call)
             else:
-                outputs = self._answer(await self._encode(request, call), request, call)
+                outputs = self._answer(await self.prepare(request, call), call)
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output.generation
 
-    async def _answer(
+    async def prepare(self, request: ChatRequest | CompleteRequest, call: Call) -> Prepared:
+        """What the decoder is told for an answer to it; several answers may share the prompt."""
+        self._check_model(request.model, call)
+        return await self._prepare(await self._encode(request, call), request, call)
+
+    async def answer(self, prepared: Prepared, call: Call) -> AsyncGenerator[Generation, None]:
+        """The pieces of an answer to what was prepared; the caller has the lease."""
+        async with aclosing(self._answer(prepared, call)) as outputs:
+            async for output in outputs:
+                yield output.generation
+
+    async def _prepare(
         self,
         prompt_ids: list[int],
         request: ChatRequest | CompleteRequest,
         call: Call,
         session: str = "",
-    ) -> AsyncGenerator[Output, None]:
+    ) -> Prepared:
         self._check_length(prompt_ids)
         add = Add(
-            prompt_ids=prompt_ids,
             sampling=await self._sampling(request, call),
             chat=isinstance(request, ChatRequest),
-            request_id=call.request_id,
             tenant=call.tenant,
             weight=call.lease.tenant.weight,
             priority=request.priority,
             session=session,
-            timeout_s=call.time_remaining_s,
             kv_bytes=call.lease.tenant.kv_bytes or 0,
         )
         self._check_model(request.model, call)  # which wasn't known at first, perhaps
+        return Prepared(add, prompt_ids)
+
+    async def _answer(self, prepared: Prepared, call: Call) -> AsyncGenerator[Output, None]:
+        add, prompt_ids = prepared
+        add.request_id = call.request_id
+        if (left_s := call.time_remaining_s) is not None:
+            add.timeout_s = left_s
         call.answered.begin(self._decoder.status.model, len(prompt_ids))
         ttft_s = None
-        async with aclosing(charged(self._decoder, add, call.lease)) as outputs:
+        async with aclosing(charged(self._decoder, add, prompt_ids, call.lease)) as outputs:
             async for output in outputs:
                 piece, elapsed_s = output.generation, time.monotonic() - call.started
                 if ttft_s is None:
@@ -121,8 +143,8 @@ class Answers:
             options = to_options(request)
             self._check_size(message.content for message in request.messages)
             prompt_ids = await conversations.prompt(before, request.messages, options)
-            outputs = self._answer(prompt_ids, request, call, request.session)
-            async with aclosing(outputs):
+            prepared = await self._prepare(prompt_ids, request, call, request.session)
+            async with aclosing(self._answer(prepared, call)) as outputs:
                 async for output in outputs:
                     merge(answer, output.generation)
                     if output.generation.finish_reason == FINISH_REASON_UNSPECIFIED:
@@ -173,11 +195,12 @@ class Answers:
     async def _encode_chat(
         self, messages: Iterable[Message], call: Call, **options: Any
     ) -> list[int]:
-        turns = to_turns(messages)
-        self._check_size(turn["content"] for turn in turns)
-        return await self._encoding.run(
-            call.tenant, self._tokenizer.apply_chat_template, turns, **options
-        )
+        def encode() -> list[int]:
+            turns = to_turns(messages)
+            self._check_size(turn["content"] for turn in turns)
+            return self._tokenizer.apply_chat_template(turns, **options)
+
+        return await self._encoding.run(call.tenant, encode)
 
     async def _sampling(self, request: ChatRequest | CompleteRequest, call: Call) -> Sampling:
         """What is wrong with it is told here: a huge list, or a grammar, would hold up a step."""

@@ -11,6 +11,11 @@ from cluster.tenancy import Lease
 from protos.briolette.v1.inference_pb2 import Generation, Timings, Usage
 
 
+def new_request_id() -> str:
+    """What a call is found by: its client sees it, and every log has it."""
+    return uuid.uuid4().hex
+
+
 @dataclass(slots=True)
 class Answered:
     """What a call has got so far, for the log; several answers to it add up."""
@@ -38,7 +43,7 @@ class Call:
 
     lease: Lease
     timeout_s: float | None = None  # what the client gave it at the start; None: no limit
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    request_id: str = field(default_factory=new_request_id)
     started: float = field(default_factory=time.monotonic)
     answered: Answered = field(default_factory=Answered)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from cluster.errors import BrioletteError
@@ -11,16 +11,18 @@ from deployments.calls.remote_decoder import RemoteDecoder
 from protos.briolette.v1.stream_pb2 import Add, Output
 
 
-async def charged(decoder: RemoteDecoder, add: Add, lease: Lease) -> AsyncGenerator[Output, None]:
+async def charged(
+    decoder: RemoteDecoder, add: Add, prompt_ids: Sequence[int], lease: Lease
+) -> AsyncGenerator[Output, None]:
     """What `decoder.generate` brings: the prompt is charged before, the answer as it comes. A
     prompt that nothing could be done with, for no fault of the tenant's, is given back.
 
     Raises QuotaExceeded, InvalidRequest where no minute has room for the prompt.
     """
-    num_prompt_tokens, is_begun = len(add.prompt_ids), False
+    num_prompt_tokens, is_begun = len(prompt_ids), False
     lease.charge(num_prompt_tokens)
     try:
-        async with aclosing(decoder.generate(add)) as outputs:
+        async with aclosing(decoder.generate(add, prompt_ids)) as outputs:
             async for output in outputs:
                 is_begun = True
                 lease.owe(len(output.generation.token_ids))

@@ -9,12 +9,15 @@ from dataclasses import replace
 from typing import TypeVar
 
 from cluster.errors import DeadlineExceeded
-from deployments.calls.answers import Answers
+from deployments.calls.answers import Answers, Prepared
 from deployments.calls.call import Call
 from deployments.calls.charging import CallLease, NextChoiceLease
 from protos.briolette.v1.inference_pb2 import ChatRequest, CompleteRequest, Generation
+from protos.briolette.v1.stream_pb2 import Add
 
 GRACE_S = 1.0  # the decoder notices a deadline first, while it is well
+
+SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two answers to a request have one seed
 
 T = TypeVar("T")
 Request = ChatRequest | CompleteRequest
@@ -24,14 +27,14 @@ Piece = tuple[int, Generation]
 async def generate_all(
     answers: Answers, requests: Sequence[Request], call: Call, num_choices: int
 ) -> AsyncGenerator[Piece, None]:
-    """(index of the request, piece) as they come; leaving early aborts all of them. Each prompt has
-    `num_choices` requests, one after another.
+    """(index of the answer, piece) as they come; leaving early aborts all of them. Each request has
+    `num_choices` answers, one after another, and is prepared once.
 
     The first error of any ends all. Raises DeadlineExceeded also where the decoder is silent.
     """
     pieces = (
         _one(answers, requests[0], call)
-        if len(requests) == 1
+        if len(requests) == num_choices == 1
         else _all(answers, requests, call, num_choices)
     )
     async with aclosing(pieces):
@@ -50,13 +53,16 @@ async def _all(
 ) -> AsyncGenerator[Piece, None]:
     """Each in a task of its own; they wait for whoever takes the pieces."""
     first, following = CallLease(call.lease), NextChoiceLease(call.lease)
-    ready: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(len(requests))
+    num_answers = len(requests) * num_choices
+    ready: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(num_answers)
 
-    async def run(index: int, request: Request) -> None:
-        lease = following if index % num_choices else first
+    async def run(index: int, prepared: asyncio.Future[Prepared]) -> None:
+        choice = index % num_choices
+        lease = following if choice else first
         own = replace(call, request_id=f"{call.request_id}-{index}", lease=lease)
         try:
-            async with aclosing(answers.generate(request, own)) as pieces:
+            request = for_choice(await prepared, choice)
+            async with aclosing(answers.answer(request, own)) as pieces:
                 async for piece in pieces:
                     await ready.put((index, piece))
             await ready.put(None)
@@ -64,7 +70,10 @@ async def _all(
             await ready.put(error)
 
     with call.lease:
-        tasks = [asyncio.ensure_future(run(i, request)) for i, request in enumerate(requests)]
+        prepared = [asyncio.ensure_future(answers.prepare(request, call)) for request in requests]
+        tasks = [
+            asyncio.ensure_future(run(i, prepared[i // num_choices])) for i in range(num_answers)
+        ]
         try:
             num_running = len(tasks)
             while num_running:
@@ -76,9 +85,18 @@ async def _all(
                 else:
                     yield item
         finally:
-            for task in tasks:
+            for task in (*prepared, *tasks):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*prepared, *tasks, return_exceptions=True)
+
+
+def for_choice(prepared: Prepared, choice: int) -> Prepared:
+    """For another answer: the choices have seeds of their own, and the first one the request's."""
+    add = Add()
+    add.CopyFrom(prepared.add)
+    if add.sampling.HasField("seed"):
+        add.sampling.seed = (add.sampling.seed + choice * SEED_STEP) % 2**63
+    return Prepared(add, prepared.prompt_ids)
 
 
 async def _in_time(piece: Awaitable[T], call: Call) -> T:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from itertools import groupby
 
 from cluster.errors import Unavailable
 from cluster.links import Endpoint
@@ -51,6 +52,7 @@ class RemoteDecoder:
         self._on_status = on_status
         self._on_spent = on_spent
         self._streams = Streams(self._abort)
+        self._adds: list[tuple[Add, Sequence[int]]] = []  # of this turn of the loop
         self._calls: dict[str, asyncio.Future[SessionAnswer]] = {}
         self._traces: dict[tuple[str, str], set[bytes]] = {}
 
@@ -72,8 +74,9 @@ class RemoteDecoder:
         """What no reconnecting will mend; None while all is well."""
         return None if self._link.is_alive else "The link to the decoder has no thread any more."
 
-    async def generate(self, add: Add) -> AsyncGenerator[Output, None]:
-        """The pieces of one answer; leaving early aborts the request.
+    async def generate(self, add: Add, prompt_ids: Sequence[int]) -> AsyncGenerator[Output, None]:
+        """The pieces of one answer; leaving early aborts the request. What begins at once with the
+        same `prompt_ids` is sent with one copy of them.
 
         Raises Unavailable while the decoder isn't ready.
         """
@@ -81,7 +84,7 @@ class RemoteDecoder:
             raise Unavailable(self.status.reason)
         stream = self._streams.open(add.request_id)
         try:
-            self._link.send(ToDecoder(adds=[add]))
+            self._add(add, prompt_ids)
             is_last = False
             while not is_last:
                 output = await stream.take()
@@ -121,7 +124,26 @@ class RemoteDecoder:
         if left:
             self._traces[tenant, session] = left
 
+    def _add(self, add: Add, prompt_ids: Sequence[int]) -> None:
+        if not self._adds:
+            asyncio.get_running_loop().call_soon(self._send_adds)
+        self._adds.append((add, prompt_ids))
+
+    def _send_adds(self) -> None:
+        """One message for each prompt."""
+        waiting, self._adds = self._adds, []
+        for _, sharing in groupby(waiting, key=lambda item: id(item[1])):
+            message = ToDecoder()
+            for add, prompt_ids in sharing:
+                message.adds.append(add)
+                if len(message.adds) == 1:
+                    message.adds[0].prompt_ids.extend(prompt_ids)
+                else:
+                    message.adds[-1].same_prompt = True
+            self._link.send(message)
+
     def _abort(self, request_id: str) -> None:
+        self._send_adds()  # which may be what is aborted
         self._link.send(ToDecoder(aborts=[request_id]))
 
     def _on_message(self, message: FromDecoder) -> None:

@@ -13,11 +13,13 @@ from cluster.errors import BrioletteError
 from cluster.metrics import Metrics
 from cluster.tenancy import Admission, Lease
 from deployments.calls.call import Call
+from deployments.calls.streams import StalledClient
 
 FILE = "requests.jsonl"
 MAX_BYTES = 16 << 20  # of a file; the last ones are kept beside it
 NUM_OLD_FILES = 4
 NOBODY = "(none)"  # who isn't let in; no tenant can have this name
+GIVEN_UP = {"CANCELLED": "client", "DEADLINE_EXCEEDED": "deadline"}  # by how a call has ended
 
 
 class RequestLog:
@@ -35,12 +37,13 @@ class RequestLog:
             RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=NUM_OLD_FILES, delay=True)
         )
 
-    def let_in(self, admission: Admission, key: str | None, method: str) -> Lease:
+    def let_in(self, admission: Admission, key: str | None, method: str, request_id: str) -> Lease:
         """Whoever shows this key. Raises what keeps it out, which is the end of the call."""
         try:
             return admission.admit(key)
         except BrioletteError as error:
-            self.ended(None, method, error.status, error)
+            self._count(NOBODY, method, error.status, error.kind)
+            self._write(method, error.status, error.kind, {"request_id": request_id})
             raise
 
     def began(self, call: Call, method: str) -> None:
@@ -49,42 +52,44 @@ class RequestLog:
 
     def ended(
         self,
-        call: Call | None,
+        call: Call,
         method: str,
         status: str,
         error: BrioletteError | None = None,
-        given_up: str | None = None,
     ) -> None:
-        """A call has ended with the name of a gRPC status; None was not let in. `given_up` says
-        why, of one that ended early: client, deadline or stalled.
+        """A call has ended with the name of a gRPC status.
 
         Written are those that generated or failed: what others ask once a second is no news.
         """
-        tenant = NOBODY if call is None else call.tenant
-        self._metrics.gateway_requests_total(tenant, method, status).inc()
-        if call is not None:
-            self._metrics.gateway_streams(tenant, method).dec()
-        if given_up is not None:
-            self._metrics.gateway_aborted_total(tenant, method, given_up).inc()
         is_fine = status in ("OK", "CANCELLED")
         kind = "" if is_fine else status.lower() if error is None else error.kind
-        if kind:
-            self._metrics.gateway_errors_total(tenant, method, kind).inc()
-        if self._lines.handlers and (kind or (call is not None and call.answered.model)):
-            level = "INFO" if is_fine else "ERROR" if status == "INTERNAL" else "WARNING"
-            head = {"time": _now(), "level": level, "method": method, "status": status}
-            self._lines.info(json.dumps({**head, "error": kind, **_facts(call)}))
+        self._count(call.tenant, method, status, kind)
+        self._metrics.gateway_streams(call.tenant, method).dec()
+        given_up = "stalled" if isinstance(error, StalledClient) else GIVEN_UP.get(status)
+        if given_up is not None:
+            self._metrics.gateway_aborted_total(call.tenant, method, given_up).inc()
+        if kind or call.answered.model:
+            self._write(method, status, kind, _facts(call))
 
     def close(self) -> None:
         """Close the file."""
         for handler in self._lines.handlers:
             handler.close()
 
+    def _count(self, tenant: str, method: str, status: str, kind: str) -> None:
+        self._metrics.gateway_requests_total(tenant, method, status).inc()
+        if kind:
+            self._metrics.gateway_errors_total(tenant, method, kind).inc()
 
-def _facts(call: Call | None) -> dict[str, object]:
+    def _write(self, method: str, status: str, kind: str, facts: dict[str, object]) -> None:
+        if self._lines.handlers:
+            level = "ERROR" if status == "INTERNAL" else "WARNING" if kind else "INFO"
+            head = {"time": _now(), "level": level, "method": method, "status": status}
+            self._lines.info(json.dumps({**head, "error": kind, **facts}))
+
+
+def _facts(call: Call) -> dict[str, object]:
     """What can be told of a call without its text, its keys or its session's name."""
-    if call is None:
-        return {}
     usage, timings = call.answered.usage, call.answered.timings
     return {
         "request_id": call.request_id,

@@ -12,6 +12,10 @@ from protos.briolette.v1.stream_pb2 import Failure, Output
 MAX_BUFFERED_TOKENS = 4096  # a client that is further behind than this is not reading
 
 
+class StalledClient(Overloaded):
+    """The client doesn't take what is sent to it."""
+
+
 class RequestFailed(BrioletteError):
     """The decoder ended a request without an answer; carries the decoder's own status."""
 
@@ -114,7 +118,7 @@ class Streams:
             return
         stream.push(output)
         if stream.is_behind:
-            stream.fail(Overloaded("The client reads more slowly than the model writes."))
+            stream.fail(StalledClient("The client reads more slowly than the model writes."))
             self._abort(stream.request_id)
 
     def fail_all(self, reason: str) -> None:

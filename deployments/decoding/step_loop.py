@@ -261,8 +261,11 @@ class StepLoop:
         self._queued = waiting
 
     def _take(self, gateway_id: int, message: ToDecoder) -> None:
+        prompt_ids: list[int] = []
         for add in message.adds:
-            self._add(gateway_id, add)
+            if not add.same_prompt:
+                prompt_ids = list(add.prompt_ids)
+            self._add(gateway_id, add, prompt_ids)
         for request_id in message.aborts:
             if (served := self._served.pop(request_id, None)) is not None:
                 self._engine.abort(request_id)
@@ -273,13 +276,13 @@ class StepLoop:
         for call in message.session_calls:
             self._sessions.answer(call, partial(self._reply, gateway_id))
 
-    def _add(self, gateway_id: int, add: Add) -> None:
+    def _add(self, gateway_id: int, add: Add, prompt_ids: list[int]) -> None:
         now = time.monotonic()
         self._on_budget(add.tenant, add.kv_bytes or None)
         try:
             request = self._engine.add(
                 request_id=add.request_id,
-                prompt_ids=list(add.prompt_ids),
+                prompt_ids=prompt_ids,
                 sampling=to_sampling_params(add.sampling),
                 tenant=add.tenant,
                 session=add.session or None,

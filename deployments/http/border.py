@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -13,6 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import PermissionDenied, Unavailable
+from deployments.calls.call import new_request_id
 from deployments.http.errors import error_body, to_response
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Border:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        request_id = uuid.uuid4().hex
+        request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
         is_started = False
 
@@ -50,7 +50,7 @@ class Border:
                 stopped = Unavailable("The gateway stops; ask again.")
                 await to_response(stopped)(scope, receive, send_with_id)
         except Exception:
-            log.exception("%s %s failed in the gateway.", scope["method"], scope["path"])
+            log.exception("%s %s failed in the gateway.", scope["path"], request_id)
             if is_started:
                 raise
             sentence = "The gateway failed on this request; its log says why."

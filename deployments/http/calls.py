@@ -14,15 +14,15 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import BrioletteError, InvalidRequest, Overloaded, Unavailable
+from cluster.errors import BrioletteError, InvalidRequest, Unavailable
 from cluster.tenancy import Admission
 from deployments.calls.call import Call, key_in
 from deployments.calls.request_log import RequestLog
+from deployments.calls.streams import StalledClient
 from deployments.http.body import checked
 
 BODY_S = 60.0  # for the whole body of a request to arrive
 LONGEST_TIMEOUT_S = 365 * 86400.0  # of x-request-timeout
-REASONS = {"CANCELLED": "client", "DEADLINE_EXCEEDED": "deadline"}  # of what was given up
 
 
 class ClientGone(BrioletteError):
@@ -54,8 +54,9 @@ class Calls:
         """Run `app` on a call that was let in. Raises what keeps it out."""
         state: dict[str, Any] = scope["state"]
         headers = Headers(scope=scope)
-        lease = self._requests.let_in(self._admission, key_in(headers.get), name)
-        call = state["call"] = Call(lease, request_id=state["request_id"])
+        request_id: str = state["request_id"]
+        lease = self._requests.let_in(self._admission, key_in(headers.get), name, request_id)
+        call = state["call"] = Call(lease, request_id=request_id)
         self._requests.began(call, name)
         try:
             call.timeout_s = timeout_s(headers)
@@ -73,9 +74,10 @@ class Calls:
             state["status"] = "INTERNAL"
             raise
         finally:
-            status = Overloaded.status if state.get("stalled") else state.get("status", "OK")
-            given_up = "stalled" if state.get("stalled") else REASONS.get(status)
-            self._requests.ended(call, name, status, state.get("error"), given_up)
+            if state.get("stalled"):  # its connection was cut
+                stalled = StalledClient("The client stopped reading.")
+                state["status"], state["error"] = stalled.status, stalled
+            self._requests.ended(call, name, state.get("status", "OK"), state.get("error"))
 
 
 class AdmittedRoute(APIRoute):

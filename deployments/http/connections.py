@@ -18,18 +18,22 @@ MAX_HEAD_BYTES = 64 << 10
 class Connections(ServerState):
     """All that are open, and those of them that have no request right now, the oldest first."""
 
-    def __init__(self, max_silent: int) -> None:
+    def __init__(self, max_open: int) -> None:
         super().__init__()
-        self._max_silent = max_silent
+        self._max_open = max_open
         self._silent: dict[BoundedConnection, None] = {}
 
-    def add_silent(self, connection: BoundedConnection) -> None:
-        """Whoever says something gets in: above the limit the one that was silent longest goes."""
-        self._silent[connection] = None
-        if len(self._silent) > self._max_silent:
+    def make_room(self) -> None:
+        """For one that was just taken: above the limit the one that was silent longest goes, which
+        is that one itself where all others are being answered.
+        """
+        if len(self.connections) > self._max_open:
             oldest = next(iter(self._silent))
             self.remove_silent(oldest)
             oldest.transport.abort()
+
+    def add_silent(self, connection: BoundedConnection) -> None:
+        self._silent[connection] = None
 
     def remove_silent(self, connection: BoundedConnection) -> None:
         self._silent.pop(connection, None)
@@ -48,6 +52,7 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(GatheringTransport(transport))  # type: ignore[arg-type]
         self._expect_head()
+        self._all.make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

@@ -21,7 +21,7 @@ from deployments.http.border import Border, own_names
 from deployments.http.calls import Calls
 from deployments.http.connections import HEAD_S, BoundedConnection, Connections
 from deployments.http.errors import handle_errors
-from deployments.open_files import raise_limit
+from deployments.open_files import HTTP_PART, raise_limit
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 
 BACKLOG = 4096  # connections that may wait to be taken
@@ -45,7 +45,7 @@ class HttpServer:
             proxy_headers=False,
             timeout_keep_alive=int(HEAD_S),
         )
-        self._connections = Connections(raise_limit() * 3 // 4)  # the others are for all else
+        self._connections = Connections(int(raise_limit() * HTTP_PART))
         self._server: asyncio.Server | None = None
 
     def listen(self) -> socket.socket:

@@ -50,13 +50,14 @@ class EventStream(Response):
         except BrioletteError as error:
             if not self._is_begun:
                 raise
-            scope["state"]["status"] = error.status
+            scope["state"]["status"], scope["state"]["error"] = error.status, error
             await self._write(_error_event(to_body(error)), send)
         except Exception:
             if not self._is_begun:
                 raise
-            log.exception("A stream of %s failed in the gateway.", scope["path"])
-            scope["state"]["status"] = "INTERNAL"
+            state = scope["state"]
+            log.exception("%s %s failed in the gateway.", scope["path"], state["request_id"])
+            state["status"] = "INTERNAL"
             sentence = "The gateway failed on this request; its log says why."
             await self._write(_error_event(error_body(500, sentence)), send)
         finally:

@@ -1,4 +1,4 @@
-"""OpenAI's requests as ours: one message for each answer that is asked for."""
+"""OpenAI's requests as ours: one message for each prompt, of which all its answers are made."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from protos.briolette.v1.inference_pb2 import (
 )
 
 COMPLETION_TOKENS = 16  # of a completion that names no number, as OpenAI has it
-SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no two answers to a request have one seed
 TOOL_CHOICES = {
     "auto": inference_pb2.TOOL_CHOICE_AUTO,
     "none": inference_pb2.TOOL_CHOICE_NONE,
@@ -37,32 +36,29 @@ TOOL_CHOICES = {
 }
 
 
-def to_chat_requests(body: ChatBody) -> list[ChatRequest]:
-    """One request per choice. Raises InvalidField for what can't be done here."""
+def to_chat_request(body: ChatBody) -> ChatRequest:
+    """Raises InvalidField for what can't be done here."""
     _refuse_in_chat(body)
     request = ChatRequest(
         model=body.model,
         messages=map(_message, body.messages),
+        sampling=_chat_sampling(body),
         tools=map(_tool, body.tools),
         thinking=_thinks(body),
         priority=body.priority,
     )
     _set_tool_choice(request, body)
-    requests = [ChatRequest(sampling=sampling) for sampling in _samplings(body, 1)]
-    for own in requests:
-        own.MergeFrom(request)
-    return requests
+    return request
 
 
 def to_complete_requests(body: CompletionBody) -> list[CompleteRequest]:
-    """One request per prompt and choice, a prompt's choices one after another. Raises InvalidField
-    for what can't be done here.
-    """
+    """One request per prompt. Raises InvalidField for what can't be done here."""
     _refuse_in_completion(body)
-    prompts = _prompts(body)
+    prompts, sampling = _prompts(body), _plain_sampling(body)
+    if len(prompts) * body.n > MAX_CHOICES:
+        raise InvalidField(f"At most {MAX_CHOICES} answers at once, of all prompts.", "n")
     requests = []
-    for i, sampling in enumerate(_samplings(body, len(prompts))):
-        prompt = prompts[i // body.n]
+    for prompt in prompts:
         request = CompleteRequest(model=body.model, sampling=sampling, priority=body.priority)
         if isinstance(prompt, str):
             request.text = prompt
@@ -70,21 +66,6 @@ def to_complete_requests(body: CompletionBody) -> list[CompleteRequest]:
             request.token_ids.CopyFrom(TokenIds(ids=prompt))
         requests.append(request)
     return requests
-
-
-def _samplings(body: ChatBody | CompletionBody, num_prompts: int) -> list[Sampling]:
-    """One for each answer; the choices of a prompt have seeds of their own."""
-    if num_prompts * body.n > MAX_CHOICES:
-        raise InvalidField(f"At most {MAX_CHOICES} answers at once, of all prompts.", "n")
-    sampling = _chat_sampling(body) if isinstance(body, ChatBody) else _plain_sampling(body)
-    samplings = []
-    for i in range(num_prompts * body.n):
-        own = Sampling()
-        own.CopyFrom(sampling)
-        if body.seed is not None:
-            own.seed = (body.seed + i % body.n * SEED_STEP) % 2**63
-        samplings.append(own)
-    return samplings
 
 
 def _chat_sampling(body: ChatBody) -> Sampling:
@@ -122,6 +103,7 @@ def _sampling(body: SamplingFields) -> Sampling:
         stop=[body.stop] if isinstance(body.stop, str) else body.stop,
         stop_token_ids=body.stop_token_ids,
         max_tokens=body.max_tokens,
+        seed=None if body.seed is None else body.seed % 2**63,
         ignore_eos=body.ignore_eos,
     )
 

@@ -20,7 +20,7 @@ from deployments.http.errors import ErrorBody
 from deployments.http.stream import EventStream, to_event
 from deployments.openai.answers import ChatAnswer, CompletionAnswer, to_usage
 from deployments.openai.objects import ChatCompletion, Completion, ModelCard, ModelList
-from deployments.openai.requests import to_chat_requests, to_complete_requests
+from deployments.openai.requests import to_chat_request, to_complete_requests
 from deployments.openai.schema import ChatBody, CompletionBody, SamplingFields
 from protos.briolette.v1.inference_pb2 import (
     FINISH_REASON_UNSPECIFIED,
@@ -47,7 +47,7 @@ def openai_router(answers: Answers) -> APIRouter:
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses=STREAM)
     async def chat(body: ChatBody, call: CurrentCall) -> Response:
-        return await respond(ChatAnswer, to_chat_requests(body), body, call)
+        return await respond(ChatAnswer, [to_chat_request(body)], body, call)
 
     @router.post("/completions", response_model=Completion, responses=STREAM)
     async def complete(body: CompletionBody, call: CurrentCall) -> Response:
@@ -61,10 +61,11 @@ def openai_router(answers: Answers) -> APIRouter:
     ) -> Response:
         answer = form(call.request_id, body.model or answers.model, answers.token_bytes)
         pieces = generate_all(answers, requests, call, body.n)
+        num_answers = len(requests) * body.n
         if not body.stream:
-            return await whole(answer, pieces, len(requests), body.n)
+            return await whole(answer, pieces, num_answers, body.n)
         wants_usage = body.stream_options.include_usage
-        return EventStream(events(answer, pieces, len(requests), body.n, wants_usage))
+        return EventStream(events(answer, pieces, num_answers, body.n, wants_usage))
 
     @router.get("/models")
     async def list_models(call: CurrentCall) -> ModelList:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -14,6 +13,7 @@ from cluster.admission import KeyAdmission
 from cluster.errors import ConfigError, InvalidRequest
 from cluster.tenant_records import Record
 from deployments.calls.call import Call
+from deployments.calls.tenant_threads import TenantThreads
 from deployments.calls.usage import UsageService
 from deployments.services.rpc import Methods
 from protos.briolette.v1 import admin_pb2
@@ -37,6 +37,8 @@ NAME: str = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
 LONGEST_GRACE_S = 366 * 86400.0
 
+T = TypeVar("T")
+
 # The fields that an admin sets, by what they are called in cluster.tenancy.
 TERMS = {
     "weight": "weight",
@@ -59,6 +61,7 @@ class Admin:
         self._status = status
         self._keys = keys
         self._usage = usage
+        self._threads = TenantThreads("the tenants", num_threads=4, num_each=2, max_waiting=16)
 
     def handler(self, methods: Methods) -> grpc.GenericRpcHandler:
         """What a gRPC server calls."""
@@ -74,6 +77,10 @@ class Admin:
         }
         return grpc.method_handlers_generic_handler(NAME, by_name)
 
+    def close(self) -> None:
+        """Begin no more calls of Redis."""
+        self._threads.close()
+
     async def get_status(self, _: GetStatusRequest, call: Call) -> ClusterStatus:
         """Only an operator sees what other tenants do."""
         status = self._status()
@@ -81,14 +88,14 @@ class Admin:
 
     async def _list(self, _: ListTenantsRequest, call: Call) -> ListTenantsResponse:
         keys = self._for_admins(call)
-        await asyncio.to_thread(keys.refresh)
+        await self._threads.run(call.tenant, keys.refresh)
         records = sorted(keys.records().items())
         return ListTenantsResponse(tenants=[to_tenant(record) for _, record in records])
 
     async def _create(self, request: CreateTenantRequest, call: Call) -> NewKey:
         keys = self._for_admins(call)
         tenant = with_terms(tenancy.Tenant(request.tenant.name), request.tenant, TERMS)
-        return NewKey(key=await self._changed(keys, keys.tenants.create, tenant))
+        return NewKey(key=await self._changed(call, keys, keys.tenants.create, tenant))
 
     async def _update(self, request: UpdateTenantRequest, call: Call) -> Tenant:
         keys, new = self._for_admins(call), request.tenant
@@ -99,18 +106,18 @@ class Admin:
         def change(tenant: tenancy.Tenant) -> tenancy.Tenant:
             return with_terms(tenant, new, fields)
 
-        return to_tenant(await self._changed(keys, keys.tenants.update, new.name, change))
+        return to_tenant(await self._changed(call, keys, keys.tenants.update, new.name, change))
 
     async def _rotate(self, request: RotateKeyRequest, call: Call) -> NewKey:
         keys = self._for_admins(call)
         if not 0 <= request.grace_s <= LONGEST_GRACE_S:
             raise InvalidRequest("A grace period is at most a year.")
-        key = await self._changed(keys, keys.tenants.rotate, request.name, request.grace_s)
+        key = await self._changed(call, keys, keys.tenants.rotate, request.name, request.grace_s)
         return NewKey(key=key)
 
     async def _delete(self, request: DeleteTenantRequest, call: Call) -> DeleteTenantResponse:
         keys = self._for_admins(call)
-        await self._changed(keys, keys.tenants.delete, request.name)
+        await self._changed(call, keys, keys.tenants.delete, request.name)
         return DeleteTenantResponse()
 
     def _for_admins(self, call: Call) -> KeyAdmission:
@@ -119,11 +126,17 @@ class Admin:
             raise ConfigError("This cluster has no keys; start it with gateway.auth set to keys.")
         return self._keys
 
-    async def _changed(self, keys: KeyAdmission, change: Callable[..., Any], *args: Any) -> Any:
+    async def _changed(
+        self, call: Call, keys: KeyAdmission, change: Callable[..., T], *args: Any
+    ) -> T:
         """Do it; here it counts when this returns, in other gateways a moment later."""
-        answer = await asyncio.to_thread(change, *args)
-        await asyncio.to_thread(keys.follow)
-        return answer
+
+        def change_and_follow() -> T:
+            answer = change(*args)
+            keys.follow()
+            return answer
+
+        return await self._threads.run(call.tenant, change_and_follow)
 
 
 def without_others(status: ClusterStatus, tenant: str) -> ClusterStatus:

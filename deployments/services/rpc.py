@@ -14,10 +14,11 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status.rpc_status import to_status
 
-from cluster.errors import BrioletteError, InvalidRequest, Overloaded
+from cluster.errors import BrioletteError, InvalidRequest
 from cluster.tenancy import Admission
-from deployments.calls.call import Call, key_in
+from deployments.calls.call import Call, key_in, new_request_id
 from deployments.calls.request_log import RequestLog
+from deployments.calls.streams import StalledClient
 
 MESSAGE_S = 60.0  # for the message of a request to arrive
 STALL_S = 20.0  # a client that takes no message for so long is not reading
@@ -27,8 +28,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
-class StalledClient(Overloaded):
-    """The client doesn't take what is sent to it."""
+class Internal(BrioletteError):
+    """A fault of ours."""
 
 
 class Methods:
@@ -77,37 +78,34 @@ class Methods:
     @asynccontextmanager
     async def _answering(self, name: str, context: Context) -> AsyncIterator[Call]:
         """Lets a call in and turns every error into a status and a sentence."""
+        request_id = new_request_id()
+        metadata = (("x-request-id", request_id),)
         try:
-            lease = self._requests.let_in(self._admission, key_of(context), name)
+            lease = self._requests.let_in(self._admission, key_of(context), name, request_id)
         except BrioletteError as error:
+            await context.send_initial_metadata(metadata)
             await abort(context, error)
-        call = Call(lease, context.time_remaining())
-        status, problem, given_up = "OK", None, None
+        call = Call(lease, context.time_remaining(), request_id)
+        status, problem = "OK", None
         self._requests.began(call, name)
         try:
-            await context.send_initial_metadata((("x-request-id", call.request_id),))
+            await context.send_initial_metadata(metadata)
             yield call
         except BrioletteError as error:
             status, problem = error.status, error
-            if isinstance(error, StalledClient):
-                given_up = "stalled"
-            elif status == "DEADLINE_EXCEEDED":  # the decoder noticed first
-                given_up = "deadline"
-            await abort(context, error)
         except asyncio.CancelledError:
             left_s = context.time_remaining()
             is_late = left_s is not None and left_s <= 0
             status = "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
-            given_up = "deadline" if is_late else "client"
             raise
         except Exception:
-            status = "INTERNAL"
-            log.exception("%s %s failed in the gateway.", name, call.request_id)
-            await context.abort(
-                grpc.StatusCode.INTERNAL, "The gateway failed on this request; its log says why."
-            )
+            log.exception("%s %s failed in the gateway.", name, request_id)
+            problem = Internal("The gateway failed on this request; its log says why.")
+            status = problem.status
         finally:
-            self._requests.ended(call, name, status, problem, given_up)
+            self._requests.ended(call, name, status, problem)
+        if problem is not None:  # a client that doesn't read takes no status either
+            await abort(context, problem)
 
 
 def key_of(context: Context) -> str | None:

@@ -88,7 +88,6 @@ class SessionService:
             prompt_ids = await self._conversations.whole(kept)
             add = Add(
                 request_id=call.request_id,
-                prompt_ids=prompt_ids,
                 sampling=Sampling(temperature=0.0, max_tokens=1),  # which nobody is told of
                 tenant=tenant,
                 weight=call.lease.tenant.weight,
@@ -97,7 +96,8 @@ class SessionService:
                 kv_bytes=call.lease.tenant.kv_bytes or 0,
             )
             with call.lease:
-                async with aclosing(charged(self._decoder, add, call.lease)) as outputs:
+                outputs = charged(self._decoder, add, prompt_ids, call.lease)
+                async with aclosing(outputs):
                     async for output in outputs:
                         usage = output.generation.usage
             return ResumeSessionResponse(

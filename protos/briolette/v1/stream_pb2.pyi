@@ -68,6 +68,7 @@ class Add(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
+    SAME_PROMPT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     timeout_s: _builtins.float
     """what is left of the client's deadline"""
@@ -81,6 +82,8 @@ class Add(_message.Message):
     """the answer has parts: thought, text, tool calls"""
     kv_bytes: _builtins.int
     """of the tenant, in the store; 0: store.tenant_bytes"""
+    same_prompt: _builtins.bool
+    """as the one before it in this message, in place of prompt_ids"""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -98,10 +101,11 @@ class Add(_message.Message):
         priority: _builtins.int = ...,
         chat: _builtins.bool = ...,
         kv_bytes: _builtins.int = ...,
+        same_prompt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "sampling", b"sampling", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "chat", b"chat", "kv_bytes", b"kv_bytes", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "session", b"session", "tenant", b"tenant", "timeout_s", b"timeout_s", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "chat", b"chat", "kv_bytes", b"kv_bytes", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "same_prompt", b"same_prompt", "sampling", b"sampling", "session", b"session", "tenant", b"tenant", "timeout_s", b"timeout_s", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
     _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
