@@ -247,20 +247,23 @@ inline float inverse_rms(const float* x, int64_t size, float eps) {
 #ifdef __AVX512F__
 inline Vec sum_each(const Vec* v) {
   Vec eights[8], fours[4], twos[2];
-  const IntVec low8{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+  const IntVec own8{0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31};
+  const IntVec other8{8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23};
+  constexpr int ORDER[8] = {0, 4, 2, 6, 1, 5, 3, 7};  // bits reversed, as blending leaves them
   for (int i = 0; i < 8; i++)
-    eights[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low8) +
-                __builtin_shuffle(v[2 * i], v[2 * i + 1], low8 + 8);
-  const IntVec low4{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+    eights[i] = __builtin_shuffle(v[ORDER[i]], v[ORDER[i] + 8], own8) +
+                __builtin_shuffle(v[ORDER[i]], v[ORDER[i] + 8], other8);
+  const IntVec own4{0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31};
   for (int i = 0; i < 4; i++)
-    fours[i] = __builtin_shuffle(eights[2 * i], eights[2 * i + 1], low4) +
-               __builtin_shuffle(eights[2 * i], eights[2 * i + 1], low4 + 4);
-  const IntVec low2{0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
+    fours[i] = __builtin_shuffle(eights[2 * i], eights[2 * i + 1], own4) +
+               __builtin_shuffle(eights[2 * i], eights[2 * i + 1], own4 ^ 4);
+  const IntVec own2{0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31};
   for (int i = 0; i < 2; i++)
-    twos[i] = __builtin_shuffle(fours[2 * i], fours[2 * i + 1], low2) +
-              __builtin_shuffle(fours[2 * i], fours[2 * i + 1], low2 + 2);
-  const IntVec even{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-  return __builtin_shuffle(twos[0], twos[1], even) + __builtin_shuffle(twos[0], twos[1], even + 1);
+    twos[i] = __builtin_shuffle(fours[2 * i], fours[2 * i + 1], own2) +
+              __builtin_shuffle(fours[2 * i], fours[2 * i + 1], own2 ^ 2);
+  const IntVec own1{0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31};
+  return __builtin_shuffle(twos[0], twos[1], own1) +
+         __builtin_shuffle(twos[0], twos[1], own1 ^ 1);
 }
 #else
 inline Vec sum_each(const Vec* v) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,8 @@ class GatewayReplica:
                 UsageBooks(store_address(config)),
                 config.state_dir / "logs",
             )
+            gc.collect()
+            gc.freeze()  # else each full collection holds up every stream
             await gateway.start()
             self._gateway = gateway
             reporter.listening(f"{config.gateway.host}:{gateway.port}", gateway.base_url)

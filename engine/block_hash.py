@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection
 from hashlib import blake2b
 
@@ -46,9 +47,10 @@ class BlockHasher:
         salt = tenant_salt(request.tenant, self._shared_tenants)
         parent = hashes[-1] if hashes else block_hash(self._model, salt)
         first = len(hashes) * size
-        token_ids = request.token_ids(first, num_blocks * size)
-        for tokens in np.array(token_ids, dtype="<u4").reshape(-1, size):
+        token_ids = array("I", request.token_ids(first, num_blocks * size))
+        token_bytes = np.array(token_ids, dtype="<u4").tobytes()
+        for start in range(0, len(token_bytes), 4 * size):
             media = media_digests(request.spans, first, first + size) if request.spans else b""
-            parent = block_hash(parent, tokens.tobytes(), media)
+            parent = block_hash(parent, token_bytes[start : start + 4 * size], media)
             hashes.append(parent)
             first += size

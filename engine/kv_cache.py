@@ -167,8 +167,11 @@ class KVCache:
 
     def loaded(self, request: Request, num_blocks: int) -> None:
         """All blocks of the request's prefix are filled; others can resume there too."""
-        for index in range(num_blocks):
-            self._index_block(request, index)
+        running, hashes = self._running[request], request.block_hashes[:num_blocks]
+        for group in self.groups.values():
+            group.register(running.row, 0, hashes)
+        for block_hash in hashes[self._num_indexed(request) :]:
+            running.node = self.index.advance(running.node, block_hash, request.owner)
         self.checkpoint(request)
 
     # Running
@@ -258,12 +261,13 @@ class KVCache:
         """Let others find a full block; returned if it is a global one that is new."""
         running, block_hash = self._running[request], request.block_hashes[index]
         is_new = block_hash not in self.index
-        ids = {k: g.register(running.row, index, block_hash) for k, g in self.groups.items()}
-        if index >= self._num_indexed(request):
-            running.node = self.index.advance(running.node, block_hash, request.owner)
-        if not is_new or AttentionKind.GLOBAL not in ids:
+        for group in self.groups.values():
+            group.register(running.row, index, [block_hash])
+        running.node = self.index.advance(running.node, block_hash, request.owner)
+        if not is_new or AttentionKind.GLOBAL not in self.groups:
             return []
-        return [StoredBlock(AttentionKind.GLOBAL, ids[AttentionKind.GLOBAL], block_hash)]
+        block_id = self.groups[AttentionKind.GLOBAL].pool.block_of(block_hash)
+        return [StoredBlock(AttentionKind.GLOBAL, block_id, block_hash)]
 
     def _uncut(self, request: Request, num_blocks: int) -> int:
         return uncut_blocks(request.spans, num_blocks, self.block_size)

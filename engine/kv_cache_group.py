@@ -131,20 +131,23 @@ class KVCacheGroup:
         self.block_tables[row, list(missing)] = block_ids
         return block_ids
 
-    def register(self, row: int, index: int, block_hash: bytes) -> int:
-        """A block of the row is full and computed; a second one with the same content goes."""
-        if index < self._begin[row]:  # behind the window
-            return NULL_BLOCK
-        own, first = self.block_tables.item(row, index), self.pool.find(block_hash)
-        if own == first:  # shared already
-            return own
-        if first is None:
-            self.pool.register(own, block_hash)
-            return own
-        self.pool.take(first)
-        self.pool.free([own])
-        self.block_tables[row, index] = first
-        return first
+    def register(self, row: int, first: int, block_hashes: Sequence[bytes]) -> None:
+        """The row's blocks from `first` on are full and computed, as far as its window hasn't left
+        them; of two with the same content the second one goes.
+        """
+        num_left = max(0, self._begin[row] - first)
+        begin, end = first + num_left, first + len(block_hashes)
+        own = self.block_tables[row, begin:end].tolist()
+        for index, block_id, block_hash in zip(
+            range(begin, end), own, block_hashes[num_left:], strict=True
+        ):
+            shared = self.pool.find(block_hash)
+            if shared is None:
+                self.pool.register(block_id, block_hash)
+            elif shared != block_id:
+                self.pool.take(shared)
+                self.pool.free([block_id])
+                self.block_tables[row, index] = shared
 
     def leave_window(self, row: int, position: int) -> None:
         """Free the blocks that nobody reads who resumes in the block of `position`, or later.

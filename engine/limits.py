@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.spec import ModelSpec
@@ -44,9 +47,8 @@ class RequestLimits:
         """Every id is in the vocabulary."""
         if not prompt_ids:
             raise InvalidRequest("The prompt is empty.")
-        for token_ids in (prompt_ids, output_ids):
-            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._spec.vocab_size:
-                raise InvalidRequest(f"Token ids must be 0 to {self._spec.vocab_size - 1}.")
+        if not all(self._are_known(token_ids) for token_ids in (prompt_ids, output_ids)):
+            raise InvalidRequest(f"Token ids must be 0 to {self._spec.vocab_size - 1}.")
 
     def check_spans(self, spans: Sequence[Span], num_prompt_tokens: int) -> Sequence[Span]:
         """The spans in order. Tokens that see each other need one step for them all, so a span
@@ -67,6 +69,13 @@ class RequestLimits:
                 "holds at once: use a smaller image, or give the KV cache more memory."
             )
         return ordered
+
+    def _are_known(self, token_ids: Sequence[int]) -> bool:
+        try:
+            ids = np.array(array("I", token_ids))  # min() and max() take four times as long
+        except OverflowError:  # negative, or far too large
+            return False
+        return bool((ids < self._spec.vocab_size).all())
 
     def max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """Resolve max_tokens against the context and the KV cache: what can't fit is refused."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ class Answers:
 
     async def _prepare(
         self,
-        prompt_ids: list[int],
+        prompt_ids: Sequence[int],
         request: ChatRequest | CompleteRequest,
         call: Call,
         session: str = "",
@@ -179,11 +179,11 @@ class Answers:
         )
         return ListModelsResponse(models=[model])
 
-    async def _encode(self, request: ChatRequest | CompleteRequest, call: Call) -> list[int]:
+    async def _encode(self, request: ChatRequest | CompleteRequest, call: Call) -> Sequence[int]:
         if isinstance(request, ChatRequest):
             return await self._encode_chat(request.messages, call, **to_options(request))
         if request.WhichOneof("prompt") == "token_ids":
-            return list(request.token_ids.ids)
+            return request.token_ids.ids
         if not request.text:
             raise InvalidRequest("The prompt is empty.")
         return await self._encode_text(request.text, call)
@@ -236,7 +236,7 @@ class Answers:
                 "can't be so many."
             )
 
-    def _check_length(self, prompt_ids: list[int]) -> None:
+    def _check_length(self, prompt_ids: Sequence[int]) -> None:
         """Here already: in the decoder, a huge prompt would hold up everybody's step."""
         limit = self._decoder.status.context_tokens
         if limit and len(prompt_ids) >= limit:
