@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
     """A request that was checked and encoded."""
 
     add: Add  # without the prompt
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
 
 
 class Answers:
