@@ -38,6 +38,11 @@ class AnswerStreams:
         if sampling.grammar is not None and self._grammars is not None:
             self._grammars.compile(sampling.grammar)
 
+    def is_compiled(self, sampling: SamplingParams) -> bool:
+        """Whether `compile` has nothing to do, in any thread."""
+        grammar, grammars = sampling.grammar, self._grammars
+        return grammar is None or grammars is None or grammars.is_compiled(grammar)
+
     def begin(self, request: Request, chat: bool) -> End | None:
         """Open its answer. Output that it comes with was returned back then; returns the end that
         this is, if it is one.

@@ -198,6 +198,10 @@ class EngineCore:
         """
         self._answers.compile(sampling)
 
+    def is_compiled(self, sampling: SamplingParams) -> bool:
+        """Whether `add` takes no longer for the format that is asked for, if any."""
+        return self._answers.is_compiled(sampling)
+
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request between two steps and free its blocks at once; unknown ids are ignored.
 

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 MAX_CHARS = 1 << 17  # of a grammar: about a second to compile, at worst
 NUM_COMPILED = 64  # kept, the last used ones
-LIMITS = LLParserLimits(max_lexer_states=25_000, verbose_errors=False)  # up to 2 KB for a state
+LIMITS = LLParserLimits(
+    max_lexer_states=25_000,  # up to 2 KB each
+    step_max_items=10_000,  # of the parser: some 35 ms for a mask, at worst
+    verbose_errors=False,
+)
 USED_UP = "too many states"  # as llguidance says it
 MAX_RENEW_S = 0.02  # a step may wait so long for a grammar that is compiled anew
 # A model that is at a loss writes spaces for ever, so they are counted.
@@ -76,13 +80,17 @@ class Grammars:
         )
 
     def compile(self, grammar: Grammar) -> None:
-        """Takes up to a second; from then on `guide` takes none.
+        """Takes up to a second; from then on `guide` takes none, while it is kept.
 
         Raises InvalidRequest for a grammar that is wrong, too large, or that this vocabulary
         can't write.
         """
         self._compiled(grammar).matcher()
         _ = self._in_thought  # made here, too
+
+    def is_compiled(self, grammar: Grammar) -> bool:
+        """Whether `compile` and `guide` take no time."""
+        return self._compiled(grammar).is_made
 
     def guide(self, grammar: Grammar, prompt_ids: Sequence[int] = ()) -> Guide:
         """A new answer's guide. What its prompt allows beside a text, a thought before it or calls
@@ -150,6 +158,10 @@ class _Compiled:
         self._make, self._lock = make, threading.Lock()
         self._made: LLMatcher | InvalidRequest | None = None
         self._make_s = 0.0
+
+    @property
+    def is_made(self) -> bool:
+        return self._made is not None
 
     def matcher(self) -> LLMatcher:
         """To be copied. Raises InvalidRequest."""

@@ -676,7 +676,7 @@ def test_health_follows_the_decoder(
 
 def test_a_hanging_step_is_no_health(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.decoding.link.SILENCE_S", 0.5)
-    monkeypatch.setattr("deployments.decoding.step_loop.STATUS_PERIOD_S", 0.1)
+    monkeypatch.setattr("deployments.decoding.loop_status.PERIOD_S", 0.1)
     monkeypatch.setattr("deployments.decoding.step_loop.LONGEST_STEP_S", 0.5)
     decoder = Decoder(tokenizer)
     with running_gateway(tokenizer, decoder.find) as gateway:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +22,6 @@ import engine.grammar as grammar_module
 from cluster.config import DEMO_MODEL_DIR
 from cluster.errors import InvalidRequest
 from cluster.spec import AttentionKind
-from deployments.decoding.step_loop import StepLoop
 from engine.batch import Batch
 from engine.core import EngineCore
 from engine.grammar import MAX_CHARS, Grammar, Grammars, Guide
@@ -33,8 +31,6 @@ from engine.outputs import RequestOutput
 from engine.request import FinishReason, SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.tool_grammar import calls_grammar
-from protos.briolette.v1.inference_pb2 import Sampling
-from protos.briolette.v1.stream_pb2 import Add, ToDecoder
 from tests.gemma_chat import make_tokenizer, spelled
 
 TOKENIZER = make_tokenizer()
@@ -367,25 +363,6 @@ def test_the_demo_model_can_write_json() -> None:
     add(core, temperature=1.0, **FORMATS[0])
     (outputs,) = run(core).values()
     assert is_right(text_of(outputs), FORMATS[0])
-
-
-def test_a_format_is_compiled_before_it_comes_to_the_step_thread() -> None:
-    """In the thread of the gateway's link, so that no step waits for it."""
-    compiled: list[tuple[str | None, str]] = []
-
-    class Engine:
-        def compile(self, sampling: SamplingParams) -> None:
-            compiled.append((sampling.regex, threading.current_thread().name))
-            raise InvalidRequest("This is told when it is added.")
-
-    loop = StepLoop.__new__(StepLoop)
-    loop._engine = Engine()  # type: ignore[assignment]
-    taken: list[Any] = []
-    loop._inbox = type("Inbox", (), {"put": taken.append})  # type: ignore[assignment]
-    adds = [Add(sampling=Sampling(regex="a")), Add(sampling=Sampling(temperature=0.5))]
-    loop.on_message(0, ToDecoder(adds=adds))
-    assert compiled == [("a", threading.current_thread().name)]
-    assert len(taken) == 1
 
 
 # Thoughts

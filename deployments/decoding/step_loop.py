@@ -11,95 +11,36 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
-from cluster.errors import BrioletteError
+from cluster.errors import BrioletteError, Overloaded
+from deployments.decoding.engine import Engine
+from deployments.decoding.formats import Arrival, FormatQueue
 from deployments.decoding.link import GatewayLinks
-from deployments.decoding.session_memory import KeptValues, SessionEngine, SessionMemory
+from deployments.decoding.loop_status import LoopStatus
+from deployments.decoding.served import Served
+from deployments.decoding.session_memory import KeptValues, SessionMemory
 from deployments.decoding.tenant_loads import TenantLoads
-from deployments.messages import to_load, to_output, to_sampling_params
+from deployments.messages import to_output, to_sampling_params
 from deployments.meters import EngineMeter
-from engine.outputs import EngineStats, RequestOutput
-from engine.prefill_meter import PrefillMeter
-from engine.request import FinishReason, Request, SamplingParams
-from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad
-from protos.briolette.v1.inference_pb2 import Usage
+from engine.outputs import RequestOutput
+from engine.request import FinishReason
+from protos.briolette.v1.admin_pb2 import ClusterStatus
 from protos.briolette.v1.stream_pb2 import (
     Add,
     Failure,
     FromDecoder,
     Output,
     SessionAnswer,
-    Spent,
     ToDecoder,
 )
 
-STATUS_PERIOD_S = 1.0
 BLOCKS_PERIOD_S = 0.001  # between two looks at a block store while nothing else can go on
 LONGEST_STEP_S = 120.0  # the largest model's longest prefill on a CPU; past it, the step hangs
 
 log = logging.getLogger(__name__)
-
-
-class Engine(SessionEngine, Protocol):
-    """What the loop needs of engine.core.EngineCore."""
-
-    @property
-    def has_work(self) -> bool: ...
-    @property
-    def prefill_meter(self) -> PrefillMeter: ...
-    @property
-    def waits_for_blocks(self) -> bool: ...
-    def add(
-        self,
-        *,
-        request_id: str,
-        prompt_ids: list[int],
-        sampling: SamplingParams,
-        seed: int | None = None,
-        tenant: str = "default",
-        session: str | None = None,
-        weight: float = 1.0,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        chat: bool = False,
-    ) -> Request: ...
-    def compile(self, sampling: SamplingParams) -> None: ...
-    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> object: ...
-    def step(self) -> list[RequestOutput]: ...
-    def stats(self) -> EngineStats: ...
-    def held_bytes(self, request: Request) -> int: ...
-
-
-@dataclass(slots=True)
-class _Served:
-    """A request that is in the engine, and where its answer goes."""
-
-    gateway_id: int
-    request: Request
-    queue_s: float | None = None  # until its first step
-    saved_prefill_s: float = 0.0  # by what it found cached
-
-    @property
-    def spent(self) -> Spent:
-        """What it has cost."""
-        request = self.request
-        num_reached = request.num_computed_tokens + len(request.output_ids)
-        return Spent(
-            tenant=request.tenant,
-            usage=Usage(
-                prompt_tokens=min(len(request.prompt_ids), num_reached),
-                output_tokens=len(request.output_ids),
-                cached_tokens=request.num_cached_tokens,
-                fetched_tokens=request.num_fetched_tokens,
-                saved_prefill_s=self.saved_prefill_s,
-            ),
-        )
 
 
 class StepLoop:
@@ -124,27 +65,29 @@ class StepLoop:
         self._fill_status = fill_status
         self._gateways: GatewayLinks | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._formats = FormatQueue(engine, self._accept)
         self._sessions = SessionMemory(engine, store, self._inbox.put)
         self._meter = meter
         self._tenants = TenantLoads(engine.held_bytes)
         self._on_budget = on_budget
-        self._served: dict[str, _Served] = {}
-        self._queued: list[_Served] = []  # those whose first step is still to come
-        self._status = ClusterStatus()
-        self._status_at = 0.0
+        self._served: dict[str, Served] = {}
+        self._queued: list[Served] = []  # those whose first step is still to come
+        self._status = LoopStatus(engine, meter, self._tenants, self._fill)
         self._step_began: float | None = None  # the step that runs now
         self._is_running = True
         self._thread = threading.Thread(target=self._run, name="step loop", daemon=True)
-        self._refresh_status()  # the first gateway may come before the first step
+        self._measure_status()  # the first gateway may come before the first step
 
     def start(self, gateways: GatewayLinks) -> None:
         """Run from now on; gateways may send as soon as this returns."""
         self._gateways = gateways
+        self._formats.start()
         self._thread.start()
 
     def close(self) -> None:
         """Stop after the step that runs."""
         self._is_running = False
+        self._formats.close()
         self.wake()
         self._thread.join(timeout=10)
 
@@ -154,6 +97,8 @@ class StepLoop:
         """Why the decoder should be replaced; None while the loop is well."""
         if not self._thread.is_alive():
             return "The step loop has ended."
+        if not self._formats.is_alive:
+            return "The thread that compiles formats has ended."
         began = self._step_began
         if began is not None and time.monotonic() - began > LONGEST_STEP_S:
             return f"A step has taken more than {LONGEST_STEP_S:g} s."
@@ -161,27 +106,29 @@ class StepLoop:
 
     def wake(self) -> None:
         """Look at the status soon, even while idle."""
-        self._inbox.put(self._expire_status)
+        self._inbox.put(self._status.expire)
 
     def on_message(self, gateway_id: int, message: ToDecoder) -> None:
         """A gateway sent requests or aborts."""
-        for add in message.adds:
-            self._compile(add)
-        self._inbox.put(lambda: self._take(gateway_id, message))
-
-    def _compile(self, add: Add) -> None:
-        """A format, here already: it takes as long as several steps."""
-        if add.sampling.WhichOneof("format") is not None:
-            with suppress(Exception):  # it comes again when the request is added, and is told
-                self._engine.compile(to_sampling_params(add.sampling))
+        arrival = Arrival(gateway_id, message)
+        self._formats.drop(message.aborts)
+        try:
+            if not self._formats.hold(arrival):
+                self._accept(arrival)
+        except Overloaded as error:
+            self._inbox.put(partial(self._refuse_all, arrival, error))
 
     def on_lost(self, gateway_id: int) -> None:
         """A gateway is gone, and with it everybody who waits for its answers."""
+        self._formats.drop_gateway(gateway_id)
         self._inbox.put(lambda: self._drop(gateway_id))
+
+    def _accept(self, arrival: Arrival) -> None:
+        self._inbox.put(partial(self._take, arrival))
 
     def greeting(self) -> FromDecoder:
         """The first message to a new gateway."""
-        return FromDecoder(status=self._status)
+        return FromDecoder(status=self._status.newest)
 
     # The step thread
 
@@ -198,7 +145,7 @@ class StepLoop:
                 self._read_inbox()
                 if self._engine.has_work:
                     self._step()
-                if time.monotonic() - self._status_at >= STATUS_PERIOD_S:
+                if not self._status.due_in_s:
                     self._send_status()
         except Exception:
             log.exception("The step loop ends; the decoder must be replaced.")
@@ -209,7 +156,7 @@ class StepLoop:
         """Do what was asked for; wait for something to be asked while the engine can do nothing."""
         try:
             if not self._engine.has_work:
-                self._inbox.get(timeout=STATUS_PERIOD_S)()
+                self._inbox.get(timeout=self._status.due_in_s)()
             elif self._engine.waits_for_blocks:
                 self._inbox.get(timeout=BLOCKS_PERIOD_S)()
             while True:
@@ -262,12 +209,14 @@ class StepLoop:
                 waiting.append(served)
         self._queued = waiting
 
-    def _take(self, gateway_id: int, message: ToDecoder) -> None:
+    def _take(self, arrival: Arrival) -> None:
+        gateway_id, message = arrival.gateway_id, arrival.message
         prompt_ids: list[int] = []
         for add in message.adds:
             if not add.same_prompt:
                 prompt_ids = np.array(add.prompt_ids).tolist()  # in half the time of list()
-            self._add(gateway_id, add, prompt_ids)
+            if add.request_id not in arrival.dropped:
+                self._add(arrival, add, prompt_ids)
         for request_id in message.aborts:
             if (served := self._served.pop(request_id, None)) is not None:
                 self._engine.abort(request_id)
@@ -278,8 +227,8 @@ class StepLoop:
         for call in message.session_calls:
             self._sessions.answer(call, partial(self._reply, gateway_id))
 
-    def _add(self, gateway_id: int, add: Add, prompt_ids: list[int]) -> None:
-        now = time.monotonic()
+    def _add(self, arrival: Arrival, add: Add, prompt_ids: list[int]) -> None:
+        deadline_s = arrival.arrived_s + add.timeout_s if add.HasField("timeout_s") else None
         self._on_budget(add.tenant, add.kv_bytes or None)
         try:
             request = self._engine.add(
@@ -290,24 +239,25 @@ class StepLoop:
                 session=add.session or None,
                 weight=add.weight or 1.0,
                 priority=add.priority,
-                deadline_s=now + add.timeout_s if add.HasField("timeout_s") else None,
+                deadline_s=deadline_s,
                 chat=add.chat,
             )
         except BrioletteError as error:
-            self._refuse(gateway_id, add.request_id, error.status, str(error), error.kind)
+            self._refuse(arrival.gateway_id, add.request_id, _failure(error))
             return
         except Exception:  # the border of the engine loop: one odd request ends nobody else's
             log.exception("Adding the request %s failed.", add.request_id)
             sentence = "The decoder failed on this request; its log says why."
-            self._refuse(gateway_id, add.request_id, "INTERNAL", sentence)
+            failure = Failure(status="INTERNAL", sentence=sentence)
+            self._refuse(arrival.gateway_id, add.request_id, failure)
             return
-        served = _Served(gateway_id, request)
+        served = Served(arrival.gateway_id, request)
         self._served[add.request_id] = served
         self._queued.append(served)
         self._meter.accepted(request)
         self._tenants.accepted(request)
 
-    def _leave_trace(self, served: _Served) -> None:
+    def _leave_trace(self, served: Served) -> None:
         """Tell the gateway what a turn of a session has left in the store."""
         if (trace := self._sessions.trace(served.request)) is not None:
             self._send(served.gateway_id, FromDecoder(session_traces=[trace]))
@@ -317,13 +267,13 @@ class StepLoop:
             self._send_status()  # first, so that whoever has the answer sees the memory free
         self._send(gateway_id, FromDecoder(session_answers=[answer]))
 
-    def _refuse(
-        self, gateway_id: int, request_id: str, status: str, sentence: str, kind: str = ""
-    ) -> None:
-        failure = Failure(status=status, sentence=sentence, kind=kind)
-        self._send(
-            gateway_id, FromDecoder(outputs=[Output(request_id=request_id, failure=failure)])
-        )
+    def _refuse_all(self, arrival: Arrival, error: BrioletteError) -> None:
+        for add in arrival.message.adds:
+            self._refuse(arrival.gateway_id, add.request_id, _failure(error))
+
+    def _refuse(self, gateway_id: int, request_id: str, failure: Failure) -> None:
+        output = Output(request_id=request_id, failure=failure)
+        self._send(gateway_id, FromDecoder(outputs=[output]))
 
     def _drop(self, gateway_id: int) -> None:
         lost = [rid for rid, served in self._served.items() if served.gateway_id == gateway_id]
@@ -336,41 +286,26 @@ class StepLoop:
             self._engine.abort(request_id, FinishReason.ERROR)
             self._leave_trace(served)
             self._send(served.gateway_id, FromDecoder(spent=[served.spent]))
-            self._refuse(served.gateway_id, request_id, "INTERNAL", sentence)
+            failure = Failure(status="INTERNAL", sentence=sentence)
+            self._refuse(served.gateway_id, request_id, failure)
         self._served.clear()
 
     def _send(self, gateway_id: int, message: FromDecoder) -> None:
         assert self._gateways is not None
         self._gateways.send(gateway_id, message)
 
-    def _expire_status(self) -> None:
-        self._status_at = 0.0
-
     def _send_status(self) -> None:
         assert self._gateways is not None
-        self._refresh_status()
-        self._gateways.broadcast(FromDecoder(status=self._status))
+        self._measure_status()
+        self._gateways.broadcast(FromDecoder(status=self._status.newest))
 
-    def _refresh_status(self) -> None:
-        status = ClusterStatus(load=self._load())
-        self._meter.load(status.load)
-        status.measured_at = time.time()
-        status.tenants.extend(self._tenants.of(served.request for served in self._served.values()))
-        self._meter.held(status.tenants)
+    def _measure_status(self) -> None:
+        self._status.measure(served.request for served in self._served.values())
+
+    def _fill(self, status: ClusterStatus) -> None:
         self._fill_status(status)
         status.kv_fingerprint = self._sessions.fingerprint
-        self._status = status
-        self._status_at = time.monotonic()
 
-    def _load(self) -> EngineLoad:
-        """The engine's numbers; the rate is kept from the last second in which there was one."""
-        stats = self._engine.stats()
-        self._meter.shares(stats.fair_share)
-        load = to_load(stats)
-        before = self._status.load
-        new_tokens = load.decode_tokens - before.decode_tokens
-        if new_tokens > 0 and self._status_at > 0:
-            load.decode_tokens_per_s = new_tokens / (time.monotonic() - self._status_at)
-        else:
-            load.decode_tokens_per_s = before.decode_tokens_per_s
-        return load
+
+def _failure(error: BrioletteError) -> Failure:
+    return Failure(status=error.status, sentence=str(error), kind=error.kind)
