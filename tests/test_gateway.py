@@ -134,6 +134,7 @@ class Decoder:
         store: Any = None,
         num_blocks: int = 200,
         runner: Any = None,
+        eos_ids: tuple[int, ...] = (),
     ) -> None:
         self.runner = runner or CountingRunner()
         self.registry = CollectorRegistry()
@@ -141,7 +142,7 @@ class Decoder:
         self.engine = EngineCore(
             self.runner,
             KVCacheConfig(16, dict.fromkeys(AttentionKind, num_blocks)),
-            spec_limits=SpecLimits(CONTEXT, 64, tokenizer.vocab_size, tokenizer.eos_ids),
+            spec_limits=SpecLimits(CONTEXT, 64, tokenizer.vocab_size, eos_ids or tokenizer.eos_ids),
             max_num_batched_tokens=256,
             max_num_seqs=max_num_seqs,
             load_shedding=LoadShedding(max_queue),

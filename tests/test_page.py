@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import httpx2 as httpx
@@ -73,9 +72,8 @@ class Stage(Decoder):
     takes_images = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer)
-        self.actor = self.engine.runner = Actor()
-        self.engine.limits = replace(self.engine.limits, eos_token_ids=(END,))
+        self.actor = Actor()
+        super().__init__(tokenizer, runner=self.actor, eos_ids=(END,))
 
     def _fill_status(self, status: ClusterStatus) -> None:
         super()._fill_status(status)
