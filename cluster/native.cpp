@@ -599,7 +599,8 @@ void attend(const float* query, int64_t num_rows, int64_t num_heads, const float
             const int64_t* requests, const int64_t* positions, int64_t window, float* out,
             int num_threads) {
   int64_t group = num_heads / num_kv_heads;
-  int64_t tile_rows = std::max<int64_t>(1, QUERY_TILE / group);
+  int64_t thread_rows = ceil_div(num_rows * num_kv_heads, num_threads);  // a short chunk's too
+  int64_t tile_rows = std::max<int64_t>(1, std::min(QUERY_TILE / group, thread_rows));
   std::vector<int64_t> begins;
   for (int64_t row = 0; row < num_rows; row++) {
     bool is_new = begins.empty() || requests[row] != requests[begins.back()];

@@ -12,11 +12,13 @@ from cluster.errors import CheckpointError
 from engine.chat_messages import check_text, to_declarations, to_turns
 from engine.chat_template import MARK, ChatTemplate
 from engine.dialect import CALL_CLOSE, RESPONSE_OPEN, THOUGHT, TURN_CLOSE, Dialect
+from engine.recent_texts import RecentTexts
 from engine.token_bytes import token_to_bytes
 
 
 class Tokenizer:
-    """One model's tokenizer. Encoding and decoding keep no state, so threads may share it.
+    """One model's tokenizer. Threads may share it. Where a tenant is named, its long texts are
+    remembered, so that they needn't be encoded again; the ids are the same.
 
     Control tokens (the special ones of the tokenizer: `<|turn>` and its like) are found here and
     not by the tokenizers library, which can't tell who wrote one. In a conversation only those that
@@ -45,6 +47,7 @@ class Tokenizer:
         self._check_plain()
         self._token_to_bytes = token_to_bytes(json.loads(self._backend.decoder.__getstate__()))
         self._id_to_bytes: dict[int, bytes] = {}  # filled as ids are met
+        self._recent = RecentTexts()
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         # As the tokenizer writes it, with two or three bytes for some that are one in the text.
         self.longest_token_bytes = max(len(t.encode()) for t in self._backend.get_vocab())
@@ -71,13 +74,13 @@ class Tokenizer:
             ) from error
         return Tokenizer(hf_tokenizer)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, tenant: str | None = None) -> list[int]:
         """Token ids of a plain prompt for completion, begun by BOS where the model has one.
 
         A control token in the text counts as one: whoever completes a prompt writes all of it, the
         turns of a chat format too. Text of others belongs in a conversation.
         """
-        ids = self._encode(text)
+        ids = self._encode(text, tenant)
         if self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
@@ -98,6 +101,7 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         thinking: bool = False,
+        tenant: str | None = None,
     ) -> list[int]:
         """Token ids of a conversation up to where the model's answer begins.
 
@@ -108,7 +112,7 @@ class Tokenizer:
         model, `<|turn>` too. Raises InvalidRequest for what the template can't express.
         """
         rendered = self._template.render(to_turns(messages), to_declarations(tools), thinking)
-        return self._join(rendered.split(MARK), int)
+        return self._join(rendered.split(MARK), int, tenant)
 
     def extend_chat(
         self,
@@ -153,11 +157,13 @@ class Tokenizer:
             self._id_to_bytes[token_id] = data
         return data
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, tenant: str | None = None) -> list[int]:
         """Token ids of a text in which control tokens count."""
-        return self._join(self._control_token.split(text), self._control_ids.__getitem__)
+        return self._join(self._control_token.split(text), self._control_ids.__getitem__, tenant)
 
-    def _join(self, pieces: Sequence[str], control_id: Callable[[str], int]) -> list[int]:
+    def _join(
+        self, pieces: Sequence[str], control_id: Callable[[str], int], tenant: str | None = None
+    ) -> list[int]:
         """Token ids of plain texts with a control token between each two of them.
 
         The library too encodes what lies between control tokens piece by piece, so the ids are the
@@ -165,7 +171,16 @@ class Tokenizer:
         """
         ids: list[int] = []
         for index, piece in enumerate(pieces):
-            ids += [control_id(piece)] if index % 2 else self.encode_plain(piece)
+            ids += [control_id(piece)] if index % 2 else self._encode_piece(piece, tenant)
+        return ids
+
+    def _encode_piece(self, text: str, tenant: str | None) -> list[int]:
+        if tenant is None:
+            return self.encode_plain(text)
+        ids = self._recent.find(tenant, text)
+        if ids is None:
+            ids = self.encode_plain(text)
+            self._recent.add(tenant, text, ids)
         return ids
 
     def _check_plain(self) -> None:

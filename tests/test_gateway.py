@@ -326,7 +326,7 @@ def test_the_model_is_looked_at_again_once_it_is_known(
     threads = TenantThreads("encoding", 1, 1, 1)
     answers = Answers(decoder, tokenizer, Conversations(None, decoder, tokenizer, threads), threads)
 
-    def encode(_: str) -> list[int]:
+    def encode(_: str, **_options: Any) -> list[int]:
         decoder.status.model = "counter"
         return [1]
 

@@ -190,7 +190,9 @@ class Answers:
 
     async def _encode_text(self, text: str, call: Call) -> list[int]:
         self._check_size([text])
-        return await self._encoding.run(call.tenant, self._tokenizer.encode, text)
+        return await self._encoding.run(
+            call.tenant, lambda: self._tokenizer.encode(text, tenant=call.tenant)
+        )
 
     async def _encode_chat(
         self, messages: Iterable[Message], call: Call, **options: Any
@@ -198,7 +200,7 @@ class Answers:
         def encode() -> list[int]:
             turns = to_turns(messages)
             self._check_size(turn["content"] for turn in turns)
-            return self._tokenizer.apply_chat_template(turns, **options)
+            return self._tokenizer.apply_chat_template(turns, tenant=call.tenant, **options)
 
         return await self._encoding.run(call.tenant, encode)
 
