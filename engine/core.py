@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from cluster.errors import BrioletteError, InvalidRequest
+from cluster.errors import BrioletteError, DeadlineExceeded, InvalidRequest
 from engine.answer_streams import AnswerStreams
 from engine.batch import Batch, build_batch
 from engine.block_hash import BlockHasher
@@ -145,10 +145,12 @@ class EngineCore:
         spans: Sequence[Span] = (),
         weight: float = 1.0,
         priority: int = 0,
+        arrival_s: float | None = None,
         deadline_s: float | None = None,
         chat: bool = False,
     ) -> Request:
-        """Accept a request; `deadline_s` is on time.monotonic's clock. A turn of a kept `session`
+        """Accept a request; `arrival_s`, for which now is taken, and `deadline_s` are on
+        time.monotonic's clock. A turn of a kept `session`
         leaves checkpoints that `drop_session` finds. `spans` are the embeddings that stand in the
         prompt in place of its tokens. `weight` is the tenant's in the fair share, a higher
         `priority` goes before the tenant's other requests. In a `chat` the answer has parts:
@@ -158,8 +160,9 @@ class EngineCore:
         seed and text continue as if those tokens had been generated here (pass the seed of the
         first engine's Request); they count towards max_tokens and aren't returned again.
 
-        Raises InvalidRequest or ContextTooLong for what can never be answered, Overloaded when too
-        many wait, or it would wait too long. Whatever it raises, nothing of the request stays.
+        Raises InvalidRequest or ContextTooLong for what can never be answered, DeadlineExceeded
+        where that is past, Overloaded when too many wait, or it would wait too long. Whatever it
+        raises, nothing of the request stays.
         """
         if request_id in self._requests:
             raise InvalidRequest(f"A request with the id {request_id!r} is already running.")
@@ -169,6 +172,9 @@ class EngineCore:
         if not (0 < weight < math.inf):
             raise InvalidRequest(f"weight must be a number above 0, not {weight}.")
         spans = self._request_limits.check_spans(spans, len(prompt_ids))
+        now_s = time.monotonic()
+        if deadline_s is not None and deadline_s <= now_s:
+            raise DeadlineExceeded("The deadline passed before the request could begin.")
         request = Request(
             request_id=request_id,
             prompt_ids=list(prompt_ids),
@@ -181,6 +187,7 @@ class EngineCore:
             weight=weight,
             priority=priority,
             output_ids=list(output_ids),
+            arrival_s=now_s if arrival_s is None else arrival_s,
             deadline_s=deadline_s,
         )
         with ExitStack() as undo:

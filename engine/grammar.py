@@ -7,11 +7,9 @@ limits here, so that no grammar holds up a step for long.
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -19,20 +17,19 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from cluster.errors import InvalidRequest
+from engine.compiled_grammars import CompiledGrammars
 from engine.dialect import NO_DIALECT, Dialect
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # a type only
 
 MAX_CHARS = 1 << 17  # of a grammar: about a second to compile, at worst
-NUM_COMPILED = 64  # kept, the last used ones
 LIMITS = LLParserLimits(
     max_lexer_states=25_000,  # up to 2 KB each
     step_max_items=10_000,  # of the parser: some 35 ms for a mask, at worst
     verbose_errors=False,
 )
 USED_UP = "too many states"  # as llguidance says it
-MAX_RENEW_S = 0.02  # a step may wait so long for a grammar that is compiled anew
 # A model that is at a loss writes spaces for ever, so they are counted.
 JSON_STYLE: JsonCompileOptions = {"whitespace_pattern": r"[ \t\r\n]{1,32}"}
 
@@ -74,10 +71,11 @@ class Grammars:
 
     def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int] = ()) -> None:
         """`eos_ids` end an answer, beside the vocabulary's own."""
-        self._vocabulary, self._more_eos_ids = vocabulary, tuple(eos_ids)
-        self._compiled: Callable[[Grammar], _Compiled] = lru_cache(NUM_COMPILED)(
-            lambda grammar: _Compiled(partial(self._compile, grammar))
-        )
+        self._vocabulary = vocabulary
+        self._compiled = CompiledGrammars(self._compile)
+        # Now, though it takes a second for a large vocabulary: no other thread runs meanwhile
+        self._tokenizer = _tokenizer(vocabulary, eos_ids)
+        self._in_thought = _in_thought(vocabulary)
 
     def compile(self, grammar: Grammar) -> None:
         """Takes up to a second; from then on `guide` takes none, while it is kept.
@@ -85,12 +83,11 @@ class Grammars:
         Raises InvalidRequest for a grammar that is wrong, too large, or that this vocabulary
         can't write.
         """
-        self._compiled(grammar).matcher()
-        _ = self._in_thought  # made here, too
+        self._compiled.get(grammar).matcher()
 
     def is_compiled(self, grammar: Grammar) -> bool:
         """Whether `compile` and `guide` take no time."""
-        return self._compiled(grammar).is_made
+        return self._compiled.is_compiled(grammar)
 
     def guide(self, grammar: Grammar, prompt_ids: Sequence[int] = ()) -> Guide:
         """A new answer's guide. What its prompt allows beside a text, a thought before it or calls
@@ -99,7 +96,7 @@ class Grammars:
         dialect = self._vocabulary.dialect
         may_think = dialect.think is not None and dialect.think in prompt_ids
         may_call = dialect.tool_open is not None and dialect.tool_open in prompt_ids
-        compiled = self._compiled(grammar)
+        compiled = self._compiled.get(grammar)
         matcher = compiled.matcher()
         guide = Guide(
             matcher.deep_copy(),
@@ -115,6 +112,8 @@ class Grammars:
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         grammar.check_size()
+        if self._tokenizer is None:
+            raise InvalidRequest("Structured output needs a model with an end-of-sequence token.")
         try:
             matcher = LLMatcher(self._tokenizer, _definition(grammar), limits=LIMITS)
         except ValueError as error:
@@ -124,72 +123,6 @@ class Grammars:
             raise InvalidRequest(f"The {grammar.noun} can't be used: {reason}.")
         Guide(matcher).allowed()
         return matcher
-
-    @cached_property
-    def _in_thought(self) -> Allowed:
-        """[vocab_size]: text and what closes the thought, no other control token. One that ended
-        the answer or opened a call there would pass by the grammar.
-        """
-        texts = map(self._vocabulary.token_bytes, range(self._vocabulary.vocab_size))
-        allowed = np.fromiter((bool(text) for text in texts), np.bool_)
-        if (thought_close := self._vocabulary.dialect.thought_close) is not None:
-            allowed[thought_close] = True
-        allowed.flags.writeable = False
-        return allowed
-
-    @cached_property
-    def _tokenizer(self) -> LLTokenizer:
-        """Takes about a second for a large vocabulary, so it waits until somebody has a grammar."""
-        eos_ids = list(dict.fromkeys((*self._vocabulary.eos_ids, *self._more_eos_ids)))
-        if not eos_ids:
-            raise InvalidRequest("Structured output needs a model with an end-of-sequence token.")
-        tokens: Any = _Tokens(self._vocabulary, eos_ids[0])
-        return LLTokenizer(tokens, n_vocab=self._vocabulary.vocab_size, eos_token=eos_ids)
-
-
-class _Compiled:
-    """A grammar's matcher, or what is wrong with it, as soon as somebody has asked for it.
-
-    The copies of a matcher share the states of its lexer, which are limited and only get more: in
-    the end it is used up for all of them.
-    """
-
-    def __init__(self, make: Callable[[], LLMatcher]) -> None:
-        self._make, self._lock = make, threading.Lock()
-        self._made: LLMatcher | InvalidRequest | None = None
-        self._make_s = 0.0
-
-    @property
-    def is_made(self) -> bool:
-        return self._made is not None
-
-    def matcher(self) -> LLMatcher:
-        """To be copied. Raises InvalidRequest."""
-        with self._lock:
-            made = self._made
-            if made is None:
-                made = self._made = self._first()
-        if isinstance(made, InvalidRequest):
-            raise InvalidRequest(str(made))
-        return made
-
-    def renew(self, used_up: LLMatcher) -> LLMatcher | None:
-        """One that is shared with nobody, for an answer under way; None if the step would wait for
-        it. New answers get no copy of the one that is used up.
-        """
-        with self._lock:
-            if self._made is used_up:
-                self._made = None
-        return self._make() if self._make_s < MAX_RENEW_S else None
-
-    def _first(self) -> LLMatcher | InvalidRequest:
-        started = time.monotonic()
-        try:
-            return self._make()
-        except InvalidRequest as error:
-            return error
-        finally:
-            self._make_s = time.monotonic() - started
 
 
 class Guide:
@@ -292,6 +225,26 @@ def _definition(grammar: Grammar) -> str:
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object")
     return LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE)
+
+
+def _in_thought(vocabulary: Vocabulary) -> Allowed:
+    """[vocab_size]: text and what closes the thought, no other control token. One that ended the
+    answer or opened a call there would pass by the grammar.
+    """
+    texts = map(vocabulary.token_bytes, range(vocabulary.vocab_size))
+    allowed = np.fromiter((bool(text) for text in texts), np.bool_)
+    if (thought_close := vocabulary.dialect.thought_close) is not None:
+        allowed[thought_close] = True
+    allowed.flags.writeable = False
+    return allowed
+
+
+def _tokenizer(vocabulary: Vocabulary, more_eos_ids: Sequence[int]) -> LLTokenizer | None:
+    eos_ids = list(dict.fromkeys((*vocabulary.eos_ids, *more_eos_ids)))
+    if not eos_ids:
+        return None
+    tokens: Any = _Tokens(vocabulary, eos_ids[0])
+    return LLTokenizer(tokens, n_vocab=vocabulary.vocab_size, eos_token=eos_ids)
 
 
 class _Tokens:

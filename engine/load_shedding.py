@@ -53,7 +53,7 @@ class LoadShedding:
         if most_s is not None and wait_s > most_s:
             raise Overloaded(
                 f"About {wait_s:.0f} s of waiting are ahead of this request, which may wait "
-                f"{max(0, most_s):.0f} s; try again later."
+                f"{most_s:.0f} s; try again later."
             )
 
     def saw_step(self, started: Iterable[str], waiting: set[str]) -> None:

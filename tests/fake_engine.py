@@ -14,6 +14,7 @@ from cluster.spec import AttentionKind
 from engine.batch import Batch
 from engine.block_hash import BlockHasher
 from engine.core import EngineCore
+from engine.dialect import NO_DIALECT
 from engine.kv_cache import KVCacheConfig
 from engine.limits import SpecLimits
 from engine.outputs import RequestOutput
@@ -145,11 +146,18 @@ CRAMPED: dict[str, Any] = {"num_global": 17, "num_sliding": 9, "max_num_batched_
 
 
 def letters() -> Tokenizer:
-    """A tokenizer of one letter per id, as far as a text stream looks at it."""
+    """A tokenizer of one letter per id, as far as an engine looks at it."""
 
     class Letters:
+        vocab_size = VOCAB_SIZE
+        eos_ids = ()
+        dialect = NO_DIALECT
+
         def token_bytes(self, token_id: int) -> bytes:
             return spell([token_id]).encode()
+
+        def encode_plain(self, text: str) -> list[int]:
+            return [ord(letter) - ord("A") for letter in text]
 
     return cast(Tokenizer, Letters())
 

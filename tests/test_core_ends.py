@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.errors import Overloaded, Unavailable
+from cluster.errors import DeadlineExceeded, Overloaded, Unavailable
 from engine.batch import Batch
 from engine.fair_share import FairShare
 from engine.kv_cache import KVCacheConfig
@@ -65,6 +65,15 @@ def test_deadlines_end_running_and_waiting_requests() -> None:
     assert outputs["runs"][-1].num_output_tokens == 1
     assert outputs["waits"][-1].finish_reason is FinishReason.DEADLINE
     assert outputs["stays"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_deadline_that_is_past_is_no_overload() -> None:
+    """Which a client would try again."""
+    core = make_core()
+    past = time.monotonic() - 0.5
+    with pytest.raises(DeadlineExceeded, match="before the request could begin"):
+        core.add(request_id="late", prompt_ids=[1], sampling=GREEDY, deadline_s=past)
+    assert not core.has_work
 
 
 def test_abort_in_the_middle_of_a_prompt_frees_its_blocks_at_once() -> None:
@@ -160,7 +169,7 @@ def test_every_accepted_request_has_one_end_in_any_chaos(seed: int) -> None:
             try:
                 core.add(request_id=name, prompt_ids=prompt, sampling=sampling, deadline_s=late)
                 accepted.add(name)
-            except Overloaded:
+            except (Overloaded, DeadlineExceeded):
                 pass
         if accepted and rng.random() < 0.1:
             core.abort(rng.choice(sorted(accepted)))

@@ -121,7 +121,7 @@ def test_a_tenant_may_not_have_endless_formats_wait(
     wait_for(lambda: waiting.compiler.begun == ["a"])
     waiting.formats.hold(arrival("b", "2"))
     waiting.formats.hold(arrival("c", "3"))
-    with pytest.raises(Overloaded, match="2 formats"):
+    with pytest.raises(Overloaded, match="2 of your calls"):
         waiting.formats.hold(arrival("d", "4"))
     assert waiting.formats.hold(arrival("d", "5", tenant="bob"))
 
@@ -170,17 +170,17 @@ def test_adds_and_aborts_do_not_wait_for_a_format(monkeypatch: pytest.MonkeyPatc
     decoder.close()
 
 
-def test_a_deadline_counts_from_the_arrival() -> None:
+def test_times_count_from_the_arrival() -> None:
     """Of a request that has waited for its format, too."""
-    deadlines: list[float | None] = []
+    times: list[tuple[float, float | None]] = []
 
     class Engine:
-        def add(self, deadline_s: float | None, **_: object) -> None:
-            deadlines.append(deadline_s)
+        def add(self, arrival_s: float, deadline_s: float | None, **_: object) -> None:
+            times.append((arrival_s, deadline_s))
             raise InvalidRequest("Enough is known.")
 
     decoder = Decoder(TOKENIZER)
     decoder.close()
     decoder.loop._engine = Engine()  # type: ignore[assignment]
     decoder.loop._take(Arrival(0, ToDecoder(adds=[Add(timeout_s=2.0)]), arrived_s=100.0))
-    assert deadlines == [102.0]
+    assert times == [(100.0, 102.0)]

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+import engine.compiled_grammars as compiled_grammars
 import engine.grammar as grammar_module
 from cluster.config import DEMO_MODEL_DIR
 from cluster.errors import InvalidRequest
@@ -300,7 +301,7 @@ def test_a_grammar_that_takes_long_to_compile_is_not_compiled_in_a_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its answer ends when the grammar is used up, and the next answer has a new one."""
-    monkeypatch.setattr(grammar_module, "MAX_RENEW_S", 0.0)
+    monkeypatch.setattr(compiled_grammars, "MAX_RENEW_S", 0.0)
     grammars = Grammars(TOKENIZER)
     with pytest.raises(InvalidRequest, match="got too complex"):
         for seed in range(40):
@@ -311,6 +312,24 @@ def test_a_grammar_that_takes_long_to_compile_is_not_compiled_in_a_step(
 def test_an_answer_that_uses_up_its_grammar_alone_ends() -> None:
     with pytest.raises(InvalidRequest, match="got too complex"):
         write(Grammars(TOKENIZER).guide(HUNGRY), 0, num_tokens=20_000)
+
+
+def test_looking_for_grammars_drives_none_out() -> None:
+    grammars, kept = Grammars(TOKENIZER), Grammar("regex", "yes")
+    grammars.compile(kept)
+    for i in range(100):
+        assert not grammars.is_compiled(Grammar("regex", f"no{i}"))
+    assert grammars.is_compiled(kept)
+    for i in range(100):
+        grammars.compile(Grammar("regex", f"no{i}"))
+    assert not grammars.is_compiled(kept)
+
+
+def test_the_vocabulary_is_taken_in_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other thread runs meanwhile, for as long as a second."""
+    grammars = Grammars(TOKENIZER)
+    monkeypatch.setattr(grammar_module, "LLTokenizer", None)
+    grammars.compile(Grammar("regex", "yes"))
 
 
 def test_a_wrong_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:

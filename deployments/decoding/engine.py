@@ -31,6 +31,7 @@ class Engine(SessionEngine, Compiler, Protocol):
         session: str | None = None,
         weight: float = 1.0,
         priority: int = 0,
+        arrival_s: float | None = None,
         deadline_s: float | None = None,
         chat: bool = False,
     ) -> Request: ...

@@ -17,7 +17,7 @@ from deployments.messages import to_sampling_params
 from engine.request import SamplingParams
 from protos.briolette.v1.stream_pb2 import Add, ToDecoder
 
-MAX_WAITING = 256  # messages of a tenant
+MAX_WAITING = 256  # calls of a tenant; the answers to one come together
 
 
 class Compiler(Protocol):
@@ -75,7 +75,10 @@ class FormatQueue:
         with self._changed:
             queue = self._queues.setdefault(adds[0].tenant, deque())
             if len(queue) >= MAX_WAITING:
-                raise Overloaded(f"{len(queue)} formats of the tenant are to be compiled before.")
+                raise Overloaded(
+                    f"{len(queue)} of your calls wait for their formats to be compiled, the most "
+                    "that may; try again later."
+                )
             queue.append(arrival)
             self._waiting |= {add.request_id: arrival for add in adds}
             self._changed.notify()

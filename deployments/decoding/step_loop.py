@@ -239,6 +239,7 @@ class StepLoop:
                 session=add.session or None,
                 weight=add.weight or 1.0,
                 priority=add.priority,
+                arrival_s=arrival.arrived_s,
                 deadline_s=deadline_s,
                 chat=add.chat,
             )
