@@ -125,6 +125,23 @@ def test_narrower_vectors_give_the_same_bits(kernels: NativeKernels, tmp_path: P
         assert torch.equal(ours, theirs)
 
 
+def test_threads_share_a_chunk_with_the_same_bits(kernels: NativeKernels) -> None:
+    """Whatever it is cut into: a chunk of 9 queries, beside longer and shorter ones."""
+    batch = make_batch([1, 9, 70], [130, 40, 90])
+    query = draw(batch.num_tokens, 6, 144) * 144**-0.5
+    results: list[list[Tensor]] = []
+    num_before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 5, 64):
+            torch.set_num_threads(num_threads)
+            attention = NativeAttention(kernels, batch, KIND, None)
+            results.append([attention(query, kv) for kv in make_kv(batch, 2, 144).values()])
+    finally:
+        torch.set_num_threads(num_before)
+    for others in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], others, strict=True))
+
+
 @pytest.mark.parametrize("num_experts", [4, 16, 37])
 def test_top_k_experts(kernels: NativeKernels, num_experts: int) -> None:
     scores, scale = draw(6, num_experts) * 3, draw(num_experts)
