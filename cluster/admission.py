@@ -21,7 +21,7 @@ from cluster.errors import BrioletteError, PermissionDenied, Unauthenticated, Un
 from cluster.files import write_private
 from cluster.keys import KeyHash, split_key
 from cluster.quota import Usage
-from cluster.tenancy import DEFAULT_TENANT, Lease, OpenLease, Tenant
+from cluster.tenancy import DEFAULT_TENANT, Lease, OpenLease, Tenant, deleted
 from cluster.tenant_records import Directory, Record
 from cluster.tenants import Tenants
 
@@ -111,11 +111,11 @@ class KeyAdmission:
 
     def kv_bytes(self, tenant: str) -> int | None:
         """A tenant's budget in the store, where it has one of its own. Raises PermissionDenied for
-        one that was deleted: what its last requests would keep nobody could find or delete.
+        one that was deleted.
         """
         record = self._directory.records.get(tenant)
         if record is None and tenant != DEFAULT_TENANT:
-            raise PermissionDenied(f"The tenant {tenant} was deleted; nothing is kept for it.")
+            raise deleted(tenant)
         return None if record is None else record.tenant.kv_bytes
 
     def refresh(self) -> None:
