@@ -28,8 +28,6 @@ from deployments.calls.conversations import Conversations
 from deployments.calls.remote_decoder import RemoteDecoder
 from deployments.calls.request_log import RequestLog
 from deployments.calls.tenant_threads import TenantThreads
-from deployments.calls.tls import server_context, server_credentials
-from deployments.calls.usage import UsageService
 from deployments.http.page_api import page_api_router, page_router
 from deployments.http.server import HttpServer, make_app
 from deployments.open_files import GRPC_PART, raise_limit
@@ -40,6 +38,8 @@ from deployments.services.health import Health
 from deployments.services.inference import Inference
 from deployments.services.rpc import Methods
 from deployments.services.sessions import SessionService
+from deployments.services.usage import UsageService
+from deployments.tls import server_context, server_credentials
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 

@@ -20,10 +20,10 @@ from cluster.redis import RedisAddress
 from cluster.tenancy import OpenLease, Tenant
 from cluster.usage import KEPT_S, UsageBooks, Used, today
 from deployments.calls.call import Call
-from deployments.calls.usage import UsageService
 from deployments.commands import usage as usage_commands
 from deployments.commands.client import Client
 from deployments.gateway import Gateway
+from deployments.services.usage import UsageService
 from protos.briolette.v1.admin_pb2 import DayUsage, GetUsageRequest
 from protos.briolette.v1.admin_pb2_grpc import AdminStub
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
