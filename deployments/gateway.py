@@ -48,6 +48,7 @@ IDLE_S = 60.0  # a connection without calls is closed; a client opens another on
 HANDSHAKE_S = 10.0  # a connection that hasn't said by then that it speaks HTTP/2 is closed
 PING_S = 30.0  # of a client that says nothing during a call
 PONG_S = 20.0  # without an answer its machine is gone
+SETTLE_S = 1.0  # at the end, until what was cut short is counted
 
 T = TypeVar("T")
 
@@ -150,6 +151,7 @@ class Gateway:
         if self._http is not None:
             ends.append(self._http.stop(grace_s))
         await asyncio.gather(*ends)
+        await self._decoder.settle(SETTLE_S)
         self._decoder.close()
         self._conversations.close()
         self._encoding.close()

@@ -85,7 +85,7 @@ class StepLoop:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the step that runs."""
+        """Stop after the step that runs, and tell what every request has cost until then."""
         self._is_running = False
         self._formats.close()
         self.wake()
@@ -147,6 +147,8 @@ class StepLoop:
                     self._step()
                 if not self._status.due_in_s:
                     self._send_status()
+            sentence = "The decoder is stopping; ask again."
+            self._fail_all(Failure(status="UNAVAILABLE", sentence=sentence))
         except Exception:
             log.exception("The step loop ends; the decoder must be replaced.")
         finally:
@@ -173,7 +175,8 @@ class StepLoop:
             self._deliver(outputs)
         except Exception:
             log.exception("A step failed; every request ends with it.")
-            self._fail_all("The decoder failed on this step; its log says why.")
+            sentence = "The decoder failed on this step; its log says why."
+            self._fail_all(Failure(status="INTERNAL", sentence=sentence))
         finally:
             self._step_began = None
 
@@ -281,12 +284,11 @@ class StepLoop:
             del self._served[request_id]
             self._engine.abort(request_id)
 
-    def _fail_all(self, sentence: str) -> None:
+    def _fail_all(self, failure: Failure) -> None:
         for request_id, served in list(self._served.items()):
             self._engine.abort(request_id, FinishReason.ERROR)
             self._leave_trace(served)
             self._send(served.gateway_id, FromDecoder(spent=[served.spent]))
-            failure = Failure(status="INTERNAL", sentence=sentence)
             self._refuse(served.gateway_id, request_id, failure)
         self._served.clear()
 
