@@ -174,7 +174,8 @@ class StepLoop:
             self._meter.step(outputs, started)
             self._deliver(outputs)
         except Exception:
-            log.exception("A step failed; every request ends with it.")
+            ends = " ".join(f"request_id={request_id}" for request_id in self._served)
+            log.exception("A step failed; every request ends with it. %s", ends)
             sentence = "The decoder failed on this step; its log says why."
             self._fail_all(Failure(status="INTERNAL", sentence=sentence))
         finally:
@@ -249,7 +250,7 @@ class StepLoop:
             self._refuse(arrival.gateway_id, add.request_id, _failure(error))
             return
         except Exception:  # the border of the engine loop: one odd request ends nobody else's
-            log.exception("Adding the request %s failed.", add.request_id)
+            log.exception("A request can't be added. request_id=%s", add.request_id)
             sentence = "The decoder failed on this request; its log says why."
             failure = Failure(status="INTERNAL", sentence=sentence)
             self._refuse(arrival.gateway_id, add.request_id, failure)
