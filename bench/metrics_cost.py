@@ -39,11 +39,11 @@ from cluster.tenancy import OpenLease
 from cluster.usage import UsageBooks
 from deployments.calls.call import Call
 from deployments.calls.request_log import RequestLog
-from deployments.calls.usage import UsageService
 from deployments.decoding.link import GatewayLinks
 from deployments.decoding.step_loop import StepLoop
 from deployments.loading import Source, load_engine, load_local_experts
 from deployments.meters import EngineMeter, ExpertMeter
+from deployments.services.usage import UsageService
 from engine.core import EngineCore
 from experts.host import ExpertHost
 from experts.host_process import serve_host

@@ -20,8 +20,8 @@ from cluster.breaker import Breaker
 from cluster.errors import BrioletteError, PermissionDenied, Unauthenticated, Unavailable
 from cluster.files import write_private
 from cluster.keys import KeyHash, split_key
-from cluster.quota import Usage
-from cluster.tenancy import DEFAULT_TENANT, Lease, OpenLease, Tenant
+from cluster.quota import Quota
+from cluster.tenancy import DEFAULT_TENANT, Lease, OpenLease, Tenant, deleted
 from cluster.tenant_records import Directory, Record
 from cluster.tenants import Tenants
 
@@ -35,19 +35,19 @@ class KeyLease:
     """Counts against the tenant's quota."""
 
     tenant: Tenant
-    usage: Usage
+    quota: Quota
 
     def __enter__(self) -> None:
-        self.usage.begin()
+        self.quota.begin()
 
     def __exit__(self, *_: object) -> None:
-        self.usage.end()
+        self.quota.end()
 
     def charge(self, num_tokens: int) -> None:
-        self.usage.charge(num_tokens)
+        self.quota.charge(num_tokens)
 
     def owe(self, num_tokens: int) -> None:
-        self.usage.owe(num_tokens)
+        self.quota.owe(num_tokens)
 
 
 class _Known(NamedTuple):
@@ -55,7 +55,7 @@ class _Known(NamedTuple):
 
     tenant: Tenant
     key: KeyHash
-    usage: Usage
+    quota: Quota
 
 
 class KeyAdmission:
@@ -75,7 +75,7 @@ class KeyAdmission:
         self._local_key = local_key
         self._clock = clock
         self._now = now
-        self._usages: dict[str, Usage] = {}
+        self._quotas: dict[str, Quota] = {}
         tenants.known = _read_copy(copy)
         tenants.on_replaced = self._keep_replaced
         self._use(tenants.known)
@@ -103,7 +103,7 @@ class KeyAdmission:
             raise PermissionDenied(f"The tenant {tenant.name} is disabled.")
         if tenant.expires is not None and tenant.expires <= now:
             raise PermissionDenied(f"The time of the tenant {tenant.name} is over.")
-        return KeyLease(tenant, known.usage)
+        return KeyLease(tenant, known.quota)
 
     def records(self) -> Mapping[str, Record]:
         """All tenants by name, as last seen."""
@@ -111,11 +111,11 @@ class KeyAdmission:
 
     def kv_bytes(self, tenant: str) -> int | None:
         """A tenant's budget in the store, where it has one of its own. Raises PermissionDenied for
-        one that was deleted: what its last requests would keep nobody could find or delete.
+        one that was deleted.
         """
         record = self._directory.records.get(tenant)
         if record is None and tenant != DEFAULT_TENANT:
-            raise PermissionDenied(f"The tenant {tenant} was deleted; nothing is kept for it.")
+            raise deleted(tenant)
         return None if record is None else record.tenant.kv_bytes
 
     def refresh(self) -> None:
@@ -146,12 +146,12 @@ class KeyAdmission:
 
     def _use(self, directory: Directory) -> None:
         known: dict[str, _Known] = {}
-        usages: dict[str, Usage] = {}
+        quotas: dict[str, Quota] = {}
         for name, record in directory.records.items():
-            usage = usages[name] = self._usages.get(name) or Usage(name, self._clock)
-            usage.limit(record.tenant.tokens_per_minute, record.tenant.max_in_flight)
-            known |= {key.key_id: _Known(record.tenant, key, usage) for key in record.keys}
-        self._directory, self._usages, self._known = directory, usages, known
+            quota = quotas[name] = self._quotas.get(name) or Quota(name, self._clock)
+            quota.limit(record.tenant.tokens_per_minute, record.tenant.max_in_flight)
+            known |= {key.key_id: _Known(record.tenant, key, quota) for key in record.keys}
+        self._directory, self._quotas, self._known = directory, quotas, known
 
     def _keep_replaced(self, directory: Directory) -> None:
         path = self._copy.with_name(f"{self._copy.name}.bak")

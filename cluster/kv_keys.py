@@ -1,6 +1,7 @@
 """How a tenant's values and sessions lie in Redis, and the scripts that keep the books.
 
-Every key of a tenant begins with `briolette:{tenant}:`, and no call is given another prefix:
+Every key of a tenant begins with `briolette:{tenant}:`, and that is all a script is told of where
+to look; only SAVE_SESSION also sees, in `briolette:tenants`, whether there is such a tenant still:
 
     kv:<key>              a value (cluster/kv_value.py), with a time to live unless it is pinned
     lru                   sorted set of the unpinned keys, by the time of their last use in ms
@@ -26,7 +27,7 @@ OVERHEAD_BYTES = 512  # of Redis for one value: its key in four places, tables, 
 
 def tenant_prefix(tenant: str) -> bytes:
     """Where all keys of a tenant begin. No tenant's prefix begins another's: names are quoted, and
-    the braces make them one slot of a Redis Cluster.
+    the braces set them apart from what is no tenant's.
     """
     return b"briolette:{%s}:" % quote(tenant, safe="").encode()
 
@@ -167,16 +168,16 @@ end
 """
 )
 
-# KEYS[2] is where the records of tenants are. ARGV: name, content, meta, the budget in bytes, the
-# version that it replaces ('' for none), the tenant that must have a record ('' for none), how many
-# keys it needs, these keys, then its traces. Keys that only the replaced one needed become ordinary
-# values, and traces. Returns {1, the new version, missing keys} or, with nothing changed, {0, bytes
-# that all sessions would need}, {-1} where another version is there or {-2} where no record is.
+# KEYS[2], where given, is where the tenant must have a record. ARGV: name, content, meta, the
+# budget in bytes, the version that it replaces ('' for none), the tenant, how many keys it needs,
+# these keys, then its traces. Keys that only the replaced one needed become ordinary values, and
+# traces. Returns {1, the new version, missing keys} or, with nothing changed, {0, bytes that all
+# sessions would need}, {-1} where another version is there or {-2} where no record is.
 SAVE_SESSION = (
     _SESSIONS
     + """
 local name, content, meta, budget = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-if ARGV[7] ~= '' and redis.call('HEXISTS', KEYS[2], ARGV[7]) == 0 then return {-2} end
+if KEYS[2] and redis.call('HEXISTS', KEYS[2], ARGV[7]) == 0 then return {-2} end
 local record = record_of(name)
 local before = redis.call('HMGET', record, 'version', 'created')
 if (before[1] or '') ~= ARGV[6] then return {-1} end

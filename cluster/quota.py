@@ -47,7 +47,7 @@ class TokenBucket:
         self._level, self._seen = min(float(self.per_minute), filled), now
 
 
-class Usage:
+class Quota:
     """Of one tenant, under whatever terms it has at the moment. Any thread may call."""
 
     def __init__(self, tenant: str, clock: Callable[[], float] = time.monotonic) -> None:

@@ -28,7 +28,7 @@ from cluster.kv_keys import (
     tenant_prefix,
 )
 from cluster.redis import REDIS_ERRORS, RedisAddress
-from cluster.tenancy import DEFAULT_TENANT
+from cluster.tenancy import DEFAULT_TENANT, deleted
 from cluster.tenants import TENANTS
 
 MAX_NAME_BYTES = 200
@@ -102,20 +102,24 @@ class Sessions:
 
         Raises, with nothing changed, InvalidRequest for an impossible name or a content too long,
         SessionInUse where another version is there, StoreFull where the tenant's sessions would
-        need more than its budget or the server is full, and what `budget_of` raises.
+        need more than its budget or the server is full, PermissionDenied for a tenant that was
+        deleted, and what `budget_of` raises.
         """
         encoded, budget = _encoded(content), self._budget_of(tenant)
         meta = json.dumps({"fingerprint": fingerprint, "num_tokens": num_tokens})
         keys = dict.fromkeys(block_keys)  # each once, in order
-        has_record = self._refresh_tenants is not None and tenant != DEFAULT_TENANT
-        head = (check_name(name), encoded, meta, str(budget), version, tenant if has_record else "")
+        head = (check_name(name), encoded, meta, str(budget), version, tenant)
         words: list[bytes | str] = [*head, str(len(keys)), *keys, *traces]
-        is_saved, *answer = self._run(SAVE_SESSION, tenant, *words)
+        has_record = self._refresh_tenants is not None and tenant != DEFAULT_TENANT
+        records = TENANTS if has_record else None
+        is_saved, *answer = self._run(SAVE_SESSION, tenant, *words, records=records)
         if is_saved == -2 and self._refresh_tenants is not None:
             self._refresh_tenants()  # a Redis that lost its tenants is given them back
             self._budget_of(tenant)
-            is_saved, *answer = self._run(SAVE_SESSION, tenant, *words)
-        if is_saved < 0:
+            is_saved, *answer = self._run(SAVE_SESSION, tenant, *words, records=records)
+        if is_saved == -2:
+            raise deleted(tenant)
+        if is_saved == -1:
             raise SessionInUse(f"The session {name!r} was changed meanwhile; ask again.")
         if not is_saved:
             raise StoreFull(
@@ -201,10 +205,11 @@ class Sessions:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         return UnknownSession(f"There is no session {name!r}{hint}")
 
-    def _run(self, script: str, tenant: str, *args: bytes | str) -> Any:
-        prefix = tenant_prefix(tenant)
+    def _run(self, script: str, tenant: str, *args: bytes | str, records: str | None = None) -> Any:
+        """`records` is where the script looks for the tenant's, if it does."""
+        keys = (tenant_prefix(tenant),) if records is None else (tenant_prefix(tenant), records)
         try:
-            return self._client.eval(script, 2, prefix, TENANTS, str(self._ttl_ms), *args)
+            return self._client.eval(script, len(keys), *keys, str(self._ttl_ms), *args)
         except REDIS_ERRORS as error:
             if isinstance(error, redis.ResponseError) and "OOM" in str(error):
                 raise StoreFull("Redis is full: delete sessions, or give it more memory.") from None

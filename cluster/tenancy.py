@@ -75,6 +75,11 @@ class Tenant:
             )
 
 
+def deleted(tenant: str) -> PermissionDenied:
+    """What is told to its last requests: nobody could find or delete what they would keep."""
+    return PermissionDenied(f"The tenant {tenant} was deleted; nothing is kept for it.")
+
+
 class Lease(Protocol):
     """One admitted call. Those that generate hold it in a `with` block: one request in flight."""
 

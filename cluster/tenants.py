@@ -23,7 +23,7 @@ from cluster.errors import BrioletteError, InvalidRequest, Unavailable
 from cluster.keys import new_key
 from cluster.kv_keys import tenant_prefix
 from cluster.redis import REDIS_ERRORS, RedisAddress
-from cluster.tenancy import Tenant
+from cluster.tenancy import DEFAULT_TENANT, Tenant
 from cluster.tenant_records import Directory, Record
 
 MAX_TENANTS = 1000  # each is a label in the metrics
@@ -97,10 +97,15 @@ class Tenants:
         return key
 
     def delete(self, name: str) -> None:
-        """Remove a tenant with its sessions and values. Raises UnknownTenant; broken off, it can be
-        asked for again.
+        """Remove a tenant with its sessions and values. Raises UnknownTenant, once nothing is left
+        of one whose deletion broke off: so it can be asked for again.
         """
-        self.update(name, lambda tenant: replace(tenant, is_disabled=True))
+        try:
+            self.update(name, lambda tenant: replace(tenant, is_disabled=True))
+        except UnknownTenant:
+            if name != DEFAULT_TENANT:  # which never has a record
+                self._run(self._remove_values, name)
+            raise
         self._run(self._remove_values, name)
         self._change(name, lambda record: None)
         self._run(self._remove_values, name)  # of turns that ended meanwhile; no more are kept now

@@ -28,8 +28,6 @@ from deployments.calls.conversations import Conversations
 from deployments.calls.remote_decoder import RemoteDecoder
 from deployments.calls.request_log import RequestLog
 from deployments.calls.tenant_threads import TenantThreads
-from deployments.calls.tls import server_context, server_credentials
-from deployments.calls.usage import UsageService
 from deployments.http.page_api import page_api_router, page_router
 from deployments.http.server import HttpServer, make_app
 from deployments.open_files import GRPC_PART, raise_limit
@@ -40,6 +38,8 @@ from deployments.services.health import Health
 from deployments.services.inference import Inference
 from deployments.services.rpc import Methods
 from deployments.services.sessions import SessionService
+from deployments.services.usage import UsageService
+from deployments.tls import server_context, server_credentials
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 
@@ -48,6 +48,7 @@ IDLE_S = 60.0  # a connection without calls is closed; a client opens another on
 HANDSHAKE_S = 10.0  # a connection that hasn't said by then that it speaks HTTP/2 is closed
 PING_S = 30.0  # of a client that says nothing during a call
 PONG_S = 20.0  # without an answer its machine is gone
+SETTLE_S = 1.0  # at the end, until what was cut short is counted
 
 T = TypeVar("T")
 
@@ -150,6 +151,7 @@ class Gateway:
         if self._http is not None:
             ends.append(self._http.stop(grace_s))
         await asyncio.gather(*ends)
+        await self._decoder.settle(SETTLE_S)
         self._decoder.close()
         self._conversations.close()
         self._encoding.close()

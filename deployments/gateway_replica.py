@@ -18,10 +18,10 @@ from cluster.metrics import Metrics, part_registry, start_metrics_server
 from cluster.sessions import Sessions
 from cluster.tenancy import Admission
 from cluster.usage import UsageBooks
-from deployments.calls.admission import open_admission
-from deployments.commands.access import local_socket
+from deployments.admission import open_admission
 from deployments.gateway import Gateway, bind
 from deployments.kv.store import store_address
+from deployments.local_access import local_socket
 from deployments.replicas import Handle, ask_replicas
 from deployments.scrape_targets import ScrapeTargets
 from deployments.start.report import reporting

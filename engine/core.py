@@ -326,8 +326,8 @@ class EngineCore:
         self._outputs.append(output_of(request, *tokens, parts, matched_stop, error))
 
     def _fail(self, output: SchedulerOutput, error: Exception) -> None:
-        ids = " ".join(item.request.request_id for item in output.scheduled)
-        logger.error("A step of %d tokens failed: %s", output.num_tokens, ids, exc_info=error)
+        ids = " ".join(f"request_id={item.request.request_id}" for item in output.scheduled)
+        logger.error("A step of %d tokens failed. %s", output.num_tokens, ids, exc_info=error)
         if not isinstance(error, BrioletteError):
             error = BrioletteError(f"{type(error).__name__} while computing: {error}")
         self.scheduler.charge(output)  # a tenant whose requests break steps doesn't get them free

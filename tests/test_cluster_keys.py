@@ -14,8 +14,9 @@ import pytest
 
 from cluster.config import Config
 from cluster.errors import PermissionDenied, Unauthenticated, Unavailable
-from deployments.commands.access import Access, connect_here, local_key_file
+from deployments.commands.access import Access, connect_here
 from deployments.commands.client import Client
+from deployments.local_access import local_key_file
 from deployments.start import lifecycle
 from deployments.start.lifecycle import Running
 from protos.briolette.v1.admin_pb2 import Tenant

@@ -628,14 +628,18 @@ def test_several_answers_are_encoded_once(
 # What goes wrong behind the gateway
 
 
-def test_a_failing_step_ends_its_requests_only(stub: InferenceStub, decoder: Decoder) -> None:
+def test_a_failing_step_ends_its_requests_only(
+    stub: InferenceStub, decoder: Decoder, caplog: pytest.LogCaptureFixture
+) -> None:
     decoder.runner.error = Unavailable("No copy of expert group 2 answers.")
     assert failure(lambda: stub.CompleteOnce(complete())) == (
         "UNAVAILABLE",
         "No copy of expert group 2 answers.",
     )
     decoder.runner.error = RuntimeError("a bug")
-    assert failure(lambda: stub.CompleteOnce(complete()))[0] == "INTERNAL"
+    call = stub.CompleteOnce.future(complete())
+    assert failure(call.result)[0] == "INTERNAL"
+    assert f"request_id={dict(call.initial_metadata())['x-request-id']}" in caplog.text
     decoder.runner.error = None
     assert stub.CompleteOnce(complete()).text == "bcdefghi"
 

@@ -14,8 +14,9 @@ import pytest
 from cluster.config import Config
 from cluster.errors import Unavailable
 from deployments import cli
-from deployments.calls.admission import open_admission
+from deployments.admission import open_admission
 from deployments.commands import access
+from deployments.local_access import local_key_file
 from deployments.start.lifecycle import FILE, holding
 from engine.tokenizer import Tokenizer
 from tests.redis_servers import redis_server
@@ -138,7 +139,7 @@ def test_what_a_user_can_get_wrong(said: Callable[..., Said]) -> None:
 def test_the_operators_key_is_for_its_user_and_this_machine_only(
     said: Callable[..., Said], state_dir: Path
 ) -> None:
-    file = access.local_key_file(state_dir)
+    file = local_key_file(state_dir)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
     assert said("chat", "--max-tokens", "8", "hello") == ";<=>?@AB"  # as the operator

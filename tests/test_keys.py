@@ -10,7 +10,7 @@ import pytest
 
 from cluster.errors import InvalidRequest, PermissionDenied, QuotaExceeded
 from cluster.keys import new_key, split_key
-from cluster.quota import TokenBucket, Usage
+from cluster.quota import Quota, TokenBucket
 from cluster.tenancy import OpenAdmission, Tenant
 
 
@@ -80,83 +80,83 @@ def test_another_quota_keeps_what_share_was_used(clock: Clock) -> None:
 
 
 def test_a_limit_that_was_away_comes_back_as_it_was(clock: Clock) -> None:
-    usage = Usage("ann", clock)
-    usage.limit(600, None)
-    usage.charge(600)
-    usage.owe(300)
-    usage.limit(None, None)
-    usage.charge(100_000)  # counts against nothing
+    quota = Quota("ann", clock)
+    quota.limit(600, None)
+    quota.charge(600)
+    quota.owe(300)
+    quota.limit(None, None)
+    quota.charge(100_000)  # counts against nothing
     clock.now += 30
-    usage.limit(1200, None)
+    quota.limit(1200, None)
     with pytest.raises(QuotaExceeded):
-        usage.charge(1)
+        quota.charge(1)
     clock.now += 0.1
-    usage.charge(1)
+    quota.charge(1)
 
 
 def test_a_prompt_waits_until_the_bucket_allows_it(clock: Clock) -> None:
-    usage = Usage("ann", clock)
-    usage.limit(600, None)
-    usage.charge(500)
-    sentence, retry_after_s = exceeded(lambda: usage.charge(400))
+    quota = Quota("ann", clock)
+    quota.limit(600, None)
+    quota.charge(500)
+    sentence, retry_after_s = exceeded(lambda: quota.charge(400))
     assert retry_after_s == pytest.approx(30.0)
     assert sentence == "The tenant ann has used its 600 tokens a minute; try again in 30.0 s."
-    usage.charge(100)  # nothing was taken
+    quota.charge(100)  # nothing was taken
     clock.now += 40.0
-    usage.charge(400)
+    quota.charge(400)
 
 
 def test_waiting_as_long_as_was_said_is_enough(clock: Clock) -> None:
-    usage = Usage("ann", clock)
-    usage.limit(7, None)
+    quota = Quota("ann", clock)
+    quota.limit(7, None)
     for num_tokens in (7, 3, 5, 1, 6, 7, 2):
         try:
-            usage.charge(num_tokens)
+            quota.charge(num_tokens)
         except QuotaExceeded as error:
             assert error.retry_after_s is not None
             clock.now += error.retry_after_s
-            usage.charge(num_tokens)
+            quota.charge(num_tokens)
 
 
 def test_an_answer_leaves_a_debt_that_the_next_request_waits_for(clock: Clock) -> None:
-    usage = Usage("ann", clock)
-    usage.limit(60, None)
-    usage.begin()
-    usage.charge(50)
-    usage.owe(40)
-    usage.end()
-    _, retry_after_s = exceeded(usage.begin)  # before anything is tokenized
+    quota = Quota("ann", clock)
+    quota.limit(60, None)
+    quota.begin()
+    quota.charge(50)
+    quota.owe(40)
+    quota.end()
+    _, retry_after_s = exceeded(quota.begin)  # before anything is tokenized
     assert retry_after_s == pytest.approx(31.0)
     clock.now += 31.0
-    usage.begin()
-    usage.owe(-50)  # what a refused request had been charged
+    quota.begin()
+    quota.owe(-50)  # what a refused request had been charged
     clock.now += 10.0
-    usage.charge(60)
+    quota.charge(60)
 
 
 def test_a_prompt_longer_than_a_minute_is_no_matter_of_waiting(clock: Clock) -> None:
-    usage = Usage("ann", clock)
-    usage.limit(100, None)
+    quota = Quota("ann", clock)
+    quota.limit(100, None)
     with pytest.raises(InvalidRequest, match=r"101 tokens.* 100 in a minute") as caught:
-        usage.charge(101)
+        quota.charge(101)
     assert caught.value.retry_after_s is None
-    usage.charge(100)
+    quota.charge(100)
 
 
 def test_requests_in_flight_are_counted(clock: Clock) -> None:
-    usage = Usage("ann", clock)
-    usage.limit(None, 2)
-    usage.begin()
-    usage.begin()
-    sentence, retry_after_s = exceeded(usage.begin)
+    quota = Quota("ann", clock)
+    quota.limit(None, 2)
+    quota.begin()
+    quota.begin()
+    sentence, retry_after_s = exceeded(quota.begin)
     assert "has 2 requests in flight, as many as it may" in sentence and retry_after_s == 1.0
-    usage.end()
-    usage.begin()
-    usage.limit(None, None)
+    quota.end()
+    quota.begin()
+    quota.limit(None, None)
     for _ in range(100):
-        usage.begin()
-    usage.charge(10**9)
-    usage.owe(10**9)
+        quota.begin()
+    quota.charge(10**9)
+    quota.owe(10**9)
 
 
 # Terms

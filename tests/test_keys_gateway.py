@@ -34,10 +34,10 @@ from cluster.keys import new_key
 from cluster.redis import RedisAddress
 from cluster.sessions import Sessions
 from cluster.tenants import TenantExists, Tenants, UnknownTenant
-from deployments.calls.tls import server_context
 from deployments.commands.access import Access
 from deployments.commands.client import Client
 from deployments.gateway import Gateway
+from deployments.tls import server_context
 from engine.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import (
     CreateTenantRequest,

@@ -350,6 +350,46 @@ def test_a_session_that_is_kept_while_its_tenant_goes_goes_too(
         assert num_removed == 2 and client.keys("briolette:{ann}*") == []
 
 
+def test_a_deletion_that_breaks_off_can_be_asked_for_again(
+    address: RedisAddress, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenants.create(Tenant("ann"))
+    with sessions_of_a_late_gateway(address, monkeypatch) as sessions, address.client() as client:
+        keep(sessions, "default")
+        remove, num_asked = tenants._remove_values, 0
+
+        def remove_once(name: str) -> None:
+            nonlocal num_asked
+            num_asked += 1
+            if num_asked > 1:
+                raise redis.ConnectionError("gone")
+            remove(name)
+            keep(sessions)
+
+        monkeypatch.setattr(tenants, "_remove_values", remove_once)
+        with pytest.raises(Unavailable):
+            tenants.delete("ann")
+        assert client.keys("briolette:{ann}*")
+        monkeypatch.setattr(tenants, "_remove_values", remove)
+        for name in ("ann", "default"):
+            with pytest.raises(UnknownTenant, match=name):
+                tenants.delete(name)
+        assert client.keys("briolette:{ann}*") == []
+        assert sessions.load("default", "trip").content == ["hello"]
+
+
+def test_a_tenant_that_goes_while_a_session_is_kept_is_the_reason(
+    address: RedisAddress, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleted after the gateway has looked again, and before it writes."""
+    tenants.create(Tenant("ann"))
+    with sessions_of_a_late_gateway(address, monkeypatch) as sessions:
+        monkeypatch.setattr(sessions, "_refresh_tenants", lambda: None)
+        tenants.delete("ann")
+        with pytest.raises(PermissionDenied, match="ann was deleted; nothing is kept"):
+            keep(sessions)
+
+
 def test_a_loss_of_tenants_costs_nobody_a_session(
     address: RedisAddress, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import grpc
+import httpx2 as httpx
 import pytest
 from rich.console import Console
 
@@ -20,10 +21,10 @@ from cluster.redis import RedisAddress
 from cluster.tenancy import OpenLease, Tenant
 from cluster.usage import KEPT_S, UsageBooks, Used, today
 from deployments.calls.call import Call
-from deployments.calls.usage import UsageService
 from deployments.commands import usage as usage_commands
 from deployments.commands.client import Client
 from deployments.gateway import Gateway
+from deployments.services.usage import UsageService
 from protos.briolette.v1.admin_pb2 import DayUsage, GetUsageRequest
 from protos.briolette.v1.admin_pb2_grpc import AdminStub
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
@@ -235,6 +236,29 @@ def test_late_and_failed_requests_count(
     assert growth() == (before[0] + 1, before[1], before[2])  # nothing of it was computed
     assert failure(lambda: stub.CompleteOnce(complete("")))[0] == "INVALID_ARGUMENT"
     assert growth()[0] == before[0] + 1  # the decoder never saw it
+
+
+@pytest.mark.parametrize("part", ["gateway", "decoder"])
+def test_a_part_that_stops_counts_what_it_cuts_short(part: str) -> None:
+    decoder, tokenizer, http = Decoder(make_tokenizer()), make_tokenizer(), httpx.Client()
+    decoder.runner.step_s = 0.02
+    with running_gateway(tokenizer, decoder.find) as gateway:
+        wait_for(lambda: serving(gateway))
+        books, channel = gateway._usage._books, grpc.insecure_channel(f"127.0.0.1:{gateway.port}")
+        over_grpc = InferenceStub(channel).Complete(complete("abc", max_tokens=400))
+        body = {"prompt": "abcde", "max_tokens": 400, "stream": True}
+        request = http.build_request("POST", f"{gateway.base_url}/completions", json=body)
+        over_http = http.send(request, stream=True).iter_lines()
+        for _ in range(5):
+            next(over_grpc), next(over_http)
+        if part == "decoder":
+            decoder.loop.close()
+            assert failure(lambda: list(over_grpc))[0] == "UNAVAILABLE"
+            assert any("is stopping" in line for line in over_http)
+    ((_, _, used),) = rows(books, today(), today())
+    assert (used.requests, used.prompt_tokens) == (2, 8) and 6 < used.output_tokens < 100
+    for end in (channel, http, decoder):
+        end.close()
 
 
 # Who may ask, and how

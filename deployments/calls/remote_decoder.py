@@ -6,9 +6,10 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from itertools import groupby
 
-from cluster.errors import Unavailable
+from cluster.errors import BrioletteError, Unavailable
 from cluster.links import Endpoint
 from deployments.calls.streams import RequestFailed, Streams
 from deployments.decoding.link import DecoderLink
@@ -66,6 +67,12 @@ class RemoteDecoder:
             self._on_lost,
             self._on_silent,
         )
+
+    async def settle(self, timeout_s: float) -> None:
+        """End every stream, and wait until the decoder has told what each has cost."""
+        self._streams.fail_all("The gateway is stopping; ask again.")
+        with suppress(BrioletteError):
+            await self.call(SessionCall(), timeout_s)  # answered after all that was sent before
 
     def close(self) -> None:
         self._link.close()

@@ -1,8 +1,4 @@
-"""How this machine's commands reach a gateway: where it is, a key for it, TLS.
-
-A gateway leaves the operator's key in the state directory, in a folder that only its user may
-enter, and with TLS also a socket on which commands need no certificate.
-"""
+"""How commands reach a gateway, here or elsewhere: where it is, a key for it, TLS."""
 
 from __future__ import annotations
 
@@ -14,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from cluster.config import Config, is_loopback
 from cluster.errors import ConfigError, Unavailable
+from deployments.local_access import local_target, read_local_key
 from deployments.start.lifecycle import find_running
 
 if TYPE_CHECKING:
     from deployments.commands.client import Client  # brings grpc along
 
 KEY_VARIABLE = "BRIOLETTE_API_KEY"
-MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's address
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +60,7 @@ def connect_here(config: Config, key: str | None = None) -> Client:
         raise Unavailable("Nothing is running; start it: briolette up")
     if running.address is None:
         raise Unavailable("The cluster is still starting.")
-    key = key or os.environ.get(KEY_VARIABLE) or _read_local_key(config.state_dir)
+    key = key or os.environ.get(KEY_VARIABLE) or read_local_key(config.state_dir)
     return Client(local_target(config.state_dir, running.address), Access(key))
 
 
@@ -80,49 +76,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--tls-key", type=Path, metavar="FILE", help="its key, where the gateway asks for them")
 
 
-def local_target(state_dir: Path, address: str) -> str:
-    """What gRPC connects to from this machine."""
-    socket = _folder(state_dir) / "gateway.sock"
-    return f"unix:{socket}" if socket.exists() else address
-
-
-def local_key_file(state_dir: Path) -> Path:
-    """Where a gateway leaves the operator's key."""
-    return _folder(state_dir) / "admin_key"
-
-
-def local_socket(config: Config) -> Path | None:
-    """Where the gateway listens for this machine's commands; None where its port is open to them.
-    Raises ConfigError.
-    """
-    socket = _folder(config.state_dir) / "gateway.sock"
-    if config.gateway.tls_cert_file is None:
-        return None
-    if len(os.fsencode(socket)) > MAX_SOCKET_PATH:
-        raise ConfigError(f"{socket} is too long for a Unix socket; set a shorter state_dir.")
-    return socket
-
-
-def prepare_folder(state_dir: Path) -> None:
-    """Before a gateway writes there: only its user may enter, and nothing is left from before."""
-    folder = _folder(state_dir)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    for path in folder.iterdir():
-        path.unlink()
-
-
 def _is_here(address: str) -> bool:
     """Whether what is sent there stays on this machine."""
     return address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))
-
-
-def _folder(state_dir: Path) -> Path:
-    return state_dir / "local"
-
-
-def _read_local_key(state_dir: Path) -> str | None:
-    try:
-        return local_key_file(state_dir).read_text()
-    except OSError:
-        return None

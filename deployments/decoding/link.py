@@ -47,7 +47,8 @@ class _GatewayLink:
         self._gateway_id = gateway_id
         self._outbox: queue.Queue[FromDecoder | None] = queue.Queue(MAX_OUTBOX)
         name = f"gateway {gateway_id} writer"
-        threading.Thread(target=self._write, name=name, daemon=True).start()
+        self._writer = threading.Thread(target=self._write, name=name, daemon=True)
+        self._writer.start()
 
     def send(self, message: FromDecoder) -> None:
         """Send without waiting; the link of a gateway that takes nothing is closed."""
@@ -55,6 +56,13 @@ class _GatewayLink:
             self._outbox.put_nowait(message)
         except queue.Full:
             self._give_up("its messages pile up")
+
+    def finish(self) -> None:
+        """Close, once what waits has been sent, if the gateway takes it."""
+        with suppress(queue.Full):
+            self._outbox.put_nowait(None)
+            self._writer.join(SEND_DEADLINE_S)
+        self.close()
 
     def close(self) -> None:
         """Its reader sees that and reports the loss."""
@@ -113,12 +121,13 @@ class GatewayLinks:
             link.send(message)
 
     def close(self) -> None:
+        """Hang up, once the gateways have what was sent to them."""
         with self._lock:
             self._is_closed = True
             links = list(self._links.values())
         self._listener.close()
         for link in links:
-            link.close()
+            link.finish()
 
     def _accept(self) -> None:
         gateway_id = 0

@@ -85,7 +85,7 @@ class StepLoop:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the step that runs."""
+        """Stop after the step that runs, and tell what every request has cost until then."""
         self._is_running = False
         self._formats.close()
         self.wake()
@@ -147,6 +147,8 @@ class StepLoop:
                     self._step()
                 if not self._status.due_in_s:
                     self._send_status()
+            sentence = "The decoder is stopping; ask again."
+            self._fail_all(Failure(status="UNAVAILABLE", sentence=sentence))
         except Exception:
             log.exception("The step loop ends; the decoder must be replaced.")
         finally:
@@ -172,8 +174,10 @@ class StepLoop:
             self._meter.step(outputs, started)
             self._deliver(outputs)
         except Exception:
-            log.exception("A step failed; every request ends with it.")
-            self._fail_all("The decoder failed on this step; its log says why.")
+            ends = " ".join(f"request_id={request_id}" for request_id in self._served)
+            log.exception("A step failed; every request ends with it. %s", ends)
+            sentence = "The decoder failed on this step; its log says why."
+            self._fail_all(Failure(status="INTERNAL", sentence=sentence))
         finally:
             self._step_began = None
 
@@ -247,7 +251,7 @@ class StepLoop:
             self._refuse(arrival.gateway_id, add.request_id, _failure(error))
             return
         except Exception:  # the border of the engine loop: one odd request ends nobody else's
-            log.exception("Adding the request %s failed.", add.request_id)
+            log.exception("A request can't be added. request_id=%s", add.request_id)
             sentence = "The decoder failed on this request; its log says why."
             failure = Failure(status="INTERNAL", sentence=sentence)
             self._refuse(arrival.gateway_id, add.request_id, failure)
@@ -282,12 +286,11 @@ class StepLoop:
             del self._served[request_id]
             self._engine.abort(request_id)
 
-    def _fail_all(self, sentence: str) -> None:
+    def _fail_all(self, failure: Failure) -> None:
         for request_id, served in list(self._served.items()):
             self._engine.abort(request_id, FinishReason.ERROR)
             self._leave_trace(served)
             self._send(served.gateway_id, FromDecoder(spent=[served.spent]))
-            failure = Failure(status="INTERNAL", sentence=sentence)
             self._refuse(served.gateway_id, request_id, failure)
         self._served.clear()
 

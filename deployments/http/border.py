@@ -50,7 +50,7 @@ class Border:
                 stopped = Unavailable("The gateway stops; ask again.")
                 await to_response(stopped)(scope, receive, send_with_id)
         except Exception:
-            log.exception("%s %s failed in the gateway.", scope["path"], request_id)
+            log.exception("%s failed in the gateway. request_id=%s", scope["path"], request_id)
             if is_started:
                 raise
             sentence = "The gateway failed on this request; its log says why."

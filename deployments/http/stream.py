@@ -56,8 +56,8 @@ class EventStream(Response):
             if not self._is_begun:
                 raise
             state = scope["state"]
-            log.exception("%s %s failed in the gateway.", scope["path"], state["request_id"])
-            state["status"] = "INTERNAL"
+            request_id, state["status"] = state["request_id"], "INTERNAL"
+            log.exception("%s failed in the gateway. request_id=%s", scope["path"], request_id)
             sentence = "The gateway failed on this request; its log says why."
             await self._write(_error_event(error_body(500, sentence)), send)
         finally:

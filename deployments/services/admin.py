@@ -14,8 +14,8 @@ from cluster.errors import ConfigError, InvalidRequest
 from cluster.tenant_records import Record
 from deployments.calls.call import Call
 from deployments.calls.tenant_threads import TenantThreads
-from deployments.calls.usage import UsageService
 from deployments.services.rpc import Methods
+from deployments.services.usage import UsageService
 from protos.briolette.v1 import admin_pb2
 from protos.briolette.v1.admin_pb2 import (
     ClusterStatus,

@@ -99,7 +99,7 @@ class Methods:
             status = "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
             raise
         except Exception:
-            log.exception("%s %s failed in the gateway.", name, request_id)
+            log.exception("%s failed in the gateway. request_id=%s", name, request_id)
             problem = Internal("The gateway failed on this request; its log says why.")
             status = problem.status
         finally:

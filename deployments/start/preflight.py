@@ -12,8 +12,8 @@ import psutil
 from cluster.config import Config
 from cluster.errors import ConfigError, NotEnoughMemory, PortTaken
 from cluster.spec import ModelSpec
-from deployments.calls.tls import server_context
-from deployments.commands.access import local_socket
+from deployments.local_access import local_socket
+from deployments.tls import server_context
 
 PROCESS_BYTES = 350 << 20  # of a Python process with torch loaded
 NUM_PROCESSES = 3  # the gateway, the decoder, and all of Ray's own as one

@@ -25,8 +25,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import Config
 from cluster.errors import BrioletteError, Unavailable
-from deployments.commands.access import local_target
 from deployments.kv.store import store_server
+from deployments.local_access import local_target
 from deployments.priority import give_way
 from deployments.start.lifecycle import Running, holding
 from deployments.start.preflight import check

@@ -10,11 +10,11 @@ from cluster.placement import ExpertGroups
 from cluster.tenancy import OpenLease, Tenant
 from cluster.usage import UsageBooks
 from deployments.calls.call import Call
-from deployments.calls.usage import UsageService
 from deployments.decoding.tenant_loads import TenantLoads
 from deployments.http.page_api import to_json
 from deployments.messages import to_group_load
 from deployments.services.admin import Admin
+from deployments.services.usage import UsageService
 from engine.request import Request, RequestState, SamplingParams
 from experts.load import ExpertLoad
 from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest, GroupLoad, TenantLoad

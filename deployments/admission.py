@@ -10,8 +10,8 @@ from cluster.files import write_private
 from cluster.keys import new_key
 from cluster.tenancy import Admission, OpenAdmission
 from cluster.tenants import Tenants
-from deployments.commands.access import local_key_file, prepare_folder
 from deployments.kv.store import store_address
+from deployments.local_access import local_key_file, prepare_folder
 
 
 def open_admission(config: Config) -> Admission:
