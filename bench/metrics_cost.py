@@ -126,7 +126,8 @@ class Decoder:
             Add(request_id=f"r{i}", prompt_ids=TokenIds(ids=p).ids, sampling=sampling, tenant="ann")
             for i, p in enumerate(prompts)
         ]
-        loop.on_message(0, ToDecoder(adds=adds))
+        for add in adds:
+            loop.on_message(0, ToDecoder(adds=[add]))
         loop.start(cast(GatewayLinks, gateway))
         assert gateway.is_done.wait(RUN_S), "the run takes too long"
         loop.close()

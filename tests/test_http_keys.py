@@ -16,6 +16,7 @@ from cluster.admission import KeyAdmission
 from cluster.keys import new_key
 from cluster.tenancy import Tenant
 from cluster.tenants import Tenants
+from cluster.usage import Used, today
 from deployments.gateway import Gateway
 from engine.tokenizer import Tokenizer
 from tests.certificates import Authority
@@ -62,12 +63,16 @@ def gateway(
 
 
 @pytest.fixture
+def tenant(admission: KeyAdmission) -> str:
+    return f"t{len(admission.records())}"
+
+
+@pytest.fixture
 def client(
-    gateway: Gateway, admission: KeyAdmission, request: pytest.FixtureRequest
+    tenant: str, gateway: Gateway, admission: KeyAdmission, request: pytest.FixtureRequest
 ) -> openai.OpenAI:
-    """Of a tenant that the test's parameter describes."""
-    terms = getattr(request, "param", {})
-    key = admission.tenants.create(Tenant(name=f"t{len(admission.records())}", **terms))
+    """Of the tenant, as the test's parameter describes it."""
+    key = admission.tenants.create(Tenant(name=tenant, **getattr(request, "param", {})))
     admission.refresh()
     return openai.OpenAI(base_url=gateway.base_url, api_key=key, max_retries=0)
 
@@ -136,6 +141,49 @@ def test_a_prompt_is_charged_once_and_all_of_a_call_together(client: openai.Open
     complete(prompt="x" * 60, n=8)
     with pytest.raises(openai.RateLimitError):
         complete(prompt="x" * 60)
+
+
+def used_by(gateway: Gateway, tenant: str) -> Used:
+    """Today."""
+    rows = gateway._usage._books.read(today(), today())
+    return next((row.used for row in rows if row.tenant == tenant), Used())
+
+
+@pytest.mark.parametrize("client", [{"tokens_per_minute": 100}], indirect=True)
+@pytest.mark.parametrize("prompts", [["x" * 120], ["x" * 60, "y" * 60]])
+def test_a_refused_call_costs_nothing(
+    client: openai.OpenAI, tenant: str, gateway: Gateway, decoder: Decoder, prompts: list[str]
+) -> None:
+    """Whatever its choices: none begins before the whole call is charged."""
+    num_steps = decoder.runner.num_steps
+    complete = partial(client.completions.create, model="counter", max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="120 tokens"):
+        complete(prompt=prompts, n=8)
+    complete(prompt="x" * 60)
+    with pytest.raises(openai.RateLimitError):
+        complete(prompt=["x" * 30, "y" * 30], n=4)
+    wait_for(lambda: used_by(gateway, tenant).requests == 1)
+    assert decoder.runner.num_steps == num_steps + 1
+
+
+def test_a_call_counts_once_whatever_its_choices(
+    client: openai.OpenAI, tenant: str, gateway: Gateway
+) -> None:
+    answer = client.completions.create(
+        model="counter", prompt=["a" * 10, "b" * 5], n=3, max_tokens=4, temperature=0
+    )
+    assert answer.usage is not None and answer.usage.prompt_tokens == 15
+    wait_for(lambda: used_by(gateway, tenant).output_tokens == 24)
+    used = used_by(gateway, tenant)
+    assert (used.requests, used.prompt_tokens) == (1, 15)
+
+
+def test_a_deadline_that_is_past_is_no_overload(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError, match="deadline passed") as caught:
+        client.with_options(default_headers={"x-request-timeout": "0.000001"}).completions.create(
+            model="counter", prompt="a"
+        )
+    assert caught.value.status_code == 504
 
 
 def test_tls_with_and_without_clients_certificates(

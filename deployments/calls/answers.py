@@ -76,7 +76,7 @@ class Answers:
             if isinstance(request, ChatRequest) and request.session:
                 outputs = self._turn(request, call)
             else:
-                outputs = self._answer(await self.prepare(request, call), call)
+                outputs = self._charged(await self.prepare(request, call), call)
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output.generation
@@ -87,7 +87,7 @@ class Answers:
         return await self._prepare(await self._encode(request, call), request, call)
 
     async def answer(self, prepared: Prepared, call: Call) -> AsyncGenerator[Generation, None]:
-        """The pieces of an answer to what was prepared; the caller has the lease."""
+        """The pieces of an answer to what was prepared; the caller has charged for it."""
         async with aclosing(self._answer(prepared, call)) as outputs:
             async for output in outputs:
                 yield output.generation
@@ -112,14 +112,21 @@ class Answers:
         self._check_model(request.model, call)  # which wasn't known at first, perhaps
         return Prepared(add, prompt_ids)
 
+    async def _charged(self, prepared: Prepared, call: Call) -> AsyncGenerator[Output, None]:
+        with charged(call, len(prepared.prompt_ids)) as owe:
+            async with aclosing(self._answer(prepared, call)) as outputs:
+                async for output in outputs:
+                    owe(output.generation)
+                    yield output
+
     async def _answer(self, prepared: Prepared, call: Call) -> AsyncGenerator[Output, None]:
         add, prompt_ids = prepared
         add.request_id = call.request_id
         if (left_s := call.time_remaining_s) is not None:
             add.timeout_s = left_s
-        call.answered.begin(self._decoder.status.model, len(prompt_ids))
+        call.answered.begin(self._decoder.status.model, 0 if add.same_prompt else len(prompt_ids))
         ttft_s = None
-        async with aclosing(charged(self._decoder, add, prompt_ids, call.lease)) as outputs:
+        async with aclosing(self._decoder.generate(add, prompt_ids)) as outputs:
             async for output in outputs:
                 piece, elapsed_s = output.generation, time.monotonic() - call.started
                 if ttft_s is None:
@@ -129,7 +136,7 @@ class Answers:
                 if piece.finish_reason != FINISH_REASON_UNSPECIFIED:
                     piece.timings.ttft_s = ttft_s
                     piece.timings.total_s = elapsed_s
-                call.answered.add(piece, ttft_s)
+                call.answered.add(piece, ttft_s, add.same_prompt)
                 yield output
 
     async def _turn(self, request: ChatRequest, call: Call) -> AsyncGenerator[Output, None]:
@@ -144,7 +151,7 @@ class Answers:
             self._check_size(message.content for message in request.messages)
             prompt_ids = await conversations.prompt(before, request.messages, options)
             prepared = await self._prepare(prompt_ids, request, call, request.session)
-            async with aclosing(self._answer(prepared, call)) as outputs:
+            async with aclosing(self._charged(prepared, call)) as outputs:
                 async for output in outputs:
                     merge(answer, output.generation)
                     if output.generation.finish_reason == FINISH_REASON_UNSPECIFIED:

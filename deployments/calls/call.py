@@ -25,14 +25,15 @@ class Answered:
     timings: Timings = field(default_factory=Timings)  # of the last one that began or ended
 
     def begin(self, model: str, num_prompt_tokens: int) -> None:
-        """A prompt is on its way to the decoder."""
+        """An answer is asked of the decoder; no prompt tokens where it shares another's prompt."""
         self.model = model
         self.usage.prompt_tokens += num_prompt_tokens
 
-    def add(self, piece: Generation, ttft_s: float) -> None:
+    def add(self, piece: Generation, ttft_s: float, same_prompt: bool = False) -> None:
         """A piece of an answer is on its way to the client."""
         self.usage.output_tokens += len(piece.token_ids)
-        self.usage.cached_tokens += piece.usage.cached_tokens  # in the last piece
+        if not same_prompt:
+            self.usage.cached_tokens += piece.usage.cached_tokens  # in the last piece
         self.timings.MergeFrom(piece.timings)
         self.timings.ttft_s = ttft_s
 

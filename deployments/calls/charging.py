@@ -2,74 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from cluster.errors import BrioletteError
-from cluster.tenancy import Lease, Tenant
-from deployments.calls.remote_decoder import RemoteDecoder
-from protos.briolette.v1.stream_pb2 import Add, Output
+from cluster.errors import BrioletteError, DeadlineExceeded
+from deployments.calls.call import Call
+from protos.briolette.v1.inference_pb2 import Generation
 
 
-async def charged(
-    decoder: RemoteDecoder, add: Add, prompt_ids: Sequence[int], lease: Lease
-) -> AsyncGenerator[Output, None]:
-    """What `decoder.generate` brings: the prompt is charged before, the answer as it comes. A
-    prompt that nothing could be done with, for no fault of the tenant's, is given back.
+@contextmanager
+def charged(call: Call, num_prompt_tokens: int) -> Iterator[Callable[[Generation], None]]:
+    """Around all answers to a call: its prompts are charged before, and every piece as it comes by
+    the function that this gives. Prompts that nothing could be done with, for no fault of the
+    tenant's, are given back.
 
-    Raises QuotaExceeded, InvalidRequest where no minute has room for the prompt.
+    Raises DeadlineExceeded, QuotaExceeded, and InvalidRequest where no minute has room for them.
     """
-    num_prompt_tokens, is_begun = len(prompt_ids), False
+    is_begun, lease = False, call.lease
+
+    def owe(piece: Generation) -> None:
+        nonlocal is_begun
+        is_begun = True
+        lease.owe(len(piece.token_ids))
+
+    if call.time_remaining_s is not None and call.time_remaining_s <= 0:
+        raise DeadlineExceeded("The deadline passed before the answer could begin.")
     lease.charge(num_prompt_tokens)
     try:
-        async with aclosing(decoder.generate(add, prompt_ids)) as outputs:
-            async for output in outputs:
-                is_begun = True
-                lease.owe(len(output.generation.token_ids))
-                yield output
+        yield owe
     except BrioletteError as error:
         if error.status == "UNAVAILABLE" and not is_begun:
             lease.owe(-num_prompt_tokens)
         raise
-
-
-class CallLease:
-    """Of all answers to one call, whose lease is held meanwhile: one request in flight. Their
-    prompts together are charged as one prompt would be.
-    """
-
-    def __init__(self, lease: Lease) -> None:
-        self._lease = lease
-        self._num_charged = 0
-
-    @property
-    def tenant(self) -> Tenant:
-        return self._lease.tenant
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def charge(self, num_tokens: int) -> None:
-        """Raises with nothing charged for any of the prompts: the call ends then."""
-        num_tokens += self._num_charged
-        self._lease.owe(-self._num_charged)
-        self._num_charged = 0
-        self._lease.charge(num_tokens)
-        self._num_charged = num_tokens
-
-    def owe(self, num_tokens: int) -> None:
-        self._lease.owe(num_tokens)
-        self._num_charged += min(num_tokens, 0)
-
-
-class NextChoiceLease(CallLease):
-    """Of another answer to a prompt that is charged for the first one."""
-
-    def charge(self, num_tokens: int) -> None:
-        pass
-
-    def owe(self, num_tokens: int) -> None:
-        self._lease.owe(max(num_tokens, 0))

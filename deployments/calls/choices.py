@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cluster.errors import DeadlineExceeded
 from deployments.calls.answers import Answers, Prepared
 from deployments.calls.call import Call
-from deployments.calls.charging import CallLease, NextChoiceLease
+from deployments.calls.charging import charged
 from protos.briolette.v1.inference_pb2 import ChatRequest, CompleteRequest, Generation
 from protos.briolette.v1.stream_pb2 import Add
 
@@ -51,49 +51,75 @@ async def _one(answers: Answers, request: Request, call: Call) -> AsyncGenerator
 async def _all(
     answers: Answers, requests: Sequence[Request], call: Call, num_choices: int
 ) -> AsyncGenerator[Piece, None]:
-    """Each in a task of its own; they wait for whoever takes the pieces."""
-    first, following = CallLease(call.lease), NextChoiceLease(call.lease)
-    num_answers = len(requests) * num_choices
-    ready: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(num_answers)
+    """None begins before all are checked and charged: a call that is refused costs nothing."""
+    with call.lease:
+        prepared = await _prepare_all(answers, requests, call)
+        with charged(call, sum(len(prompt_ids) for _, prompt_ids in prepared)) as owe:
+            async with aclosing(_run_all(answers, prepared, call, num_choices, owe)) as pieces:
+                async for piece in pieces:
+                    yield piece
 
-    async def run(index: int, prepared: asyncio.Future[Prepared]) -> None:
-        choice = index % num_choices
-        lease = following if choice else first
-        own = replace(call, request_id=f"{call.request_id}-{index}", lease=lease)
+
+async def _prepare_all(
+    answers: Answers, requests: Sequence[Request], call: Call
+) -> Sequence[Prepared]:
+    tasks = [asyncio.ensure_future(answers.prepare(request, call)) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _cancel(tasks)
+
+
+async def _run_all(
+    answers: Answers,
+    prepared: Sequence[Prepared],
+    call: Call,
+    num_choices: int,
+    owe: Callable[[Generation], None],
+) -> AsyncGenerator[Piece, None]:
+    """Each in a task of its own; they wait for whoever takes the pieces."""
+    num_running = len(prepared) * num_choices
+    ready: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(num_running)
+
+    async def run(index: int) -> None:
+        request = for_choice(prepared[index // num_choices], index, num_choices)
+        own = replace(call, request_id=f"{call.request_id}-{index}")
         try:
-            request = for_choice(await prepared, choice)
             async with aclosing(answers.answer(request, own)) as pieces:
                 async for piece in pieces:
+                    owe(piece)
                     await ready.put((index, piece))
             await ready.put(None)
         except Exception as error:  # for whoever takes the pieces
             await ready.put(error)
 
-    with call.lease:
-        prepared = [asyncio.ensure_future(answers.prepare(request, call)) for request in requests]
-        tasks = [
-            asyncio.ensure_future(run(i, prepared[i // num_choices])) for i in range(num_answers)
-        ]
-        try:
-            num_running = len(tasks)
-            while num_running:
-                item = await ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    num_running -= 1
-                else:
-                    yield item
-        finally:
-            for task in (*prepared, *tasks):
-                task.cancel()
-            await asyncio.gather(*prepared, *tasks, return_exceptions=True)
+    tasks = [asyncio.ensure_future(run(index)) for index in range(num_running)]
+    try:
+        while num_running:
+            item = await ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        await _cancel(tasks)
 
 
-def for_choice(prepared: Prepared, choice: int) -> Prepared:
-    """For another answer: the choices have seeds of their own, and the first one the request's."""
-    add = Add()
+async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def for_choice(prepared: Prepared, index: int, num_choices: int) -> Prepared:
+    """For one of a call's answers: the choices of a prompt have seeds of their own, and the first
+    one the request's.
+    """
+    choice, add = index % num_choices, Add()
     add.CopyFrom(prepared.add)
+    add.same_call, add.same_prompt = index > 0, choice > 0
     if add.sampling.HasField("seed"):
         add.sampling.seed = (add.sampling.seed + choice * SEED_STEP) % 2**63
     return Prepared(add, prepared.prompt_ids)

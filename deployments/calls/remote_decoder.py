@@ -7,14 +7,13 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
-from itertools import groupby
 
 from cluster.errors import BrioletteError, Unavailable
 from cluster.links import Endpoint
 from deployments.calls.streams import RequestFailed, Streams
 from deployments.decoding.link import DecoderLink
 from protos.briolette.v1.admin_pb2 import ClusterStatus
-from protos.briolette.v1.inference_pb2 import FINISH_REASON_UNSPECIFIED
+from protos.briolette.v1.inference_pb2 import FINISH_REASON_UNSPECIFIED, Sampling
 from protos.briolette.v1.stream_pb2 import (
     Add,
     FromDecoder,
@@ -82,8 +81,8 @@ class RemoteDecoder:
         return None if self._link.is_alive else "The link to the decoder has no thread any more."
 
     async def generate(self, add: Add, prompt_ids: Sequence[int]) -> AsyncGenerator[Output, None]:
-        """The pieces of one answer; leaving early aborts the request. What begins at once with the
-        same `prompt_ids` is sent with one copy of them.
+        """The pieces of one answer; leaving early aborts the request. One with `same_prompt`
+        that begins right after another with these `prompt_ids` is sent without them and its format.
 
         Raises Unavailable while the decoder isn't ready.
         """
@@ -137,16 +136,20 @@ class RemoteDecoder:
         self._adds.append((add, prompt_ids))
 
     def _send_adds(self) -> None:
-        """One message for each prompt."""
+        """One message for each prompt of a call."""
         waiting, self._adds = self._adds, []
-        for _, sharing in groupby(waiting, key=lambda item: id(item[1])):
-            message = ToDecoder()
-            for add, prompt_ids in sharing:
-                message.adds.append(add)
-                if len(message.adds) == 1:
-                    message.adds[0].prompt_ids.extend(prompt_ids)
-                else:
-                    message.adds[-1].same_prompt = True
+        messages: list[ToDecoder] = []
+        last_ids: Sequence[int] | None = None
+        for add, prompt_ids in waiting:
+            add.same_prompt = add.same_prompt and prompt_ids is last_ids
+            if add.same_prompt:
+                add.sampling.CopyFrom(_seed_alone(add.sampling))
+            else:
+                add.prompt_ids.extend(prompt_ids)
+                messages.append(ToDecoder())
+            messages[-1].adds.append(add)
+            last_ids = prompt_ids
+        for message in messages:
             self._link.send(message)
 
     def _abort(self, request_id: str) -> None:
@@ -202,3 +205,7 @@ class RemoteDecoder:
     def _set_status(self, status: ClusterStatus) -> None:
         self.status = status
         self._on_status()
+
+
+def _seed_alone(sampling: Sampling) -> Sampling:
+    return Sampling(seed=sampling.seed if sampling.HasField("seed") else None)

@@ -65,12 +65,12 @@ class FormatQueue:
             self._changed.notify()
 
     def hold(self, arrival: Arrival) -> bool:
-        """Whether its requests, all of one tenant, have to wait, as they do from now on.
+        """Whether its requests, all of one format, have to wait, as they do from now on.
 
         Raises Overloaded where too many of that tenant's wait already.
         """
         adds = arrival.message.adds
-        if not any(map(self._needs_compiling, adds)):
+        if not adds or not self._needs_compiling(adds[0]):  # the others share its format
             return False
         with self._changed:
             queue = self._queues.setdefault(adds[0].tenant, deque())
@@ -107,12 +107,12 @@ class FormatQueue:
 
     def _run(self) -> None:
         while (arrival := self._next()) is not None:
-            for add in arrival.message.adds:
-                if add.request_id not in arrival.dropped:
-                    with suppress(Exception):  # it comes again, and is told, when it is taken in
-                        self._compiler.compile(to_sampling_params(add.sampling))
+            adds = arrival.message.adds
+            if len(arrival.dropped) < len(adds):
+                with suppress(Exception):  # it comes again, and is told, when it is taken in
+                    self._compiler.compile(to_sampling_params(adds[0].sampling))
             with self._changed:  # so that one who drops it finds it here or with its taker
-                for add in arrival.message.adds:
+                for add in adds:
                     self._waiting.pop(add.request_id, None)
                 self._on_compiled(arrival)
 

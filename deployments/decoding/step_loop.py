@@ -11,6 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -26,7 +27,7 @@ from deployments.decoding.tenant_loads import TenantLoads
 from deployments.messages import to_output, to_sampling_params
 from deployments.meters import EngineMeter
 from engine.outputs import RequestOutput
-from engine.request import FinishReason
+from engine.request import FinishReason, SamplingParams
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 from protos.briolette.v1.stream_pb2 import (
     Add,
@@ -215,12 +216,8 @@ class StepLoop:
 
     def _take(self, arrival: Arrival) -> None:
         gateway_id, message = arrival.gateway_id, arrival.message
-        prompt_ids: list[int] = []
-        for add in message.adds:
-            if not add.same_prompt:
-                prompt_ids = np.array(add.prompt_ids).tolist()  # in half the time of list()
-            if add.request_id not in arrival.dropped:
-                self._add(arrival, add, prompt_ids)
+        if message.adds:
+            self._add_all(arrival)
         for request_id in message.aborts:
             if (served := self._served.pop(request_id, None)) is not None:
                 self._engine.abort(request_id)
@@ -231,14 +228,30 @@ class StepLoop:
         for call in message.session_calls:
             self._sessions.answer(call, partial(self._reply, gateway_id))
 
-    def _add(self, arrival: Arrival, add: Add, prompt_ids: list[int]) -> None:
+    def _add_all(self, arrival: Arrival) -> None:
+        """The first has the prompt and the format of all, which are read once."""
+        first = arrival.message.adds[0]
+        prompt_ids = np.array(first.prompt_ids).tolist()  # in half the time of list()
+        try:
+            sampling = to_sampling_params(first.sampling)
+        except Exception as error:  # the border of the engine loop, as below
+            self._refuse_all(arrival, error)
+            return
+        for add in arrival.message.adds:
+            if add.request_id not in arrival.dropped:
+                seed = add.sampling.seed if add.sampling.HasField("seed") else None
+                self._add(arrival, add, prompt_ids, replace(sampling, seed=seed))
+
+    def _add(
+        self, arrival: Arrival, add: Add, prompt_ids: list[int], sampling: SamplingParams
+    ) -> None:
         deadline_s = arrival.arrived_s + add.timeout_s if add.HasField("timeout_s") else None
         self._on_budget(add.tenant, add.kv_bytes or None)
         try:
             request = self._engine.add(
                 request_id=add.request_id,
                 prompt_ids=prompt_ids,
-                sampling=to_sampling_params(add.sampling),
+                sampling=sampling,
                 tenant=add.tenant,
                 session=add.session or None,
                 weight=add.weight or 1.0,
@@ -247,16 +260,10 @@ class StepLoop:
                 deadline_s=deadline_s,
                 chat=add.chat,
             )
-        except BrioletteError as error:
-            self._refuse(arrival.gateway_id, add.request_id, _failure(error))
+        except Exception as error:  # the border: one odd request ends nobody else's
+            self._refuse(arrival.gateway_id, add.request_id, _failure(error, add.request_id))
             return
-        except Exception:  # the border of the engine loop: one odd request ends nobody else's
-            log.exception("A request can't be added. request_id=%s", add.request_id)
-            sentence = "The decoder failed on this request; its log says why."
-            failure = Failure(status="INTERNAL", sentence=sentence)
-            self._refuse(arrival.gateway_id, add.request_id, failure)
-            return
-        served = Served(arrival.gateway_id, request)
+        served = Served(arrival.gateway_id, request, add.same_prompt, add.same_call)
         self._served[add.request_id] = served
         self._queued.append(served)
         self._meter.accepted(request)
@@ -272,9 +279,9 @@ class StepLoop:
             self._send_status()  # first, so that whoever has the answer sees the memory free
         self._send(gateway_id, FromDecoder(session_answers=[answer]))
 
-    def _refuse_all(self, arrival: Arrival, error: BrioletteError) -> None:
+    def _refuse_all(self, arrival: Arrival, error: Exception) -> None:
         for add in arrival.message.adds:
-            self._refuse(arrival.gateway_id, add.request_id, _failure(error))
+            self._refuse(arrival.gateway_id, add.request_id, _failure(error, add.request_id))
 
     def _refuse(self, gateway_id: int, request_id: str, failure: Failure) -> None:
         output = Output(request_id=request_id, failure=failure)
@@ -311,5 +318,9 @@ class StepLoop:
         status.kv_fingerprint = self._sessions.fingerprint
 
 
-def _failure(error: BrioletteError) -> Failure:
-    return Failure(status=error.status, sentence=str(error), kind=error.kind)
+def _failure(error: Exception, request_id: str) -> Failure:
+    if isinstance(error, BrioletteError):
+        return Failure(status=error.status, sentence=str(error), kind=error.kind)
+    log.error("A request can't be added. request_id=%s", request_id, exc_info=error)
+    sentence = "The decoder failed on this request; its log says why."
+    return Failure(status="INTERNAL", sentence=sentence)

@@ -95,10 +95,10 @@ class SessionService:
                 timeout_s=call.time_remaining_s,
                 kv_bytes=call.lease.tenant.kv_bytes or 0,
             )
-            with call.lease:
-                outputs = charged(self._decoder, add, prompt_ids, call.lease)
-                async with aclosing(outputs):
+            with call.lease, charged(call, len(prompt_ids)) as owe:
+                async with aclosing(self._decoder.generate(add, prompt_ids)) as outputs:
                     async for output in outputs:
+                        owe(output.generation)
                         usage = output.generation.usage
             return ResumeSessionResponse(
                 memory_tokens=usage.cached_tokens - usage.fetched_tokens,

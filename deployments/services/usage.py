@@ -27,7 +27,7 @@ class UsageService:
         """A request has ended."""
         usage = spent.usage
         used = Used(
-            requests=1,
+            requests=spent.requests,
             prompt_tokens=usage.prompt_tokens,
             output_tokens=usage.output_tokens,
             cached_tokens=usage.cached_tokens,

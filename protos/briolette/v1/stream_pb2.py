@@ -26,7 +26,7 @@ from protos.briolette.v1 import admin_pb2 as protos_dot_briolette_dot_v1_dot_adm
 from protos.briolette.v1 import inference_pb2 as protos_dot_briolette_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n protos/briolette/v1/stream.proto\x12\x0c\x62riolette.v1\x1a\x1fprotos/briolette/v1/admin.proto\x1a#protos/briolette/v1/inference.proto\"\x96\x01\n\tToDecoder\x12\x1f\n\x04\x61\x64\x64s\x18\x01 \x03(\x0b\x32\x11.briolette.v1.Add\x12\x0e\n\x06\x61\x62orts\x18\x02 \x03(\t\x12\x30\n\rsession_calls\x18\x03 \x03(\x0b\x32\x19.briolette.v1.SessionCall\x12&\n\x07missing\x18\x04 \x03(\x0b\x32\x15.briolette.v1.Missing\"\xf5\x01\n\x03\x41\x64\x64\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.briolette.v1.Sampling\x12\x16\n\ttimeout_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x0f\n\x07session\x18\x06 \x01(\t\x12\x0e\n\x06weight\x18\x07 \x01(\x01\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x0c\n\x04\x63hat\x18\t \x01(\x08\x12\x10\n\x08kv_bytes\x18\n \x01(\x04\x12\x13\n\x0bsame_prompt\x18\x0b \x01(\x08\x42\x0c\n\n_timeout_s\"\xef\x01\n\x0b\x46romDecoder\x12%\n\x07outputs\x18\x01 \x03(\x0b\x32\x14.briolette.v1.Output\x12+\n\x06status\x18\x02 \x01(\x0b\x32\x1b.briolette.v1.ClusterStatus\x12\x34\n\x0fsession_answers\x18\x03 \x03(\x0b\x32\x1b.briolette.v1.SessionAnswer\x12\x32\n\x0esession_traces\x18\x04 \x03(\x0b\x32\x1a.briolette.v1.SessionTrace\x12\"\n\x05spent\x18\x05 \x03(\x0b\x32\x13.briolette.v1.Spent\"\x86\x01\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\ngeneration\x18\x02 \x01(\x0b\x32\x18.briolette.v1.Generation\x12&\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x15.briolette.v1.Failure\x12\x12\n\nblock_keys\x18\x04 \x03(\x0c\"9\n\x07\x46\x61ilure\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x10\n\x08sentence\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\";\n\x05Spent\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.briolette.v1.Usage\"\'\n\x07Missing\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\"<\n\x0bSessionCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04park\x18\x03 \x01(\t\"=\n\x0cSessionTrace\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04keys\x18\x03 \x03(\x0c\"\xdf\x01\n\rSessionAnswer\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12&\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x15.briolette.v1.Failure\x12\x13\n\x0b\x66reed_bytes\x18\x03 \x01(\x04\x12I\n\x10tokens_in_memory\x18\x04 \x03(\x0b\x32/.briolette.v1.SessionAnswer.TokensInMemoryEntry\x1a\x35\n\x13TokensInMemoryEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n protos/briolette/v1/stream.proto\x12\x0c\x62riolette.v1\x1a\x1fprotos/briolette/v1/admin.proto\x1a#protos/briolette/v1/inference.proto\"\x96\x01\n\tToDecoder\x12\x1f\n\x04\x61\x64\x64s\x18\x01 \x03(\x0b\x32\x11.briolette.v1.Add\x12\x0e\n\x06\x61\x62orts\x18\x02 \x03(\t\x12\x30\n\rsession_calls\x18\x03 \x03(\x0b\x32\x19.briolette.v1.SessionCall\x12&\n\x07missing\x18\x04 \x03(\x0b\x32\x15.briolette.v1.Missing\"\x88\x02\n\x03\x41\x64\x64\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.briolette.v1.Sampling\x12\x16\n\ttimeout_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x0f\n\x07session\x18\x06 \x01(\t\x12\x0e\n\x06weight\x18\x07 \x01(\x01\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x0c\n\x04\x63hat\x18\t \x01(\x08\x12\x10\n\x08kv_bytes\x18\n \x01(\x04\x12\x13\n\x0bsame_prompt\x18\x0b \x01(\x08\x12\x11\n\tsame_call\x18\x0c \x01(\x08\x42\x0c\n\n_timeout_s\"\xef\x01\n\x0b\x46romDecoder\x12%\n\x07outputs\x18\x01 \x03(\x0b\x32\x14.briolette.v1.Output\x12+\n\x06status\x18\x02 \x01(\x0b\x32\x1b.briolette.v1.ClusterStatus\x12\x34\n\x0fsession_answers\x18\x03 \x03(\x0b\x32\x1b.briolette.v1.SessionAnswer\x12\x32\n\x0esession_traces\x18\x04 \x03(\x0b\x32\x1a.briolette.v1.SessionTrace\x12\"\n\x05spent\x18\x05 \x03(\x0b\x32\x13.briolette.v1.Spent\"\x86\x01\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\ngeneration\x18\x02 \x01(\x0b\x32\x18.briolette.v1.Generation\x12&\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x15.briolette.v1.Failure\x12\x12\n\nblock_keys\x18\x04 \x03(\x0c\"9\n\x07\x46\x61ilure\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x10\n\x08sentence\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\"M\n\x05Spent\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.briolette.v1.Usage\x12\x10\n\x08requests\x18\x03 \x01(\r\"\'\n\x07Missing\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\"<\n\x0bSessionCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04park\x18\x03 \x01(\t\"=\n\x0cSessionTrace\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04keys\x18\x03 \x03(\x0c\"\xdf\x01\n\rSessionAnswer\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12&\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x15.briolette.v1.Failure\x12\x13\n\x0b\x66reed_bytes\x18\x03 \x01(\x04\x12I\n\x10tokens_in_memory\x18\x04 \x03(\x0b\x32/.briolette.v1.SessionAnswer.TokensInMemoryEntry\x1a\x35\n\x13TokensInMemoryEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,23 +38,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TODECODER']._serialized_start=121
   _globals['_TODECODER']._serialized_end=271
   _globals['_ADD']._serialized_start=274
-  _globals['_ADD']._serialized_end=519
-  _globals['_FROMDECODER']._serialized_start=522
-  _globals['_FROMDECODER']._serialized_end=761
-  _globals['_OUTPUT']._serialized_start=764
-  _globals['_OUTPUT']._serialized_end=898
-  _globals['_FAILURE']._serialized_start=900
-  _globals['_FAILURE']._serialized_end=957
-  _globals['_SPENT']._serialized_start=959
-  _globals['_SPENT']._serialized_end=1018
-  _globals['_MISSING']._serialized_start=1020
-  _globals['_MISSING']._serialized_end=1059
-  _globals['_SESSIONCALL']._serialized_start=1061
-  _globals['_SESSIONCALL']._serialized_end=1121
-  _globals['_SESSIONTRACE']._serialized_start=1123
-  _globals['_SESSIONTRACE']._serialized_end=1184
-  _globals['_SESSIONANSWER']._serialized_start=1187
-  _globals['_SESSIONANSWER']._serialized_end=1410
-  _globals['_SESSIONANSWER_TOKENSINMEMORYENTRY']._serialized_start=1357
-  _globals['_SESSIONANSWER_TOKENSINMEMORYENTRY']._serialized_end=1410
+  _globals['_ADD']._serialized_end=538
+  _globals['_FROMDECODER']._serialized_start=541
+  _globals['_FROMDECODER']._serialized_end=780
+  _globals['_OUTPUT']._serialized_start=783
+  _globals['_OUTPUT']._serialized_end=917
+  _globals['_FAILURE']._serialized_start=919
+  _globals['_FAILURE']._serialized_end=976
+  _globals['_SPENT']._serialized_start=978
+  _globals['_SPENT']._serialized_end=1055
+  _globals['_MISSING']._serialized_start=1057
+  _globals['_MISSING']._serialized_end=1096
+  _globals['_SESSIONCALL']._serialized_start=1098
+  _globals['_SESSIONCALL']._serialized_end=1158
+  _globals['_SESSIONTRACE']._serialized_start=1160
+  _globals['_SESSIONTRACE']._serialized_end=1221
+  _globals['_SESSIONANSWER']._serialized_start=1224
+  _globals['_SESSIONANSWER']._serialized_end=1447
+  _globals['_SESSIONANSWER_TOKENSINMEMORYENTRY']._serialized_start=1394
+  _globals['_SESSIONANSWER_TOKENSINMEMORYENTRY']._serialized_end=1447
 # @@protoc_insertion_point(module_scope)

@@ -29,7 +29,9 @@ class ToDecoder(_message.Message):
     SESSION_CALLS_FIELD_NUMBER: _builtins.int
     MISSING_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def adds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Add]: ...
+    def adds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Add]:
+        """answers to one prompt of one call"""
+
     @_builtins.property
     def aborts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """request ids"""
@@ -69,6 +71,7 @@ class Add(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     SAME_PROMPT_FIELD_NUMBER: _builtins.int
+    SAME_CALL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     timeout_s: _builtins.float
     """what is left of the client's deadline"""
@@ -83,7 +86,9 @@ class Add(_message.Message):
     kv_bytes: _builtins.int
     """of the tenant, in the store; 0: store.tenant_bytes"""
     same_prompt: _builtins.bool
-    """as the one before it in this message, in place of prompt_ids"""
+    """has of prompt_ids and sampling its seed only: all else as the first add"""
+    same_call: _builtins.bool
+    """as an earlier one, which counts as a request"""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -102,10 +107,11 @@ class Add(_message.Message):
         chat: _builtins.bool = ...,
         kv_bytes: _builtins.int = ...,
         same_prompt: _builtins.bool = ...,
+        same_call: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "sampling", b"sampling", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "chat", b"chat", "kv_bytes", b"kv_bytes", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "same_prompt", b"same_prompt", "sampling", b"sampling", "session", b"session", "tenant", b"tenant", "timeout_s", b"timeout_s", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "chat", b"chat", "kv_bytes", b"kv_bytes", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "same_call", b"same_call", "same_prompt", b"same_prompt", "sampling", b"sampling", "session", b"session", "tenant", b"tenant", "timeout_s", b"timeout_s", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
     _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
@@ -227,20 +233,24 @@ class Spent(_message.Message):
 
     TENANT_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
+    requests: _builtins.int
+    """1, or 0 with same_call"""
     @_builtins.property
     def usage(self) -> _inference_pb2.Usage:
-        """of the prompt, the tokens that were reached"""
+        """of the prompt, the tokens that were reached; none with same_prompt"""
 
     def __init__(
         self,
         *,
         tenant: _builtins.str = ...,
         usage: _inference_pb2.Usage | None = ...,
+        requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests", "tenant", b"tenant", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
