@@ -212,13 +212,16 @@ def running_gateway(
         await gateway.start()
         return gateway
 
-    gateway = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
     try:
-        yield gateway
+        gateway = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+        try:
+            yield gateway
+        finally:
+            asyncio.run_coroutine_threadsafe(gateway.stop(0.0), loop).result(10)
     finally:
-        asyncio.run_coroutine_threadsafe(gateway.stop(0.0), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
+        loop.close()
 
 
 @pytest.fixture(scope="module")
@@ -584,7 +587,9 @@ def test_what_begins_at_once_with_one_prompt_is_sent_with_one_copy() -> None:
         decoder.status.ready = True
         one, two = [1, 2, 3], [1, 2, 3]
         for i, prompt in enumerate((one, one, two, one)):
-            answer = decoder.generate(Add(request_id=str(i)), prompt)
+            sampling = Sampling(regex="a", seed=i)
+            add = Add(request_id=str(i), sampling=sampling, same_prompt=i > 0)
+            answer = decoder.generate(add, prompt)
             task = asyncio.ensure_future(anext(answer))
             tasks.append(task)
         await asyncio.sleep(0)  # all have begun, and nothing was sent yet
@@ -597,6 +602,10 @@ def test_what_begins_at_once_with_one_prompt_is_sent_with_one_copy() -> None:
 
     tasks: list[asyncio.Future[Output]] = []
     asyncio.run(begin())
+    assert [[(a.sampling.seed, a.sampling.regex) for a in m.adds] for m in sent[:2]] == [
+        [(0, "a"), (1, "")],
+        [(2, "a")],
+    ]
     adds = [[(a.request_id, list(a.prompt_ids), a.same_prompt) for a in m.adds] for m in sent]
     whole = [1, 2, 3]
     assert adds[:3] == [

@@ -81,8 +81,8 @@ class RemoteDecoder:
         return None if self._link.is_alive else "The link to the decoder has no thread any more."
 
     async def generate(self, add: Add, prompt_ids: Sequence[int]) -> AsyncGenerator[Output, None]:
-        """The pieces of one answer; leaving early aborts the request. One with `same_prompt`
-        that begins right after another with these `prompt_ids` is sent without them and its format.
+        """The pieces of one answer; leaving early aborts the request. With `same_prompt`, right
+        after another one with these `prompt_ids`, it is sent without them and without its format.
 
         Raises Unavailable while the decoder isn't ready.
         """
