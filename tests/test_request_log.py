@@ -112,6 +112,7 @@ def test_an_answer_over_http_leaves_one_too(logged: Logged) -> None:
     line = logged.last(1)
     assert (line["request_id"], line["status"]) == (request_id, "OK")
     assert (line["method"], line["output_tokens"]) == ("/v1/chat/completions", 8)
+    assert line["prompt_tokens"] == len("user:hello\nassistant:")  # of both answers
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(ask(max_tokens=10_000), timeout=10)
     line = logged.last(2)
