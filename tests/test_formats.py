@@ -100,6 +100,14 @@ def test_a_wrong_format_is_taken_in_to_be_refused(waiting: Waiting) -> None:
     wait_for(lambda: taken_in(waiting.ready) == ["1", "2"])
 
 
+def test_a_format_that_cannot_be_looked_at_is_taken_in_to_be_refused(
+    waiting: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the thread that reads from a gateway goes on."""
+    monkeypatch.setattr(waiting.compiler, "is_compiled", None)
+    assert not waiting.formats.hold(arrival("a", "1"))
+
+
 def test_what_is_dropped_is_neither_compiled_nor_taken_in(waiting: Waiting) -> None:
     waiting.formats.hold(arrival("a", "1"))
     waiting.formats.hold(arrival("b", "2", "3"))

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cluster.errors import InvalidRequest, Overloaded
+from cluster.errors import Overloaded
 from deployments.messages import to_sampling_params
 from engine.request import SamplingParams
 from protos.briolette.v1.stream_pb2 import Add, ToDecoder
@@ -102,7 +102,7 @@ class FormatQueue:
             return False
         try:
             return not self._compiler.is_compiled(to_sampling_params(add.sampling))
-        except InvalidRequest:  # told when it is taken in
+        except Exception:  # whatever it is, it comes again, and is told, when it is taken in
             return False
 
     def _run(self) -> None:
