@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from bench.in_turn import run
+from bench.lib.in_turn import run
 
 BENCHES = ("engine", "links", "overlap")
 LIMIT_S = {"engine": 1200.0, "links": 120.0, "overlap": 120.0}

@@ -16,11 +16,11 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from bench.card import Check, pin, report, table
-from bench.isolated import Isolated
-from bench.models import BenchModel, load_models, random_prompts
-from bench.peers import NotMeasured
-from bench.timing import System, Timing
+from bench.lib.card import Check, pin, report, table
+from bench.lib.isolated import Isolated
+from bench.lib.models import BenchModel, load_models, random_prompts
+from bench.lib.peers import NotMeasured
+from bench.lib.timing import System, Timing
 
 PROMPT_LEN = 128
 NUM_TOKENS = 64
@@ -200,8 +200,8 @@ def _measure_streams(
 
 
 def _makers(model: BenchModel, num_threads: int) -> dict[str, Callable[[], System]]:
-    from bench.ours import Cluster, InProcess
-    from bench.peers import LlamaCpp, OneAtATime, Transformers
+    from bench.lib.ours import Cluster, InProcess
+    from bench.lib.peers import LlamaCpp, OneAtATime, Transformers
 
     systems: dict[str, Callable[[], System]] = {
         IN_PROCESS: partial(InProcess, model, num_threads),

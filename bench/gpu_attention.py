@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bench.card import Check, report, table
 from bench.gpu_engine import copy_bandwidth, synchronise
+from bench.lib.card import Check, report, table
 from cluster.spec import AttentionKind, RopeSpec
-from engine.attention import KVTensors
+from engine.attention.interface import KVTensors
+from engine.attention.one_row import OneRow
+from engine.attention.rotary import Rotary
+from engine.attention.torch_attention import FastAttention
 from engine.batch import Batch
-from engine.one_row import OneRow
-from engine.rotary import Rotary
-from engine.torch_attention import FastAttention
 
 if TYPE_CHECKING:
-    from engine.triton_attention import TritonAttention
+    from engine.attention.triton_attention import TritonAttention
 
 KIND, BLOCK_SIZE, SEED = AttentionKind.GLOBAL, 16, 5
 ROPE = RopeSpec(theta=1e6, partial_rotary_factor=0.25)
@@ -218,7 +218,7 @@ def make_batch(query_lens: list[int], seq_lens: list[int], table: Tensor) -> Bat
 
 
 def _kernel(batch: Batch) -> TritonAttention:
-    from engine.triton_attention import TritonAttention
+    from engine.attention.triton_attention import TritonAttention
 
     return TritonAttention(batch, KIND, None, BLOCK_SIZE)
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.card import Check
 from bench.gpu_shapes import (
     CONFIG_DENSE,
     CONFIG_TINY,
@@ -15,7 +14,8 @@ from bench.gpu_shapes import (
     build_engine,
     random_prompts,
 )
-from cluster.kernels import TorchKernels
+from bench.lib.card import Check
+from cluster.kernels.interface import TorchKernels
 from cluster.spec import ModelSpec
 from engine.batch import Batch
 from engine.core import EngineCore

@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 
-from bench.card import report, table
-from bench.drive import drive
 from bench.gpu_check import check_correctness
 from bench.gpu_shapes import (
     CONFIG_26B,
@@ -29,7 +27,9 @@ from bench.gpu_shapes import (
     build_engine,
     random_prompts,
 )
-from bench.timing import Timing
+from bench.lib.card import report, table
+from bench.lib.drive import drive
+from bench.lib.timing import Timing
 from cluster.spec import AttentionKind, ModelSpec
 
 PROMPT_LEN, NUM_TOKENS = 128, 64
@@ -176,7 +176,7 @@ def _transformers(target: Target, args: argparse.Namespace) -> tuple[dict[int, T
     try:
         from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
-        from bench.peers import generate_timed, try_experts
+        from bench.lib.peers import generate_timed, try_experts
     except ImportError as error:
         return {}, f"not installed ({error})"
     default = torch.get_default_dtype()

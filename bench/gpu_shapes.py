@@ -20,10 +20,10 @@ except ImportError:  # a bare machine: no file is read here, so an empty stand-i
 from cluster.checkpoint import Checkpoint
 from cluster.placement import ExpertGroups
 from cluster.spec import AttentionKind, ModelSpec
+from engine.cache.kv_cache import KVCacheConfig
 from engine.core import EngineCore
-from engine.kv_cache import KVCacheConfig
 from engine.limits import SpecLimits
-from engine.model import GemmaDecoder
+from engine.model.model import GemmaDecoder
 from engine.runner import ModelRunner
 from experts.local import LocalExperts
 

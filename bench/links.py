@@ -3,7 +3,7 @@
 `python -m bench.links` starts echo processes and sends them what an expert call carries: 5.6 KB
 (one token's hidden state of the 26B in bf16), 45 KB (eight) and 1.4 MB (a prefill chunk of 256),
 the same each way; to one peer, and to two at once. A wait spins where a link's own waits do
-(`cluster/spinning.py`); gRPC's don't.
+(`cluster/links/spin.py`); gRPC's don't.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from bench.card import Check, pin, report, table
+from bench.lib.card import Check, pin, report, table
 from cluster.errors import LinkError
-from cluster.links import Endpoint, Link, Listener, connect
+from cluster.links.connect import Endpoint, Link, Listener, connect
 
 SIZES = {"5.6 KB": 5632, "45 KB": 8 * 5632, "1.4 MB": 256 * 5632}
 OURS = ("shm", "unix", "tcp")

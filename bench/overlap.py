@@ -1,8 +1,8 @@
 """What hides the network: the dense MLP, and two micro-batches. `python -m bench.overlap`.
 
-One decoder here and one expert host in a process of its own (`bench/injected_host.py`), each with a
-thread and a core. The host answers at once; delayed, some time after the call came; or paced, a
-fixed time for each row, one call at a time.
+One decoder here and one expert host in a process of its own (`bench/lib/injected_host.py`), each
+with a thread and a core. The host answers at once; delayed, some time after the call came; or
+paced, a fixed time for each row, one call at a time.
 
 Each step goes to another way of computing it, in turn:
 serial      ask the host, wait, then the dense MLP
@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.card import Check, pin, report, table
-from bench.injected_host import injected_router
-from bench.models import BenchModel, load_models, random_prompts
-from bench.ours import bench_config
+from bench.lib.card import Check, pin, report, table
+from bench.lib.injected_host import injected_router
+from bench.lib.models import BenchModel, load_models, random_prompts
+from bench.lib.ours import bench_config
 from cluster.config import Config
 from deployments.loading import Source, load_engine
 from engine.request import SamplingParams

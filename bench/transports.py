@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.card import pin, report, table
+from bench.lib.card import pin, report, table
 
 NUM_BYTES = 5632  # one token's hidden state of the 26B in bf16
 TIMEOUT_S = 60.0

@@ -8,9 +8,9 @@ from ray import serve
 
 from cluster.config import Config
 from cluster.spec import ModelSpec
-from deployments.decoder import DecoderReplica
-from deployments.experts import ExpertHostReplica
-from deployments.gateway_replica import GatewayReplica
+from deployments.decoder.replica import DecoderReplica
+from deployments.expert_host.replica import ExpertHostReplica
+from deployments.gateway.replica import GatewayReplica
 from deployments.layout import decoder_gpus, host_gpus, place_experts
 
 HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 5.0}

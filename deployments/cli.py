@@ -177,9 +177,9 @@ def demo(config: Config, args: argparse.Namespace) -> int:
 
 def verify(config: Config, args: argparse.Namespace) -> int:
     """Hold warm answers, from memory and from Redis, to cold ones; needs no running cluster."""
-    from deployments.commands import verify as verification
     from deployments.commands.cards import StartDisplay
-    from deployments.commands.verify_card import print_report
+    from deployments.verify import verify as verification
+    from deployments.verify.card import print_report
 
     config = replace(config, batch_invariant=args.batch_invariant)
     with StartDisplay(console) as display:

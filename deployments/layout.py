@@ -7,7 +7,7 @@ import os
 
 from cluster.config import Config
 from cluster.errors import ConfigError
-from cluster.links import AUTO
+from cluster.links.connect import AUTO
 from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import ModelSpec
 

@@ -12,24 +12,24 @@ import torch
 from cluster.checkpoint import Checkpoint, resolve_model
 from cluster.config import Config
 from cluster.errors import ConfigError, NotEnoughMemory, Unavailable
-from cluster.kernel_choice import kernels_name
+from cluster.kernels.choose import kernels_name
 from cluster.spec import ModelSpec
 from deployments.layout import expert_groups
-from engine.block_hash import BlockHasher
-from engine.block_store import BlockStore
+from engine.cache.block_hash import BlockHasher
+from engine.cache.block_store import BlockStore
+from engine.cache.kv_cache import KVCacheConfig
+from engine.cache.kv_sizing import kv_bytes_per_block, longest_context, size_kv_cache
 from engine.core import EngineCore
-from engine.decoder_layer import Experts
-from engine.fair_share import FairShare
-from engine.kv_cache import KVCacheConfig
-from engine.kv_sizing import kv_bytes_per_block, longest_context, size_kv_cache
 from engine.limits import SpecLimits
-from engine.load_shedding import LoadShedding
-from engine.model import GemmaDecoder
+from engine.model.decoder_layer import Experts
+from engine.model.model import GemmaDecoder
 from engine.prefill_meter import PrefillMeter
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
-from engine.token_costs import TokenCosts
-from engine.tokenizer import Tokenizer
+from engine.scheduling.fair_share import FairShare
+from engine.scheduling.load_shedding import LoadShedding
+from engine.scheduling.token_costs import TokenCosts
+from engine.text.tokenizer import Tokenizer
 from experts.local import LocalExperts
 
 logger = logging.getLogger(__name__)

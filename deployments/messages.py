@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.kv_store import StoreStatus
 from cluster.placement import ExpertGroups
+from cluster.store.kv_store import StoreStatus
 from engine.outputs import EngineStats, RequestOutput
 from engine.request import FinishReason, SamplingParams
 from engine.sampler import TokenLogprobs
@@ -21,6 +21,10 @@ from protos.briolette.v1.inference_pb2 import (
     Usage,
 )
 from protos.briolette.v1.stream_pb2 import Failure, Output
+
+GATEWAY_HELLO = b"briolette gateway"  # with which a gateway greets the decoder
+DECODER_WELCOME = b"briolette decoder"
+SEND_DEADLINE_S = 2.0  # a gateway or decoder that takes nothing for so long is treated as gone
 
 FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Set
 from typing import NamedTuple
 
-from engine.dialect import NO_DIALECT, AnswerStream, Parts
-from engine.grammar import Grammars
 from engine.request import FinishReason, Request, SamplingParams
-from engine.tokenizer import Tokenizer
+from engine.text.dialect import NO_DIALECT, AnswerStream, Parts
+from engine.text.grammar import Grammars
+from engine.text.tokenizer import Tokenizer
 
 
 class End(NamedTuple):

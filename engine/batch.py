@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cluster.spec import AttentionKind
-from engine.kv_cache import KVCache
-from engine.scheduler_output import SchedulerOutput
+from engine.cache.kv_cache import KVCache
+from engine.scheduling.scheduler_output import SchedulerOutput
 from engine.spans import Overlay, overlays
 
 

@@ -16,21 +16,21 @@ from torch import Tensor
 from cluster.errors import BrioletteError, DeadlineExceeded, InvalidRequest
 from engine.answer_streams import AnswerStreams
 from engine.batch import Batch, build_batch
-from engine.block_hash import BlockHasher
-from engine.block_store import BlockStore
-from engine.dialect import Parts
-from engine.kv_cache import KVCache, KVCacheConfig
+from engine.cache.block_hash import BlockHasher
+from engine.cache.block_store import BlockStore
+from engine.cache.kv_cache import KVCache, KVCacheConfig
 from engine.limits import RequestLimits, SpecLimits
-from engine.load_shedding import LoadShedding
 from engine.outputs import EngineStats, RequestOutput, output_of
-from engine.policy import Policy
 from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler, SamplerOutput, TokenLogprobs
-from engine.scheduler import Scheduler
-from engine.scheduler_output import SchedulerOutput
+from engine.scheduling.load_shedding import LoadShedding
+from engine.scheduling.policy import Policy
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.scheduler_output import SchedulerOutput
 from engine.spans import Span
-from engine.tokenizer import Tokenizer
+from engine.text.dialect import Parts
+from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

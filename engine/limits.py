@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.spec import ModelSpec
-from engine.kv_cache import KVCache
+from engine.cache.kv_cache import KVCache
 from engine.spans import Span, check_spans, longest_step
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from cluster.errors import BrioletteError
 from cluster.spec import AttentionKind
-from engine.dialect import Parts
-from engine.policy import TenantShare
 from engine.request import FinishReason, Request
 from engine.sampler import TokenLogprobs
-from engine.starting import PrefixUse
-from engine.tool_calls import CallPiece
+from engine.scheduling.policy import TenantShare
+from engine.scheduling.starting import PrefixUse
+from engine.text.dialect import Parts
+from engine.text.tool_calls import CallPiece
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest
-from engine.grammar import Grammar, GrammarKind, Guide
 from engine.spans import Span
+from engine.text.grammar import Grammar, GrammarKind, Guide
 
 Owner = tuple[str, str] | None  # tenant and session; None: no session
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from cluster.errors import NotEnoughMemory
 from cluster.spec import AttentionKind, LayerSpec, ModelSpec
-from engine.attention import KVTensors
+from engine.attention.interface import KVTensors
 from engine.batch import Batch
-from engine.decoder_layer import Experts, Forward
-from engine.kv_cache import KVCacheConfig
-from engine.model import GemmaDecoder
+from engine.cache.kv_cache import KVCacheConfig
+from engine.model.decoder_layer import Experts, Forward
+from engine.model.model import GemmaDecoder
 
 
 class ModelRunner:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.errors import InvalidRequest
-from engine.grammar import Guide
 from engine.request import Request, SamplingParams
+from engine.text.grammar import Guide
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float64]

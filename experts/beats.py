@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from cluster.errors import LinkError
-from cluster.links import Link
+from cluster.links.connect import Link
 from experts import wire
 
 SEND_S = 10.0  # for a router to take a beat

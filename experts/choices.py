@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cluster.native_build import declare, native_library
+from cluster.kernels.build import declare, native_library
 from cluster.placement import ExpertGroups
 from experts.kernels import Slots, sum_partials
 

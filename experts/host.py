@@ -13,7 +13,7 @@ import torch
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LinkError
-from cluster.links import AUTO, Endpoint, Link, Listener
+from cluster.links.connect import AUTO, Endpoint, Link, Listener
 from cluster.placement import ExpertPlacement
 from cluster.spec import ModelSpec
 from experts import wire

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.kernels import InvariantKernels, Kernels, PackedWeight, Weight
-from cluster.native import NativeKernels
+from cluster.kernels.interface import InvariantKernels, Kernels, PackedWeight, Weight
+from cluster.kernels.native import NativeKernels
 
 
 @dataclass(frozen=True, slots=True)

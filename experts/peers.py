@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import LinkError
-from cluster.links import Endpoint, Link, LinkTimeout, connect
+from cluster.links.connect import Endpoint, Link, LinkTimeout, connect
 from cluster.placement import ExpertPlacement
 from experts import wire
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import LinkError, Unavailable
-from cluster.links import AUTO, Endpoint, Link
+from cluster.links.connect import AUTO, Endpoint, Link
 from cluster.placement import ExpertPlacement
 from cluster.spec import ModelSpec
 from experts import wire

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import NotEnoughMemory
-from cluster.invariant import check_invariance
-from cluster.kernel_choice import kernels_for
+from cluster.kernels.choose import kernels_for
+from cluster.kernels.invariant import check_invariance
 from cluster.placement import ExpertGroups
 from cluster.spec import ModelSpec
 from experts.kernels import LayerExperts, Slots

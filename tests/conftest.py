@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.native import native_kernels
-from cluster.native_build import native_library
+from cluster.kernels.build import native_library
+from cluster.kernels.native import native_kernels
 
 os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: tests need no GPU
 

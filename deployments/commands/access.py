@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cluster.config import Config, is_loopback
 from cluster.errors import ConfigError, Unavailable
-from deployments.local_access import local_target, read_local_key
+from deployments.process.local_access import local_target, read_local_key
 from deployments.start.lifecycle import find_running
 
 if TYPE_CHECKING:

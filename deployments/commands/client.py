@@ -24,7 +24,7 @@ from cluster.errors import (
     UnknownModel,
     UnknownSession,
 )
-from cluster.tenants import TenantExists, UnknownTenant
+from cluster.tenants.directory import TenantExists, UnknownTenant
 from deployments.commands.access import KEY_VARIABLE, Access
 from protos.briolette.v1.admin_pb2 import (
     ClusterStatus,

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.config_values import parse_bytes
 from cluster.errors import InvalidRequest
-from cluster.tenancy import LEAST_KV_BYTES, MOST_COUNT, MOST_KV_BYTES, MOST_WEIGHT
+from cluster.tenants.tenancy import LEAST_KV_BYTES, MOST_COUNT, MOST_KV_BYTES, MOST_WEIGHT
 
 ACTIONS = ("list", "create", "rotate", "set", "disable", "enable", "delete")
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}

@@ -12,8 +12,8 @@ import psutil
 from cluster.config import Config
 from cluster.errors import ConfigError, NotEnoughMemory, PortTaken
 from cluster.spec import ModelSpec
-from deployments.local_access import local_socket
-from deployments.tls import server_context
+from deployments.gateway.tls import server_context
+from deployments.process.local_access import local_socket
 
 PROCESS_BYTES = 350 << 20  # of a Python process with torch loaded
 NUM_PROCESSES = 3  # the gateway, the decoder, and all of Ray's own as one
@@ -81,7 +81,7 @@ def memory_needed(config: Config, spec: ModelSpec, model_dir: Path) -> dict[str,
     import torch
 
     from cluster.checkpoint import Checkpoint
-    from engine.weights import decoder_bytes
+    from engine.model.weights import decoder_bytes
 
     checkpoint = Checkpoint(model_dir)
     is_on_cpu = config.device == "cpu" or config.ray.num_gpus == 0 or not torch.cuda.is_available()

@@ -25,9 +25,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import Config
 from cluster.errors import BrioletteError, Unavailable
-from deployments.kv.store import store_server
-from deployments.local_access import local_target
-from deployments.priority import give_way
+from deployments.process.local_access import local_target
+from deployments.process.priority import give_way
+from deployments.process.report import StartReport, clear_reports, log_to, read_reports
+from deployments.redis_store import store_server
 from deployments.start.lifecycle import Running, holding
 from deployments.start.preflight import check
 from deployments.start.ray_cluster import (
@@ -37,7 +38,6 @@ from deployments.start.ray_cluster import (
     ray_cluster,
     run_app,
 )
-from deployments.start.report import StartReport, clear_reports, log_to, read_reports
 
 POLL_S = 0.1
 

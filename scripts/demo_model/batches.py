@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from demo_model.conversations import conversation, skill_conversation
-from demo_model.curriculum import Stage, stage_at
-from demo_model.facts import fact_turns
-from demo_model.turns import Turn
+from demo_model.lessons.conversations import conversation, skill_conversation
+from demo_model.lessons.curriculum import Stage, stage_at
+from demo_model.lessons.facts import fact_turns
+from demo_model.lessons.turns import Turn
 
 TOKENS_PER_STEP = 4096
 

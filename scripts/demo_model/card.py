@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, Gemma4ForCausalLM
 
 from demo_model.batches import TOKENS_PER_STEP, Batches
-from demo_model.curriculum import CURRICULUM
 from demo_model.export import write_atomically
-from demo_model.facts import FACTS
-from demo_model.long_recall import long_recall_scores
+from demo_model.lessons.curriculum import CURRICULUM
+from demo_model.lessons.facts import FACTS
+from demo_model.lessons.long_recall import long_recall_scores
 from demo_model.scores import Score, measure_load, num_right, test_sets
 from demo_model.shape import CONFIG, NUM_EXPERTS, WINDOW
 

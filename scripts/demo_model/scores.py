@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import Gemma4ForCausalLM
 
 from demo_model.batches import Batches
-from demo_model.facts import fact_turns
-from demo_model.recall import recall_test
+from demo_model.lessons.facts import fact_turns
+from demo_model.lessons.recall import recall_test
+from demo_model.lessons.sums import sum_turn, sum_turns_held_out_both_ways
+from demo_model.lessons.turns import Counter, Turn
 from demo_model.router_watch import RouterWatch
 from demo_model.shape import WINDOW
-from demo_model.sums import sum_turn, sum_turns_held_out_both_ways
 from demo_model.tokenizer import PAD
-from demo_model.turns import Counter, Turn
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from demo_model.facts import fact_turns
-from demo_model.recall import FILLER, NAMES, make_pair
-from demo_model.sums import sum_turn
+from demo_model.lessons.facts import fact_turns
+from demo_model.lessons.recall import FILLER, NAMES, make_pair
+from demo_model.lessons.sums import sum_turn
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>")
 PAD, EOS, BOS, UNK, TURN, TURN_END = range(6)

@@ -1,0 +1,1 @@
+"""Benchmarks of remembered contexts: `python -m bench.memory`."""

@@ -1,0 +1,1 @@
+"""Benchmarks of a shared cluster: `python -m bench.team`."""

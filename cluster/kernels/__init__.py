@@ -1,0 +1,1 @@
+"""Arithmetic on a device: PyTorch's operations, or native kernels on a CPU."""

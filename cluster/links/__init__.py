@@ -1,0 +1,1 @@
+"""Links between processes: whole messages over shared memory or sockets."""

@@ -1,0 +1,1 @@
+"""Redis, and the store that keeps long contexts in it."""

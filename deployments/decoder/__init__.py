@@ -1,0 +1,1 @@
+"""The decoder process: the step loop, its gateways and its expert hosts."""

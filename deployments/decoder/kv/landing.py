@@ -1,0 +1,58 @@
+"""Copies of blocks on their way from the KV tensors to the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import torch
+from torch import Tensor
+
+from cluster.store.kv_store import KVStore
+from deployments.decoder.kv.copies import as_bytes
+
+
+class Landing:
+    """Gives values to the store once their bytes are in plain memory: on a CPU at once, from a
+    card in a thread that waits for the copy.
+    """
+
+    def __init__(self, store: KVStore, device: torch.device) -> None:
+        self._store = store
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, "kv-landing")
+        self._last: Future[None] | None = None
+
+    def put(self, tenant: str, keys: Sequence[bytes], values: Sequence[Tensor]) -> None:
+        """Values that nobody will change, last touched by what the stream does now."""
+        if self._device.type == "cpu":
+            self._put(tenant, keys, values)
+            return
+        landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        landed.record(torch.cuda.current_stream(self._device))
+        self._last = self._thread.submit(self._put_later, landed, tenant, keys, values)
+
+    def remove(self, tenant: str, keys: Sequence[bytes]) -> None:
+        """Values that are to go, those put before too."""
+        if self._device.type == "cpu":
+            self._store.remove(tenant, keys)
+        else:
+            self._last = self._thread.submit(self._store.remove, tenant, keys)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the store has all that was put; whether that came in time."""
+        return self._last is None or not wait([self._last], timeout_s).not_done
+
+    def close(self) -> None:
+        """Give up what still waits."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _put_later(
+        self, landed: torch.cuda.Event, tenant: str, keys: Sequence[bytes], values: Sequence[Tensor]
+    ) -> None:
+        landed.synchronize()
+        self._put(tenant, keys, values)
+
+    def _put(self, tenant: str, keys: Sequence[bytes], values: Sequence[Tensor]) -> None:
+        for key, value in zip(keys, values, strict=True):
+            self._store.put(tenant, key, [as_bytes(value)])

@@ -1,0 +1,161 @@
+"""The decoder's end of its links to the gateways.
+
+One message per step carries what every stream of a gateway has new; requests and aborts come the
+other way. Each link reads and writes in threads of its own, so the step loop never waits for a
+gateway. The other end is `deployments/gateway/decoder_link.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from google.protobuf.message import DecodeError
+
+from cluster.errors import LinkError
+from cluster.links.connect import Link, Listener
+from deployments.messages import DECODER_WELCOME, GATEWAY_HELLO, SEND_DEADLINE_S
+from protos.briolette.v1.stream_pb2 import FromDecoder, ToDecoder
+
+MAX_OUTBOX = 1024  # messages that wait for a gateway: far more than come in SEND_DEADLINE_S
+
+log = logging.getLogger(__name__)
+
+
+def verify_gateway(hello: bytes) -> bytes:
+    """For the Listener: the handshake has proved that the peer knows the cluster's secret."""
+    if hello != GATEWAY_HELLO:
+        raise LinkError("Only gateways link to the decoder here.")
+    return DECODER_WELCOME
+
+
+class _GatewayLink:
+    """One gateway as the decoder sends to it."""
+
+    def __init__(self, gateway_id: int, link: Link) -> None:
+        self.link = link
+        self._gateway_id = gateway_id
+        self._outbox: queue.Queue[FromDecoder | None] = queue.Queue(MAX_OUTBOX)
+        name = f"gateway {gateway_id} writer"
+        self._writer = threading.Thread(target=self._write, name=name, daemon=True)
+        self._writer.start()
+
+    def send(self, message: FromDecoder) -> None:
+        """Send without waiting; the link of a gateway that takes nothing is closed."""
+        try:
+            self._outbox.put_nowait(message)
+        except queue.Full:
+            self._give_up("its messages pile up")
+
+    def finish(self) -> None:
+        """Close, once what waits has been sent, if the gateway takes it."""
+        with suppress(queue.Full):
+            self._outbox.put_nowait(None)
+            self._writer.join(SEND_DEADLINE_S)
+        self.close()
+
+    def close(self) -> None:
+        """Its reader sees that and reports the loss."""
+        self.link.close()
+        with suppress(queue.Full):  # then the writer is busy, and fails on the closed link
+            self._outbox.put_nowait(None)
+
+    def _write(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            try:
+                self.link.send([message.SerializeToString()], SEND_DEADLINE_S)
+            except LinkError as error:
+                self._give_up(str(error))
+                return
+
+    def _give_up(self, reason: str) -> None:
+        log.warning("Gateway %d takes no messages: %s", self._gateway_id, reason)
+        self.link.close()
+
+
+class GatewayLinks:
+    """The decoder's end: accepts gateways, hands on what they say, sends them what is new.
+
+    `on_message(gateway_id, message)` and `on_lost(gateway_id)` run in reader threads; `greeting()`
+    gives the first message to a new gateway.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        greeting: Callable[[], FromDecoder],
+        on_message: Callable[[int, ToDecoder], None],
+        on_lost: Callable[[int], None],
+    ) -> None:
+        self._listener = listener
+        self._greeting = greeting
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._links: dict[int, _GatewayLink] = {}
+        self._lock = threading.Lock()
+        self._is_closed = False
+        threading.Thread(target=self._accept, name="gateways", daemon=True).start()
+
+    def send(self, gateway_id: int, message: FromDecoder) -> None:
+        """Send to one gateway without waiting. Unknown ids are no error."""
+        with self._lock:
+            link = self._links.get(gateway_id)
+        if link is not None:
+            link.send(message)
+
+    def broadcast(self, message: FromDecoder) -> None:
+        """Send to every gateway."""
+        with self._lock:
+            links = list(self._links.values())
+        for link in links:
+            link.send(message)
+
+    def close(self) -> None:
+        """Hang up, once the gateways have what was sent to them."""
+        with self._lock:
+            self._is_closed = True
+            links = list(self._links.values())
+        self._listener.close()
+        for link in links:
+            link.finish()
+
+    def _accept(self) -> None:
+        gateway_id = 0
+        while not self._is_closed:
+            try:
+                sock = self._listener.accept_socket()
+            except LinkError:
+                return  # the listener is closed
+            gateway_id += 1
+            name = f"gateway {gateway_id}"
+            threading.Thread(
+                target=self._serve, args=(gateway_id, sock), name=name, daemon=True
+            ).start()
+
+    def _serve(self, gateway_id: int, sock: socket.socket) -> None:
+        try:
+            link = self._listener.welcome(sock)
+        except LinkError as error:
+            log.warning("Refused a gateway: %s", error)
+            return
+        with self._lock:
+            if self._is_closed:
+                link.close()
+                return
+            gateway = self._links[gateway_id] = _GatewayLink(gateway_id, link)
+            gateway.send(self._greeting())
+        try:
+            while True:
+                self._on_message(gateway_id, ToDecoder.FromString(bytes(link.recv())))
+        except (LinkError, DecodeError) as error:
+            if not self._is_closed:
+                log.warning("Lost gateway %d: %s", gateway_id, error)
+        finally:
+            with self._lock:
+                del self._links[gateway_id]
+            gateway.close()
+            self._on_lost(gateway_id)

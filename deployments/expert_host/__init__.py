@@ -1,0 +1,1 @@
+"""An expert host process: a Serve replica that holds groups of experts."""

@@ -1,0 +1,25 @@
+"""Who a gateway lets in, as the configuration wants it."""
+
+from __future__ import annotations
+
+import time
+
+from cluster.config import Config
+from cluster.files import write_private
+from cluster.tenants.admission import KeyAdmission
+from cluster.tenants.directory import Tenants
+from cluster.tenants.keys import new_key
+from cluster.tenants.tenancy import Admission, OpenAdmission
+from deployments.process.local_access import local_key_file, prepare_folder
+from deployments.redis_store import store_address
+
+
+def open_admission(config: Config) -> Admission:
+    """Who is let in; with keys, the operator's own is left in the state directory. Asks Redis."""
+    prepare_folder(config.state_dir)
+    address = store_address(config)
+    if config.gateway.auth == "open" or address is None:
+        return OpenAdmission()
+    key, kept = new_key(time.time())
+    write_private(local_key_file(config.state_dir), key)
+    return KeyAdmission(Tenants(address), config.state_dir / "tenants.json", kept)

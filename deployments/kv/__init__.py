@@ -1,1 +1,0 @@
-"""The slower tier of KV blocks: between the engine's pools and the store in Redis."""

@@ -1,0 +1,1 @@
+"""What every process of a cluster does: progress reports, priority, local access."""

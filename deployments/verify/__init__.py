@@ -1,0 +1,1 @@
+"""`briolette verify`: proof that warm answers equal cold ones."""

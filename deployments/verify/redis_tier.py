@@ -1,0 +1,108 @@
+"""Where a verification keeps its blocks in Redis: in a tenant of its own, deleted at the end."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from cluster.config import Config, StoreConfig
+from cluster.errors import Unavailable
+from cluster.metrics import Metrics
+from cluster.store.kv_store import KVStore
+from cluster.store.redis import REDIS_ERRORS, RedisAddress
+from cluster.store.redis_server import RedisServer
+from cluster.store.scripts import tenant_prefix
+from deployments.decoder.kv.block_store import KVBlockStore, kv_tensors
+from deployments.loading import Source, fingerprint
+from deployments.redis_store import problem_of
+from engine.cache.block_store import BlockStore
+from engine.runner import ModelRunner
+
+log = logging.getLogger(__name__)
+
+LONGEST_S = 3600.0  # after which Redis forgets what a verification that was killed left there
+FLUSH_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class RedisTier:
+    """The tier of `deployments/verify/verify.py`, in a server that answers."""
+
+    address: RedisAddress
+    config: Config
+    source: Source
+    tenant: str
+
+    @contextmanager
+    def connect(self, runner: ModelRunner) -> Iterator[BlockStore]:
+        """Raises Unavailable when what was saved isn't written in time."""
+        store = KVBlockStore(
+            kv_tensors(runner),
+            self.config.engine.block_size,
+            self.source.spec.sliding_window,
+            fingerprint(self.config, self.source),
+            self._store,
+        )
+        try:
+            yield store
+            if not store.flush(FLUSH_S):
+                raise Unavailable(f"Redis at {self.address} wrote too little in {FLUSH_S:.0f} s.")
+        finally:
+            store.close()
+
+    def _store(self, whole: bytes) -> KVStore:
+        metrics = Metrics(CollectorRegistry())  # nobody reads them
+        return KVStore(self.address, whole, "verify", metrics, self._settings)
+
+    @property
+    def _settings(self) -> StoreConfig:
+        """As configured, but that nothing is dropped that can wait, and nothing stays for long."""
+        store = self.config.store
+        return replace(store, queue_bytes=store.tenant_bytes, ttl_s=min(store.ttl_s, LONGEST_S))
+
+
+@contextmanager
+def redis_tier(config: Config, source: Source) -> Iterator[RedisTier]:
+    """The configured server, or one of its own where none is configured, in a temporary directory.
+
+    Raises Unavailable when it doesn't answer.
+    """
+    with _server(config.store) as address:
+        tier = RedisTier(address, config, source, f"briolette-verify-{secrets.token_hex(4)}")
+        try:
+            yield tier
+        finally:
+            _delete(address, tier.tenant)
+
+
+@contextmanager
+def _server(store: StoreConfig) -> Iterator[RedisAddress]:
+    if store.url is None:
+        with (
+            tempfile.TemporaryDirectory(prefix="briolette-verify-") as directory,
+            RedisServer(Path(directory), store.max_bytes) as server,
+        ):
+            yield server.address
+    else:
+        address = RedisAddress(store.url, store.password_file, store.ca_file, store.timeout_s)
+        if (problem := problem_of(address)) is not None:
+            raise Unavailable(problem)
+        yield address
+
+
+def _delete(address: RedisAddress, tenant: str) -> None:
+    """All that the tenant has; what can't be deleted now expires."""
+    try:
+        client = address.client()
+        for name in client.scan_iter(match=tenant_prefix(tenant) + b"*", count=1000):
+            client.delete(name)
+        client.close()
+    except REDIS_ERRORS as error:
+        log.warning("What %s left in Redis goes in an hour: %s", tenant, error)

@@ -1,0 +1,1 @@
+"""Tests of the description, links, store, tenants and kernels."""

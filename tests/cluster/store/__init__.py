@@ -1,0 +1,1 @@
+"""Tests of Redis and the KV store, against real servers."""

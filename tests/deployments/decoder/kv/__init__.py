@@ -1,0 +1,1 @@
+"""Tests of the KV blocks that the decoder keeps in Redis."""

@@ -1,0 +1,201 @@
+"""Requests whose format is still to be compiled: who waits for it, and who doesn't."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import grpc
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.errors import InvalidRequest, Overloaded
+from deployments.decoder.formats import Arrival, FormatQueue
+from engine.batch import Batch
+from engine.request import SamplingParams
+from protos.briolette.v1.inference_pb2 import Sampling
+from protos.briolette.v1.inference_pb2_grpc import InferenceStub
+from protos.briolette.v1.stream_pb2 import Add, ToDecoder
+from tests.deployments.gateway.test_gateway import (
+    Decoder,
+    complete,
+    failure,
+    running_gateway,
+    serving,
+    wait_for,
+)
+from tests.support.engine.gemma_chat import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+
+
+class SlowCompiler:
+    """Compiles one after the other, each when it is told to."""
+
+    def __init__(self) -> None:
+        self.begun: list[str | None] = []
+        self.compiled: list[str | None] = []
+        self.may_end = threading.Semaphore(0)
+
+    def compile(self, sampling: SamplingParams) -> None:
+        self.begun.append(sampling.regex)
+        assert self.may_end.acquire(timeout=10)
+        self.compiled.append(sampling.regex)
+        if sampling.regex == "wrong":
+            raise InvalidRequest("This is told when it is taken in.")
+
+    def is_compiled(self, sampling: SamplingParams) -> bool:
+        return sampling.regex in self.compiled
+
+
+class Waiting(SimpleNamespace):
+    compiler: SlowCompiler
+    formats: FormatQueue
+    ready: list[Arrival]
+
+
+@pytest.fixture
+def waiting() -> Iterator[Waiting]:
+    compiler, ready = SlowCompiler(), list[Arrival]()
+    formats = FormatQueue(compiler, ready.append)
+    formats.start()
+    yield Waiting(compiler=compiler, formats=formats, ready=ready)
+    formats.close()
+    compiler.may_end.release(100)
+    wait_for(lambda: not formats.is_alive)
+
+
+def arrival(regex: str | None, *request_ids: str, tenant: str = "ann", gateway: int = 0) -> Arrival:
+    sampling = Sampling() if regex is None else Sampling(regex=regex)
+    adds = [Add(request_id=rid, tenant=tenant, sampling=sampling) for rid in request_ids]
+    return Arrival(gateway, ToDecoder(adds=adds))
+
+
+def taken_in(ready: list[Arrival]) -> list[str]:
+    return [
+        add.request_id
+        for arrived in ready
+        for add in arrived.message.adds
+        if add.request_id not in arrived.dropped
+    ]
+
+
+def test_only_formats_that_are_not_compiled_wait(waiting: Waiting) -> None:
+    assert not waiting.formats.hold(arrival(None, "plain"))
+    assert not waiting.formats.hold(Arrival(0, ToDecoder(aborts=["x"])))
+    assert waiting.formats.hold(arrival("a", "1"))
+    waiting.compiler.may_end.release()
+    wait_for(lambda: taken_in(waiting.ready) == ["1"])
+    assert not waiting.formats.hold(arrival("a", "2"))
+
+
+def test_tenants_take_turns(waiting: Waiting) -> None:
+    for i in range(3):
+        waiting.formats.hold(arrival(f"a{i}", f"ann {i}"))
+    waiting.formats.hold(arrival("b", "bob", tenant="bob"))
+    waiting.compiler.may_end.release(4)
+    wait_for(lambda: len(waiting.ready) == 4)
+    assert taken_in(waiting.ready).index("bob") <= 2
+
+
+def test_a_wrong_format_is_taken_in_to_be_refused(waiting: Waiting) -> None:
+    waiting.formats.hold(arrival("wrong", "1"))
+    waiting.formats.hold(arrival("a", "2"))
+    waiting.compiler.may_end.release(2)
+    wait_for(lambda: taken_in(waiting.ready) == ["1", "2"])
+
+
+def test_a_format_that_cannot_be_looked_at_is_taken_in_to_be_refused(
+    waiting: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the thread that reads from a gateway goes on."""
+    monkeypatch.setattr(waiting.compiler, "is_compiled", None)
+    assert not waiting.formats.hold(arrival("a", "1"))
+
+
+def test_what_is_dropped_is_neither_compiled_nor_taken_in(waiting: Waiting) -> None:
+    waiting.formats.hold(arrival("a", "1"))
+    waiting.formats.hold(arrival("b", "2", "3"))
+    waiting.formats.hold(arrival("c", "4", gateway=7))
+    wait_for(lambda: waiting.compiler.begun == ["a"])
+    waiting.formats.drop(["1", "2", "other"])
+    waiting.formats.drop_gateway(7)
+    waiting.compiler.may_end.release(3)
+    wait_for(lambda: len(waiting.ready) == 3)
+    assert taken_in(waiting.ready) == ["3"]
+    assert waiting.compiler.begun == ["a", "b"]  # for 3, which has come with 2
+
+
+def test_a_tenant_may_not_have_endless_formats_wait(
+    waiting: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.decoder.formats.MAX_WAITING", 2)
+    waiting.formats.hold(arrival("a", "1"))
+    wait_for(lambda: waiting.compiler.begun == ["a"])
+    waiting.formats.hold(arrival("b", "2"))
+    waiting.formats.hold(arrival("c", "3"))
+    with pytest.raises(Overloaded, match="2 of your calls"):
+        waiting.formats.hold(arrival("d", "4"))
+    assert waiting.formats.hold(arrival("d", "5", tenant="bob"))
+
+
+# In a decoder
+
+
+class AlwaysA:
+    """A model that knows one letter."""
+
+    def execute(self, batch: Batch) -> Tensor:
+        ids = TOKENIZER.encode_plain("a") * len(batch.logits_indices)
+        return torch.nn.functional.one_hot(torch.tensor(ids), TOKENIZER.vocab_size).float() * 50
+
+
+def test_adds_and_aborts_do_not_wait_for_a_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a step, nor a deadline."""
+    decoder = Decoder(TOKENIZER, runner=AlwaysA())
+    may_end, compile_now = threading.Event(), decoder.engine.compile
+
+    def compile_later(sampling: SamplingParams) -> None:
+        assert may_end.wait(10)
+        compile_now(sampling)
+
+    monkeypatch.setattr(decoder.engine, "compile", compile_later)
+    with (
+        running_gateway(TOKENIZER, decoder.find) as gateway,
+        grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel,
+    ):
+        wait_for(lambda: serving(gateway))
+        stub = InferenceStub(channel)
+        slow = stub.CompleteOnce.future(complete(regex="a{3}"))
+        given_up = stub.CompleteOnce.future(complete(regex="a{4}"))
+        late = failure(lambda: stub.CompleteOnce(complete(regex="a{5}"), timeout=0.3))
+        assert late[0] == "DEADLINE_EXCEEDED"
+        given_up.cancel()
+        assert stub.CompleteOnce(complete(), timeout=5).text == "a" * 8
+        assert not slow.done()
+        may_end.set()
+        assert slow.result(5).text == "aaa"
+        wait_for(lambda: not decoder.engine.has_work)
+        assert decoder.registry.get_sample_value(
+            "briolette_requests_total", {"model": "counter", "tenant": "default", "reason": "stop"}
+        )
+    decoder.engine.check_integrity()
+    decoder.close()
+
+
+def test_times_count_from_the_arrival() -> None:
+    """Of a request that has waited for its format, too."""
+    times: list[tuple[float, float | None]] = []
+
+    class Engine:
+        def add(self, arrival_s: float, deadline_s: float | None, **_: object) -> None:
+            times.append((arrival_s, deadline_s))
+            raise InvalidRequest("Enough is known.")
+
+    decoder = Decoder(TOKENIZER)
+    decoder.close()
+    decoder.loop._engine = Engine()  # type: ignore[assignment]
+    decoder.loop._take(Arrival(0, ToDecoder(adds=[Add(timeout_s=2.0)]), arrived_s=100.0))
+    assert times == [(100.0, 102.0)]

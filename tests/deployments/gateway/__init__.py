@@ -1,0 +1,1 @@
+"""Tests of the gateway: gRPC, HTTP, OpenAI's dialect, keys."""

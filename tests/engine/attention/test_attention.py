@@ -1,0 +1,113 @@
+"""Paged attention: every backend equals the plain reference, whatever the cache keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.kernels.interface import TorchKernels, rotate
+from cluster.kernels.native import native_kernels
+from cluster.spec import AttentionKind, KVRows, RopeSpec
+from engine.attention import torch_attention
+from engine.attention.interface import Attention, KVTensors, ReferenceAttention
+from engine.attention.invariant_attention import InvariantAttention
+from engine.attention.native_attention import NativeAttention
+from engine.attention.one_row import OneRow
+from engine.attention.rotary import Rotary
+from engine.attention.torch_attention import FastAttention
+from engine.batch import Batch
+
+KIND, BLOCK_SIZE, EPS = AttentionKind.GLOBAL, 4, 1e-6
+KV_ROWS: tuple[KVRows, ...] = ("v", "raw", "split")
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_batch(query_lens: list[int], seq_lens: list[int]) -> Batch:
+    """Requests whose blocks lie about, in a cache of 200."""
+    width = -(-max(seq_lens) // BLOCK_SIZE)
+    order = torch.randperm(199, generator=torch.Generator().manual_seed(1))
+    table = order[: len(seq_lens) * width].view(len(seq_lens), width) + 1
+    spans = zip(query_lens, seq_lens, strict=True)
+    positions = torch.cat([torch.arange(end - num, end) for num, end in spans])
+    unused = torch.empty(0, dtype=torch.int64)
+    return Batch(positions, positions, query_lens, seq_lens, {KIND: table}, {}, unused)
+
+
+def make_kv(batch: Batch, num_kv_heads: int, head_dim: int) -> dict[KVRows, KVTensors]:
+    """The same context three times. Split keys are formed as they are when a token is computed."""
+    raw = draw(200, BLOCK_SIZE, num_kv_heads, head_dim)
+    rotary = Rotary(RopeSpec(1e4, 0.25), head_dim, raw.device, raw.dtype)
+    weight = 1 + 0.1 * draw(head_dim)
+    value = TorchKernels().rms_norm(raw, None, EPS)
+    positions = torch.zeros(200, BLOCK_SIZE, dtype=torch.int64)
+    for blocks in batch.block_tables[KIND]:
+        positions[blocks] = torch.arange(len(blocks) * BLOCK_SIZE).view(-1, BLOCK_SIZE)
+    rotation = rotary(positions.flatten())
+    key = rotate((value * weight).flatten(0, 1), *rotation).view(raw.shape)
+    return {
+        "v": KVTensors(None, value, OneRow(weight, rotary)),
+        "raw": KVTensors(None, raw, OneRow(weight, rotary, EPS)),
+        "split": KVTensors(key, value),
+    }
+
+
+def make_backends(batch: Batch, window: int | None) -> list[Attention]:
+    kernels = native_kernels()
+    assert kernels is not None
+    return [
+        ReferenceAttention(batch, KIND, window, BLOCK_SIZE),
+        FastAttention(batch, KIND, window, BLOCK_SIZE, torch.float32),
+        InvariantAttention(batch, KIND, window, BLOCK_SIZE),
+        NativeAttention(kernels, batch, KIND, window),
+    ]
+
+
+@pytest.mark.parametrize("window", [None, 7, 100])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("head_dim", [8, 144])
+def test_backends_and_rows_agree(window: int | None, num_kv_heads: int, head_dim: int) -> None:
+    batch = make_batch([1, 9, 1, 1, 70], [30, 40, 1, 90, 70])
+    query = draw(batch.num_tokens, 6, head_dim) * head_dim**-0.5
+    kv = make_kv(batch, num_kv_heads, head_dim)
+    expected = ReferenceAttention(batch, KIND, window, BLOCK_SIZE)(query, kv["split"])
+    for attention in make_backends(batch, window):
+        for kv_rows in KV_ROWS:
+            actual = attention(query, kv[kv_rows])
+            assert torch.allclose(actual, expected, atol=1e-5), (attention, kv_rows)
+
+
+def test_a_position_has_the_same_bits_in_a_step_and_in_the_table() -> None:
+    rotary = Rotary(RopeSpec(1e6, 0.25), 64, torch.device("cpu"), torch.float32)
+    positions = torch.tensor([0, 5, 1023, 1024, 2999, 77])
+    in_step = rotary(positions)
+    for num_positions in (10, 3000):  # grows between
+        seen = positions[positions < num_positions]
+        for full, table, still in zip(in_step, rotary.table(num_positions), (1, 0), strict=True):
+            second_half = full[positions < num_positions, 0, 32:]
+            assert torch.equal(second_half[:, :8], table[seen])
+            assert (second_half[:, 8:] == still).all()
+
+
+def test_a_long_context_is_held_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_attention, "PART_KEYS", 16)
+    for query_lens, seq_lens in (([1], [130]), ([1, 9, 1, 70], [130, 40, 3, 90])):
+        batch = make_batch(query_lens, seq_lens)
+        query = draw(batch.num_tokens, 6, 32) * 32**-0.5
+        kv = make_kv(batch, 2, 32)
+        expected = ReferenceAttention(batch, KIND, None, BLOCK_SIZE)(query, kv["split"])
+        fast = FastAttention(batch, KIND, None, BLOCK_SIZE, torch.float32)
+        results = {kv_rows: fast(query, kv[kv_rows]) for kv_rows in KV_ROWS}
+        assert all(torch.allclose(result, expected, atol=1e-5) for result in results.values())
+        assert torch.equal(results["raw"], results["split"])
+
+
+def test_raw_rows_give_the_bits_of_a_split_cache() -> None:
+    batch = make_batch([1, 9, 70], [130, 40, 90])
+    query = draw(batch.num_tokens, 6, 144) * 144**-0.5
+    kv = make_kv(batch, 2, 144)
+    for attention in make_backends(batch, None)[:-1]:
+        assert torch.equal(attention(query, kv["raw"]), attention(query, kv["split"])), attention

@@ -1,0 +1,1 @@
+"""Tests of the experts, their hosts and the router."""

@@ -1,0 +1,1 @@
+"""Tiny models, and stand-ins for the parts of the engine."""

@@ -1,0 +1,1 @@
+"""Tiny experts, and expert hosts in threads and processes."""

@@ -1,0 +1,1 @@
+"""Gateways, servers and clients for tests."""

@@ -1,0 +1,1 @@
+"""Redis servers, and engines that keep their blocks there."""
