@@ -112,9 +112,9 @@ def to_load(stats: EngineStats) -> EngineLoad:
             )
             for kind, used in stats.num_used_blocks.items()
         ],
-        prefix_queries=sum(use.num_queries for use in stats.prefix_use.values()),
-        prefix_hits=sum(use.num_hits for use in stats.prefix_use.values()),
-        cached_tokens=sum(use.num_cached_tokens for use in stats.prefix_use.values()),
+        prefix_queries=sum(use.num_queries for use in stats.prefix_stats.values()),
+        prefix_hits=sum(use.num_hits for use in stats.prefix_stats.values()),
+        cached_tokens=sum(use.num_cached_tokens for use in stats.prefix_stats.values()),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Set
 from typing import NamedTuple
 
-from engine.request import FinishReason, Request, SamplingParams
+from engine.request import FinishReason, Request
 from engine.text.dialect import NO_DIALECT, AnswerStream, Parts
 from engine.text.grammar import Grammars
 from engine.text.tokenizer import Tokenizer
@@ -23,25 +23,20 @@ class AnswerStreams:
     tokenizer these stay empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: Collection[int]) -> None:
-        self._tokenizer, self._eos_token_ids = tokenizer, eos_token_ids
-        self._grammars = None if tokenizer is None else Grammars(tokenizer, tuple(eos_token_ids))
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        grammars: Grammars | None,
+        eos_token_ids: Collection[int],
+    ) -> None:
+        self._tokenizer, self._grammars = tokenizer, grammars
+        self._eos_token_ids = eos_token_ids
         self._streams: dict[str, AnswerStream] = {}
 
     @property
     def request_ids(self) -> Set[str]:
         """Of the answers that are open."""
         return self._streams.keys()
-
-    def compile(self, sampling: SamplingParams) -> None:
-        """Compile the format that is asked for, in any thread. Raises InvalidRequest."""
-        if sampling.grammar is not None and self._grammars is not None:
-            self._grammars.compile(sampling.grammar)
-
-    def is_compiled(self, sampling: SamplingParams) -> bool:
-        """Whether `compile` has nothing to do, in any thread."""
-        grammar, grammars = sampling.grammar, self._grammars
-        return grammar is None or grammars is None or grammars.is_compiled(grammar)
 
     def begin(self, request: Request, chat: bool) -> End | None:
         """Open its answer. Output that it comes with was returned back then; returns the end that

@@ -28,8 +28,9 @@ from engine.scheduling.load_shedding import LoadShedding
 from engine.scheduling.policy import Policy
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.scheduler_output import SchedulerOutput
-from engine.spans import Span
+from engine.spans import MediaSpan
 from engine.text.dialect import Parts
+from engine.text.grammar import Grammars
 from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,9 @@ class EngineCore:
             spec_limits, self.kv, self.scheduler.max_num_batched_tokens
         )
         self._requests: dict[str, Request] = {}
-        self._answers = AnswerStreams(tokenizer, spec_limits.eos_token_ids)
+        eos_token_ids = spec_limits.eos_token_ids
+        self.grammars = None if tokenizer is None else Grammars(tokenizer, eos_token_ids)
+        self._answers = AnswerStreams(tokenizer, self.grammars, eos_token_ids)
         self._outputs: list[RequestOutput] = []  # of the step under way, and of aborts before it
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
 
@@ -142,14 +145,14 @@ class EngineCore:
         seed: int | None = None,
         tenant: str = "default",
         session: str | None = None,
-        spans: Sequence[Span] = (),
+        spans: Sequence[MediaSpan] = (),
         weight: float = 1.0,
         priority: int = 0,
-        arrival_s: float | None = None,
-        deadline_s: float | None = None,
+        arrived_at: float | None = None,
+        deadline_at: float | None = None,
         chat: bool = False,
     ) -> Request:
-        """Accept a request; `arrival_s`, for which now is taken, and `deadline_s` are on
+        """Accept a request; `arrived_at`, for which now is taken, and `deadline_at` are on
         time.monotonic's clock. A turn of a kept `session`
         leaves checkpoints that `drop_session` finds. `spans` are the embeddings that stand in the
         prompt in place of its tokens. `weight` is the tenant's in the fair share, a higher
@@ -173,7 +176,7 @@ class EngineCore:
             raise InvalidRequest(f"weight must be a number above 0, not {weight}.")
         spans = self._request_limits.check_spans(spans, len(prompt_ids))
         now_s = time.monotonic()
-        if deadline_s is not None and deadline_s <= now_s:
+        if deadline_at is not None and deadline_at <= now_s:
             raise DeadlineExceeded("The deadline passed before the request could begin.")
         request = Request(
             request_id=request_id,
@@ -187,8 +190,8 @@ class EngineCore:
             weight=weight,
             priority=priority,
             output_ids=list(output_ids),
-            arrival_s=now_s if arrival_s is None else arrival_s,
-            deadline_s=deadline_s,
+            arrived_at=now_s if arrived_at is None else arrived_at,
+            deadline_at=deadline_at,
         )
         with ExitStack() as undo:
             undo.callback(self._withdraw, request)
@@ -197,17 +200,6 @@ class EngineCore:
             self._resume(request, chat)
             undo.pop_all()
         return request
-
-    def compile(self, sampling: SamplingParams) -> None:
-        """Compile the format that is asked for, in any thread, so that `add` needn't.
-
-        Raises InvalidRequest.
-        """
-        self._answers.compile(sampling)
-
-    def is_compiled(self, sampling: SamplingParams) -> bool:
-        """Whether `add` takes no longer for the format that is asked for, if any."""
-        return self._answers.is_compiled(sampling)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request between two steps and free its blocks at once; unknown ids are ignored.
@@ -249,7 +241,7 @@ class EngineCore:
             num_decode_tokens=self._num_decode_tokens,
             num_preemptions=self.scheduler.num_preemptions,
             num_evicted_blocks=dict(self.kv.index.num_evicted),
-            prefix_use={tenant: replace(u) for tenant, u in self.scheduler.prefix_use.items()},
+            prefix_stats={tenant: replace(u) for tenant, u in self.scheduler.prefix_stats.items()},
             fair_share=self.scheduler.shares,
         )
 
@@ -338,7 +330,7 @@ class EngineCore:
     def _expire(self) -> None:
         now_s = time.monotonic()
         for request in list(self._requests.values()):
-            if request.deadline_s is not None and request.deadline_s <= now_s:
+            if request.deadline_at is not None and request.deadline_at <= now_s:
                 self._finish(request, FinishReason.DEADLINE)
 
     # At arrival

@@ -11,7 +11,7 @@ import numpy as np
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.spec import ModelSpec
 from engine.cache.kv_cache import KVCache
-from engine.spans import Span, check_spans, longest_step
+from engine.spans import MediaSpan, check_spans, longest_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,9 @@ class RequestLimits:
         if not all(self._are_known(token_ids) for token_ids in (prompt_ids, output_ids)):
             raise InvalidRequest(f"Token ids must be 0 to {self._spec.vocab_size - 1}.")
 
-    def check_spans(self, spans: Sequence[Span], num_prompt_tokens: int) -> Sequence[Span]:
+    def check_spans(
+        self, spans: Sequence[MediaSpan], num_prompt_tokens: int
+    ) -> Sequence[MediaSpan]:
         """The spans in order. Tokens that see each other need one step for them all, so a span
         that no step can hold is refused too.
         """

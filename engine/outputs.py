@@ -10,7 +10,7 @@ from cluster.spec import AttentionKind
 from engine.request import FinishReason, Request
 from engine.sampler import TokenLogprobs
 from engine.scheduling.policy import TenantShare
-from engine.scheduling.starting import PrefixUse
+from engine.scheduling.prefix_loader import PrefixCacheStats
 from engine.text.dialect import Parts
 from engine.text.tool_calls import CallPiece
 
@@ -50,7 +50,7 @@ class EngineStats:
     num_decode_tokens: int  # counter
     num_preemptions: int  # counter
     num_evicted_blocks: Mapping[AttentionKind, int]  # counter
-    prefix_use: Mapping[str, PrefixUse]  # counters, by tenant
+    prefix_stats: Mapping[str, PrefixCacheStats]  # counters, by tenant
     fair_share: Mapping[str, TenantShare]  # by tenant; empty without fair share
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest
-from engine.spans import Span
+from engine.spans import MediaSpan
 from engine.text.grammar import Grammar, GrammarKind, Guide
 
 Owner = tuple[str, str] | None  # tenant and session; None: no session
@@ -131,12 +131,12 @@ class Request:
     max_tokens: int  # resolved against the context length
     tenant: str = "default"
     session: str | None = None  # the kept conversation that it is a turn of
-    spans: Sequence[Span] = ()  # of the prompt, in order
+    spans: Sequence[MediaSpan] = ()  # of the prompt, in order
     weight: float = 1.0  # of its tenant, in the fair share
     priority: int = 0  # among its tenant's requests; higher goes first
     output_ids: list[int] = field(default_factory=list)  # may start filled: a resumed request
-    arrival_s: float = field(default_factory=time.monotonic)
-    deadline_s: float | None = None  # on time.monotonic's clock
+    arrived_at: float = field(default_factory=time.monotonic)
+    deadline_at: float | None = None  # on time.monotonic's clock
     guide: Guide | None = None  # what its next token may be
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0

@@ -13,7 +13,7 @@ from cluster.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Span:
+class MediaSpan:
     """What a medium is to the decoder: one embedding for each of some positions in a row.
 
     They take the place of the prompt's tokens there, whose ids then change no number. In sliding
@@ -58,7 +58,7 @@ class Overlay:
 
 
 def overlays(
-    spans: Sequence[Span], start: int, stop: int, *, request: int, row: int
+    spans: Sequence[MediaSpan], start: int, stop: int, *, request: int, row: int
 ) -> Iterator[Overlay]:
     """What a step that computes a request's positions [start, stop), the first one in the batch's
     `row`, has of the request's spans.
@@ -70,7 +70,7 @@ def overlays(
             yield Overlay(request, row + first - start, first, embeddings, span.is_bidirectional)
 
 
-def uncut(spans: Sequence[Span], position: int) -> int:
+def uncut(spans: Sequence[MediaSpan], position: int) -> int:
     """Where a step may end instead of at `position`: before the bidirectional span that it would
     cut, whose tokens must be computed together.
     """
@@ -80,19 +80,19 @@ def uncut(spans: Sequence[Span], position: int) -> int:
     return position
 
 
-def uncut_blocks(spans: Sequence[Span], num_blocks: int, block_size: int) -> int:
+def uncut_blocks(spans: Sequence[MediaSpan], num_blocks: int, block_size: int) -> int:
     """After how many blocks, at most `num_blocks`, a request can resume and cut no span."""
     while (end := uncut(spans, num_blocks * block_size) // block_size) < num_blocks:
         num_blocks = end
     return num_blocks
 
 
-def longest_step(spans: Sequence[Span]) -> int:
+def longest_step(spans: Sequence[MediaSpan]) -> int:
     """The tokens that some step has to compute together."""
     return max((span.num_tokens for span in spans if span.is_bidirectional), default=1)
 
 
-def media_digests(spans: Sequence[Span], start: int, stop: int) -> bytes:
+def media_digests(spans: Sequence[MediaSpan], start: int, stop: int) -> bytes:
     """Names what the spans put at the positions [start, stop), for the hash of a block."""
     return b"".join(
         repr((s.start - start, s.num_tokens, s.is_bidirectional, s.digest)).encode()
@@ -101,7 +101,9 @@ def media_digests(spans: Sequence[Span], start: int, stop: int) -> bytes:
     )
 
 
-def check_spans(spans: Sequence[Span], num_prompt_tokens: int, hidden_size: int) -> list[Span]:
+def check_spans(
+    spans: Sequence[MediaSpan], num_prompt_tokens: int, hidden_size: int
+) -> list[MediaSpan]:
     """The spans in order. Raises InvalidRequest for those that no prompt of this length can have,
     or no model of this width.
     """
@@ -119,7 +121,7 @@ def check_spans(spans: Sequence[Span], num_prompt_tokens: int, hidden_size: int)
     return ordered
 
 
-def _check_embeddings(span: Span, hidden_size: int) -> None:
+def _check_embeddings(span: MediaSpan, hidden_size: int) -> None:
     shape = tuple(span.embeddings.shape)
     if len(shape) != 2 or shape[0] == 0 or shape[1] != hidden_size:
         raise InvalidRequest(
@@ -132,5 +134,5 @@ def _check_embeddings(span: Span, hidden_size: int) -> None:
         raise InvalidRequest(f"{_name(span)} has no digest, which tells its medium from others.")
 
 
-def _name(span: Span) -> str:
+def _name(span: MediaSpan) -> str:
     return f"The span at position {span.start}"

@@ -169,7 +169,7 @@ class Case:
     def count(self) -> None:
         stats, tally = self.core.stats(), self.owner.tally
         tally.num_evicted += sum(stats.num_evicted_blocks.values())
-        for use in stats.prefix_use.values():
+        for use in stats.prefix_stats.values():
             tally.num_requests += use.num_queries
             tally.num_hits += use.num_hits
             tally.num_cached_tokens += use.num_cached_tokens

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from deployments.decoder.formats import Compiler
 from deployments.decoder.session_memory import SessionEngine
 from engine.outputs import EngineStats, RequestOutput
 from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
+from engine.text.grammar import Grammars
 
 
-class Engine(SessionEngine, Compiler, Protocol):
+class Engine(SessionEngine, Protocol):
     """Between two steps it takes and gives up requests, in the thread that steps it."""
 
+    @property
+    def grammars(self) -> Grammars | None: ...
     @property
     def has_work(self) -> bool: ...
     @property
@@ -31,8 +33,8 @@ class Engine(SessionEngine, Compiler, Protocol):
         session: str | None = None,
         weight: float = 1.0,
         priority: int = 0,
-        arrival_s: float | None = None,
-        deadline_s: float | None = None,
+        arrived_at: float | None = None,
+        deadline_at: float | None = None,
         chat: bool = False,
     ) -> Request: ...
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> object: ...

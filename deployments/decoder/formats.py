@@ -14,17 +14,17 @@ from typing import Protocol
 
 from cluster.errors import Overloaded
 from deployments.messages import to_sampling_params
-from engine.request import SamplingParams
+from engine.text.grammar import Grammar
 from protos.briolette.v1.stream_pb2 import Add, ToDecoder
 
 MAX_WAITING = 256  # calls of a tenant; the answers to one come together
 
 
 class Compiler(Protocol):
-    """What is needed of engine.core.EngineCore."""
+    """What is needed of engine.text.grammar.Grammars."""
 
-    def compile(self, sampling: SamplingParams) -> None: ...
-    def is_compiled(self, sampling: SamplingParams) -> bool: ...
+    def compile(self, grammar: Grammar) -> None: ...
+    def is_compiled(self, grammar: Grammar) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -40,8 +40,10 @@ class Arrival:
 class FormatQueue:
     """Compiles in a thread of its own, for one tenant after the other. Any thread may call."""
 
-    def __init__(self, compiler: Compiler, on_compiled: Callable[[Arrival], None]) -> None:
-        """`on_compiled` takes what has waited, also where its format is wrong. It must not wait:
+    def __init__(self, compiler: Compiler | None, on_compiled: Callable[[Arrival], None]) -> None:
+        """Without a compiler nothing waits: an engine without a tokenizer refuses all formats.
+
+        `on_compiled` takes what has waited, also where its format is wrong. It must not wait:
         what is dropped later is dropped by whoever took it.
         """
         self._compiler, self._on_compiled = compiler, on_compiled
@@ -98,10 +100,11 @@ class FormatQueue:
         self.drop(rid for rid, arrival in waiting if arrival.gateway_id == gateway_id)
 
     def _needs_compiling(self, add: Add) -> bool:
-        if add.sampling.WhichOneof("format") is None:
+        if self._compiler is None or add.sampling.WhichOneof("format") is None:
             return False
         try:
-            return not self._compiler.is_compiled(to_sampling_params(add.sampling))
+            grammar = to_sampling_params(add.sampling).grammar
+            return grammar is not None and not self._compiler.is_compiled(grammar)
         except Exception:  # whatever it is, it comes again, and is told, when it is taken in
             return False
 
@@ -110,7 +113,9 @@ class FormatQueue:
             adds = arrival.message.adds
             if len(arrival.dropped) < len(adds):
                 with suppress(Exception):  # it comes again, and is told, when it is taken in
-                    self._compiler.compile(to_sampling_params(adds[0].sampling))
+                    grammar = to_sampling_params(adds[0].sampling).grammar
+                    if self._compiler is not None and grammar is not None:
+                        self._compiler.compile(grammar)
             with self._changed:  # so that one who drops it finds it here or with its taker
                 for add in adds:
                     self._waiting.pop(add.request_id, None)

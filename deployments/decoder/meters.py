@@ -48,7 +48,7 @@ class EngineMeter:
         """A request entered the queue."""
         labels = (self._model, request.tenant)
         gaps = self._metrics.inter_token_latency_seconds(*labels)
-        self._clocks[request.request_id] = _Clock(request.tenant, request.arrival_s, gaps)
+        self._clocks[request.request_id] = _Clock(request.tenant, request.arrived_at, gaps)
         self._tenants.add(request.tenant)
 
     def started(self, request: Request, queue_s: float, saved_prefill_s: float) -> None:

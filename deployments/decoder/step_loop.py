@@ -66,7 +66,7 @@ class StepLoop:
         self._fill_status = fill_status
         self._gateways: GatewayLinks | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._formats = FormatQueue(engine, self._accept)
+        self._formats = FormatQueue(engine.grammars, self._accept)
         self._sessions = SessionMemory(engine, store, self._inbox.put)
         self._meter = meter
         self._tenants = TenantLoads(engine.held_bytes)
@@ -206,7 +206,7 @@ class StepLoop:
         for served in self._queued:
             request = served.request
             if request.num_computed_tokens:
-                served.queue_s = step_started - request.arrival_s
+                served.queue_s = step_started - request.arrived_at
                 saved_s = self._engine.prefill_meter.seconds(0, request.num_cached_tokens)
                 served.saved_prefill_s = saved_s or 0.0
                 self._meter.started(request, served.queue_s, served.saved_prefill_s)
@@ -245,7 +245,7 @@ class StepLoop:
     def _add(
         self, arrival: Arrival, add: Add, prompt_ids: list[int], sampling: SamplingParams
     ) -> None:
-        deadline_s = arrival.arrived_s + add.timeout_s if add.HasField("timeout_s") else None
+        deadline_at = arrival.arrived_s + add.timeout_s if add.HasField("timeout_s") else None
         self._on_budget(add.tenant, add.kv_bytes or None)
         try:
             request = self._engine.add(
@@ -256,8 +256,8 @@ class StepLoop:
                 session=add.session or None,
                 weight=add.weight or 1.0,
                 priority=add.priority,
-                arrival_s=arrival.arrived_s,
-                deadline_s=deadline_s,
+                arrived_at=arrival.arrived_s,
+                deadline_at=deadline_at,
                 chat=add.chat,
             )
         except Exception as error:  # the border: one odd request ends nobody else's

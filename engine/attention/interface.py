@@ -80,7 +80,7 @@ class Attention(Protocol):
         ...
 
 
-class QuerySpan(NamedTuple):
+class RequestRows(NamedTuple):
     """The rows of one request in the batch."""
 
     request: int
@@ -89,11 +89,11 @@ class QuerySpan(NamedTuple):
     position: int  # of the first row
 
 
-def query_spans(batch: Batch) -> list[QuerySpan]:
+def request_rows(batch: Batch) -> list[RequestRows]:
     """Each request's rows, in order."""
     spans, start = [], 0
     for request, (length, seq_len) in enumerate(zip(batch.query_lens, batch.seq_lens, strict=True)):
-        spans.append(QuerySpan(request, start, length, seq_len - length))
+        spans.append(RequestRows(request, start, length, seq_len - length))
         start += length
     return spans
 
@@ -130,7 +130,7 @@ class ReferenceAttention:
     def __init__(
         self, batch: Batch, kind: AttentionKind, window: int | None, block_size: int
     ) -> None:
-        self._spans = query_spans(batch)
+        self._spans = request_rows(batch)
         self._table = batch.block_tables[kind]
         self._window, self._block_size = window, block_size
         self._last_keys = {

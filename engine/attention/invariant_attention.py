@@ -21,10 +21,10 @@ from cluster.spec import AttentionKind
 from engine.attention.interface import (
     Attention,
     KVTensors,
-    QuerySpan,
+    RequestRows,
     bucket_by_length,
     first_key,
-    query_spans,
+    request_rows,
     visible,
 )
 from engine.batch import Batch
@@ -41,7 +41,7 @@ class InvariantAttention:
     def __init__(
         self, batch: Batch, kind: AttentionKind, window: int | None, block_size: int
     ) -> None:
-        self._spans = query_spans(batch)
+        self._spans = request_rows(batch)
         self._table = batch.block_tables[kind]
         self._window, self._block_size = window, block_size
         self._key_block = block_size * math.ceil(KEY_BLOCK / block_size)
@@ -77,10 +77,10 @@ class InvariantAttention:
                 plans += [self._tiles([part], size) for part in _cut(span, size)]
         return plans
 
-    def _num_keys(self, span: QuerySpan) -> int:
+    def _num_keys(self, span: RequestRows) -> int:
         return span.position + span.length - first_key(span.position, self._window)
 
-    def _tiles(self, spans: list[QuerySpan], size: int) -> _Tiles:
+    def _tiles(self, spans: list[RequestRows], size: int) -> _Tiles:
         """One tile of `size` queries per span; a short one repeats its last query."""
         device, key_block = self._table.device, self._key_block
         steps = [[min(i, span.length - 1) for i in range(size)] for span in spans]
@@ -203,8 +203,8 @@ def _sum_in_order(terms: Tensor, start: Tensor | None = None) -> Tensor:
     return start
 
 
-def _cut(span: QuerySpan, size: int) -> list[QuerySpan]:
+def _cut(span: RequestRows, size: int) -> list[RequestRows]:
     return [
-        QuerySpan(span.request, span.start + i, min(size, span.length - i), span.position + i)
+        RequestRows(span.request, span.start + i, min(size, span.length - i), span.position + i)
         for i in range(0, span.length, size)
     ]

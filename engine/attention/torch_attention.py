@@ -15,10 +15,10 @@ from cluster.spec import AttentionKind
 from engine.attention.interface import (
     Attention,
     KVTensors,
-    QuerySpan,
+    RequestRows,
     bucket_by_length,
     first_key,
-    query_spans,
+    request_rows,
     visible,
 )
 from engine.batch import Batch
@@ -49,7 +49,7 @@ class FastAttention:
         dtype: torch.dtype,
     ) -> None:
         table = batch.block_tables[kind]
-        spans = query_spans(batch)
+        spans = request_rows(batch)
         decodes = [span for span in spans if span.length == 1]
         lengths = [s.position + 1 - first_key(s.position, window) for s in decodes]
         self._groups = [
@@ -161,7 +161,7 @@ class _Chunk:
 
 
 def _plan_decodes(
-    spans: list[QuerySpan],
+    spans: list[RequestRows],
     table: Tensor,
     window: int | None,
     block_size: int,
@@ -189,12 +189,12 @@ def _plan_decodes(
     return _Decodes(rows, blocks, key_positions, slice(None), mask[:, None, None, :])
 
 
-def _queries(overlay: Overlay) -> QuerySpan:
+def _queries(overlay: Overlay) -> RequestRows:
     num_rows = len(overlay.embeddings)
-    return QuerySpan(overlay.request, overlay.row, num_rows, overlay.position)
+    return RequestRows(overlay.request, overlay.row, num_rows, overlay.position)
 
 
-def _cut(span: QuerySpan, window: int | None) -> list[QuerySpan]:
+def _cut(span: RequestRows, window: int | None) -> list[RequestRows]:
     """The span in parts whose masks stay small."""
     longest = span.position + span.length
     if window is not None:
@@ -209,7 +209,7 @@ def _cut(span: QuerySpan, window: int | None) -> list[QuerySpan]:
 
 
 def _plan_chunk(
-    span: QuerySpan,
+    span: RequestRows,
     table: Tensor,
     window: int | None,
     block_size: int,

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from cluster.spec import AttentionKind
-from engine.attention.interface import KVTensors, QuerySpan, query_spans
+from engine.attention.interface import KVTensors, RequestRows, request_rows
 from engine.attention.one_row import OneRow
 from engine.attention.rotary import Rotary
 from engine.attention.torch_attention import FastAttention
@@ -51,7 +51,7 @@ class TritonAttention:
     def __init__(
         self, batch: Batch, kind: AttentionKind, window: int | None, block_size: int
     ) -> None:
-        self._spans = query_spans(batch)
+        self._spans = request_rows(batch)
         self._table = batch.block_tables[kind].contiguous()
         self._window, self._block_size = window, block_size
         self._plans: dict[int, list[_Tiles]] = {}
@@ -79,7 +79,7 @@ class TritonAttention:
             plans.append(self._tiles(chunks, num_rows, num_rows // group))
         return plans
 
-    def _tiles(self, spans: list[QuerySpan], num_rows: int, num_tokens: int) -> _Tiles:
+    def _tiles(self, spans: list[RequestRows], num_rows: int, num_tokens: int) -> _Tiles:
         """The spans cut in tiles of at most `num_tokens`."""
         device = self._table.device
         tiles: list[tuple[int, ...]] = []

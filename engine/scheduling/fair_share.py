@@ -50,7 +50,7 @@ class FairShare:
         keyed = []
         for tenant, own in by_tenant.items():
             counter, begun = self._standing(tenant)
-            for request in sorted(own, key=lambda r: (-r.priority, r.arrival_s)):
+            for request in sorted(own, key=lambda r: (-r.priority, r.arrived_at)):
                 keyed.append(((counter, begun), request))
                 counter += request.num_pending_tokens / request.weight  # about what it will cost
         return [request for _, request in sorted(keyed, key=lambda pair: pair[0])]

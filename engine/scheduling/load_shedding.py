@@ -72,8 +72,8 @@ class LoadShedding:
     def _most_s(self, request: Request) -> float | None:
         """How long the request may wait: as configured, and not past its deadline."""
         limits = [] if self._max_queue_wait_s is None else [self._max_queue_wait_s]
-        if request.deadline_s is not None:
-            limits.append(request.deadline_s - time.monotonic())
+        if request.deadline_at is not None:
+            limits.append(request.deadline_at - time.monotonic())
         return min(limits, default=None)
 
 

@@ -74,7 +74,7 @@ class FirstComeFirstServed:
     """
 
     def order(self, requests: Collection[Request]) -> list[Request]:
-        return sorted(requests, key=lambda r: (r.state is not RequestState.RUNNING, r.arrival_s))
+        return sorted(requests, key=lambda r: (r.state is not RequestState.RUNNING, r.arrived_at))
 
     def gives_way(
         self,

@@ -15,8 +15,8 @@ from engine.cache.kv_cache import KVCache
 from engine.request import FinishReason, Request, RequestState
 from engine.scheduling.load_shedding import LoadShedding
 from engine.scheduling.policy import FirstComeFirstServed, Policy, TenantShare, Work
+from engine.scheduling.prefix_loader import PrefixCacheStats, PrefixLoader
 from engine.scheduling.scheduler_output import ScheduledRequest, SchedulerOutput
-from engine.scheduling.starting import PrefixUse, Starter
 from engine.spans import uncut
 
 
@@ -50,7 +50,7 @@ class Scheduler:
         self._held_up: list[Request] = []  # found no room in the last step
         self._overtaken: dict[Request, list[Request]] = {}  # by those that run in their stead
         self.num_preemptions = 0
-        self._starter = Starter(kv, self.store)
+        self._loader = PrefixLoader(kv, self.store)
 
     @property
     def waits_for_blocks(self) -> bool:
@@ -59,9 +59,9 @@ class Scheduler:
         return states == {RequestState.WAITING_FOR_BLOCKS}
 
     @property
-    def prefix_use(self) -> Mapping[str, PrefixUse]:
+    def prefix_stats(self) -> Mapping[str, PrefixCacheStats]:
         """By tenant."""
-        return self._starter.prefix_use
+        return self._loader.prefix_stats
 
     @property
     def shares(self) -> dict[str, TenantShare]:
@@ -73,7 +73,7 @@ class Scheduler:
         is_full = any(other.state is RequestState.WAITING for other in self._held_up)
         num_idle = 0 if is_full else max(0, self.max_num_seqs - len(self.running))
         self.load_shedding.check(request, self.waiting, num_idle, self.policy)
-        self._starter.ask_store(request)
+        self._loader.ask_store(request)
         self.waiting.append(request)
 
     def withdraw(self, request: Request) -> None:
@@ -104,7 +104,7 @@ class Scheduler:
 
         A chunk leaves a token of the budget to each decode behind it.
         """
-        self._starter.look_for_blocks(self.waiting)
+        self._loader.look_for_blocks(self.waiting)
         output = SchedulerOutput()
         ready = [r for r in self.waiting if r.state is RequestState.WAITING]
         order = self.policy.order([*self.running, *ready])
@@ -199,7 +199,7 @@ class Scheduler:
         """Start it, in place of running ones if that makes room for it."""
         if request.asks_store:
             request.asks_store = False
-            if self._starter.ask_store(request):
+            if self._loader.ask_store(request):
                 return False
         giving_way = self._giving_way(request, order)
         if giving_way is None or (giving_way and self._suits_first(giving_way, order)):
@@ -249,11 +249,11 @@ class Scheduler:
     def _has_room(self, request: Request, without: Collection[Request]) -> bool:
         if len(self.running) - len(without) >= self.max_num_seqs:
             return False
-        return self._starter.fits(request, without)
+        return self._loader.fits(request, without)
 
     def _admit(self, request: Request) -> bool:
         """Start it, if it fits."""
-        if not self._starter.start(request):
+        if not self._loader.start(request):
             return False
         self.policy.charge(request, request.num_computed_tokens, Work.CACHED)
         self.waiting.remove(request)

@@ -55,9 +55,9 @@ def test_exhausted_blocks_preempt_and_everybody_ends() -> None:
 def test_deadlines_end_running_and_waiting_requests() -> None:
     core = make_core(max_num_seqs=2)
     soon = time.monotonic() + 0.05
-    core.add(request_id="runs", prompt_ids=[1], sampling=GREEDY, deadline_s=soon)
-    core.add(request_id="stays", prompt_ids=[2], sampling=GREEDY, deadline_s=soon + 60)
-    core.add(request_id="waits", prompt_ids=[3], sampling=GREEDY, deadline_s=soon)
+    core.add(request_id="runs", prompt_ids=[1], sampling=GREEDY, deadline_at=soon)
+    core.add(request_id="stays", prompt_ids=[2], sampling=GREEDY, deadline_at=soon + 60)
+    core.add(request_id="waits", prompt_ids=[3], sampling=GREEDY, deadline_at=soon)
     assert {output.request_id for output in core.step()} == {"runs", "stays"}
     time.sleep(0.06)
     outputs = drain(core)
@@ -72,7 +72,7 @@ def test_a_deadline_that_is_past_is_no_overload() -> None:
     core = make_core()
     past = time.monotonic() - 0.5
     with pytest.raises(DeadlineExceeded, match="before the request could begin"):
-        core.add(request_id="late", prompt_ids=[1], sampling=GREEDY, deadline_s=past)
+        core.add(request_id="late", prompt_ids=[1], sampling=GREEDY, deadline_at=past)
     assert not core.has_work
 
 
@@ -167,7 +167,7 @@ def test_every_accepted_request_has_one_end_in_any_chaos(seed: int) -> None:
             late = rng.choice([None, None, time.monotonic() + rng.random() * 0.02])
             prompt = prompts(1, seed=step)[0]
             try:
-                core.add(request_id=name, prompt_ids=prompt, sampling=sampling, deadline_s=late)
+                core.add(request_id=name, prompt_ids=prompt, sampling=sampling, deadline_at=late)
                 accepted.add(name)
             except (Overloaded, DeadlineExceeded):
                 pass

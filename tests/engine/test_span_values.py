@@ -22,7 +22,7 @@ from engine.limits import SpecLimits
 from engine.model.model import GemmaDecoder
 from engine.request import Request, SamplingParams
 from engine.runner import ModelRunner
-from engine.spans import Span
+from engine.spans import MediaSpan
 from experts.local import LocalExperts
 from tests.engine.attention.test_attention import draw
 from tests.support.engine.memory_store import MemoryStore, TensorBlocks
@@ -67,7 +67,9 @@ class Subject:
             is_bidirectional = self.is_bidirectional
         width = self.model.spec.hidden_size
         spans = [
-            Span(start, 3 * draw(n, width, seed=seed + n), b"%d" % (seed + n), is_bidirectional)
+            MediaSpan(
+                start, 3 * draw(n, width, seed=seed + n), b"%d" % (seed + n), is_bidirectional
+            )
             for start, n in STARTS_AND_LENGTHS
         ]
         generator = torch.Generator().manual_seed(1)
@@ -171,7 +173,7 @@ def test_the_embeddings_of_tokens_give_the_bits_of_the_tokens(
         if subject.model.per_layer_inputs is not None:  # which a medium has no token for
             plain.token_ids[start : start + n] = [subject.model.spec.pad_token_id] * n
         embeddings = subject.model.embed_tokens(torch.tensor(plain.token_ids[start : start + n]))
-        spanned.spans.append(Span(start, embeddings, b"digest"))
+        spanned.spans.append(MediaSpan(start, embeddings, b"digest"))
     spanned.token_ids = list(plain.token_ids)
     for span in spanned.spans:
         spanned.token_ids[span.start : span.stop] = [IMAGE_TOKEN_ID] * span.num_tokens

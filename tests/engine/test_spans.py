@@ -24,7 +24,7 @@ from engine.core import EngineCore
 from engine.limits import SpecLimits
 from engine.request import Request, SamplingParams
 from engine.scheduling.scheduler import Scheduler
-from engine.spans import Overlay, Span, check_spans, uncut, uncut_blocks
+from engine.spans import MediaSpan, Overlay, check_spans, uncut, uncut_blocks
 from tests.engine.attention.test_attention import BLOCK_SIZE, draw, make_batch, make_kv
 from tests.support.engine.fake_engine import VOCAB_SIZE, WINDOW, FakeRunner, drain
 from tests.support.engine.schedulers import make_request, make_scheduler, run_step, shares
@@ -34,8 +34,8 @@ WIDTH = 3
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
 
 
-def span(start: int, num_tokens: int, digest: bytes = b"d", *, both_ways: bool = True) -> Span:
-    return Span(start, torch.zeros(num_tokens, WIDTH), digest, both_ways)
+def span(start: int, num_tokens: int, digest: bytes = b"d", *, both_ways: bool = True) -> MediaSpan:
+    return MediaSpan(start, torch.zeros(num_tokens, WIDTH), digest, both_ways)
 
 
 # What is refused
@@ -47,7 +47,7 @@ def make_core(num_sliding: int = 60, budget: int = 32) -> EngineCore:
     return EngineCore(FakeRunner(kv), kv, spec_limits=limits, max_num_batched_tokens=budget)
 
 
-def add(core: EngineCore, *spans: Span, num_prompt: int = 50) -> Request:
+def add(core: EngineCore, *spans: MediaSpan, num_prompt: int = 50) -> Request:
     return core.add(request_id="r", prompt_ids=[1] * num_prompt, sampling=GREEDY, spans=spans)
 
 
@@ -58,15 +58,15 @@ def add(core: EngineCore, *spans: Span, num_prompt: int = 50) -> Request:
         ([span(-1, 6)], "position -1 has 6 tokens and doesn't lie inside"),
         ([span(20, 6), span(15, 6)], "position 20 overlaps the one at 15"),
         ([span(5, 0)], r"embeddings of the shape \(0, 3\); this model takes at least one row of 3"),
-        ([Span(5, torch.zeros(6, WIDTH + 1), b"d")], r"embeddings of the shape \(6, 4\)"),
-        ([Span(5, torch.zeros(WIDTH), b"d")], r"embeddings of the shape \(3,\)"),
-        ([Span(5, torch.full((6, WIDTH), math.nan), b"d")], "aren't finite"),
-        ([Span(5, torch.zeros(6, WIDTH, dtype=torch.int64), b"d")], "aren't finite"),
-        ([Span(5, torch.zeros(6, WIDTH), b"")], "has no digest"),
+        ([MediaSpan(5, torch.zeros(6, WIDTH + 1), b"d")], r"embeddings of the shape \(6, 4\)"),
+        ([MediaSpan(5, torch.zeros(WIDTH), b"d")], r"embeddings of the shape \(3,\)"),
+        ([MediaSpan(5, torch.full((6, WIDTH), math.nan), b"d")], "aren't finite"),
+        ([MediaSpan(5, torch.zeros(6, WIDTH, dtype=torch.int64), b"d")], "aren't finite"),
+        ([MediaSpan(5, torch.zeros(6, WIDTH), b"")], "has no digest"),
         ([span(5, 33)], "33 tokens that see each other, and a step computes at most 32"),
     ],
 )
-def test_what_no_prompt_can_have_is_refused(spans: list[Span], sentence: str) -> None:
+def test_what_no_prompt_can_have_is_refused(spans: list[MediaSpan], sentence: str) -> None:
     core = make_core()
     with pytest.raises(InvalidRequest, match=sentence):
         add(core, *spans)
@@ -86,7 +86,7 @@ def test_only_what_sees_itself_must_fit_into_a_step() -> None:
 # How they are hashed
 
 
-def hashes(*spans: Span, prompt: Sequence[int] = range(20)) -> list[bytes]:
+def hashes(*spans: MediaSpan, prompt: Sequence[int] = range(20)) -> list[bytes]:
     request = Request("r", list(prompt), SamplingParams(), 0, max_tokens=1, spans=spans)
     BlockHasher(4, "m").extend(request)
     return request.block_hashes
@@ -137,7 +137,7 @@ def test_a_cut_moves_back_to_the_start_of_what_sees_itself() -> None:
     assert uncut_blocks([span(3, 3), span(6, 8)], 3, 4) == 0  # a block earlier is in the other one
 
 
-def request_with(name: str, num_prompt: int, *spans: Span, max_tokens: int = 4) -> Request:
+def request_with(name: str, num_prompt: int, *spans: MediaSpan, max_tokens: int = 4) -> Request:
     request = make_request(name, num_prompt, max_tokens)
     request.spans = spans
     return request
@@ -224,7 +224,7 @@ def test_where_two_prompts_part_behind_an_image_a_window_is_kept_before_it() -> 
 
 
 @st.composite
-def prompts(draw_from: st.DrawFn, longest: int) -> tuple[int, list[Span]]:
+def prompts(draw_from: st.DrawFn, longest: int) -> tuple[int, list[MediaSpan]]:
     """How many tokens, at most 82, and their spans."""
     spans, stop = [], 0
     gaps = st.tuples(st.integers(0, 9), st.integers(1, longest), st.sampled_from([b"x", b"y"]))
@@ -248,7 +248,7 @@ def test_no_step_cuts_a_span_and_everybody_is_answered(data: st.DataObject) -> N
     longest = max(n for n in range(1, min(budget, 15) + 1) if scheduler.kv.can_ever_hold(90, n))
     for i, (num_prompt, spans) in enumerate(data.draw(st.lists(prompts(longest), max_size=6))):
         request = request_with("ab"[i % 2], num_prompt, *spans)
-        request.arrival_s = i
+        request.arrived_at = i
         scheduler.add(request)
     for _ in range(300):
         if not scheduler.running and not scheduler.waiting:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cluster.errors import InvalidRequest, Overloaded
 from deployments.decoder.formats import Arrival, FormatQueue
 from engine.batch import Batch
-from engine.request import SamplingParams
+from engine.text.grammar import Grammar
 from protos.briolette.v1.inference_pb2 import Sampling
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 from protos.briolette.v1.stream_pb2 import Add, ToDecoder
@@ -39,15 +39,15 @@ class SlowCompiler:
         self.compiled: list[str | None] = []
         self.may_end = threading.Semaphore(0)
 
-    def compile(self, sampling: SamplingParams) -> None:
-        self.begun.append(sampling.regex)
+    def compile(self, grammar: Grammar) -> None:
+        self.begun.append(grammar.text)
         assert self.may_end.acquire(timeout=10)
-        self.compiled.append(sampling.regex)
-        if sampling.regex == "wrong":
+        self.compiled.append(grammar.text)
+        if grammar.text == "wrong":
             raise InvalidRequest("This is told when it is taken in.")
 
-    def is_compiled(self, sampling: SamplingParams) -> bool:
-        return sampling.regex in self.compiled
+    def is_compiled(self, grammar: Grammar) -> bool:
+        return grammar.text in self.compiled
 
 
 class Waiting(SimpleNamespace):
@@ -155,13 +155,15 @@ class AlwaysA:
 def test_adds_and_aborts_do_not_wait_for_a_format(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does a step, nor a deadline."""
     decoder = Decoder(TOKENIZER, runner=AlwaysA())
-    may_end, compile_now = threading.Event(), decoder.engine.compile
+    grammars = decoder.engine.grammars
+    assert grammars is not None
+    may_end, compile_now = threading.Event(), grammars.compile
 
-    def compile_later(sampling: SamplingParams) -> None:
+    def compile_later(grammar: Grammar) -> None:
         assert may_end.wait(10)
-        compile_now(sampling)
+        compile_now(grammar)
 
-    monkeypatch.setattr(decoder.engine, "compile", compile_later)
+    monkeypatch.setattr(grammars, "compile", compile_later)
     with (
         running_gateway(TOKENIZER, decoder.find) as gateway,
         grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel,
@@ -190,8 +192,8 @@ def test_times_count_from_the_arrival() -> None:
     times: list[tuple[float, float | None]] = []
 
     class Engine:
-        def add(self, arrival_s: float, deadline_s: float | None, **_: object) -> None:
-            times.append((arrival_s, deadline_s))
+        def add(self, arrived_at: float, deadline_at: float | None, **_: object) -> None:
+            times.append((arrived_at, deadline_at))
             raise InvalidRequest("Enough is known.")
 
     decoder = Decoder(TOKENIZER)

@@ -144,7 +144,7 @@ def test_tenants_share_nothing_unless_both_opted_in() -> None:
     core = make_core()
     tenants = ("zoe", "yan", "zoe", "ann", "bob", "yan")  # ann and bob share
     assert [ask(core, DOCUMENT, tenant)[1] for tenant in tenants] == [0, 0, 36, 0, 36, 36]
-    use = core.stats().prefix_use
+    use = core.stats().prefix_stats
     counts = {t: (u.num_queries, u.num_hits, u.num_cached_tokens) for t, u in use.items()}
     assert counts == {"zoe": (2, 1, 36), "yan": (2, 1, 36), "ann": (1, 0, 0), "bob": (1, 1, 36)}
     # What doesn't hit is computed and held as if the other tenant weren't there.

@@ -105,7 +105,7 @@ class ByArrival(FairShare):
 
     def order(self, requests):  # type: ignore[no-untyped-def]
         super().order(requests)
-        return sorted(requests, key=lambda r: (r.state is not RequestState.RUNNING, r.arrival_s))
+        return sorted(requests, key=lambda r: (r.state is not RequestState.RUNNING, r.arrived_at))
 
     def gives_way(self, *_: object) -> None:
         return None

@@ -23,9 +23,9 @@ class Clock:
         monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
 
 
-def a_request(tenant: str, weight: float = 1.0, deadline_s: float | None = None) -> Request:
+def a_request(tenant: str, weight: float = 1.0, deadline_at: float | None = None) -> Request:
     request = make_request(tenant, 4)
-    request.tenant, request.weight, request.deadline_s = tenant, weight, deadline_s
+    request.tenant, request.weight, request.deadline_at = tenant, weight, deadline_at
     return request
 
 
@@ -126,7 +126,7 @@ def test_no_wait_looks_shorter_for_what_others_start_meanwhile(
         run_step(scheduler)
         clock.now_s += 1.0
         for request in predicted_s.keys() - waited_s.keys() - set(scheduler.waiting):
-            waited_s[request] = clock.now_s - request.arrival_s
+            waited_s[request] = clock.now_s - request.arrived_at
     assert len(waited_s) > 20
     predicted = sum(predicted_s[request] for request in waited_s)
     assert predicted == pytest.approx(sum(waited_s.values()), rel=0.2)
@@ -157,10 +157,10 @@ def test_a_deadline_that_would_be_missed_is_refused_at_once(
     num_waiting = len(scheduler.waiting)
     assert num_waiting == 3  # two steps each
     late = make_request("late", 4)
-    late.deadline_s = clock.now_s + 3.0
+    late.deadline_at = clock.now_s + 3.0
     with pytest.raises(Overloaded, match=r"may wait 3 s"):
         scheduler.add(late)
-    late.deadline_s = clock.now_s + 20.0
+    late.deadline_at = clock.now_s + 20.0
     scheduler.add(late)
 
 

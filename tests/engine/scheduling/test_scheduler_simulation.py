@@ -102,7 +102,7 @@ class Simulation:
                 cancellations.setdefault(step + rng.randint(1, 40), []).append(request)
         arrivals.sort(key=lambda arrival: arrival[0])
         for order, (_, request) in enumerate(arrivals):
-            request.arrival_s = order
+            request.arrived_at = order
         failure_rate = rng.choice([0, 0, 0.01, 0.05])
         return Simulation(rng, scheduler, store, arrivals, cancellations, failure_rate)
 
@@ -200,12 +200,12 @@ class Simulation:
 
     def check_arrivals(self, output: SchedulerOutput, requests: list[Request]) -> None:
         if output.preempted and self.scheduler.running:
-            youngest = max(request.arrival_s for request in self.scheduler.running)
-            assert all(request.arrival_s > youngest for request in output.preempted)
+            youngest = max(request.arrived_at for request in self.scheduler.running)
+            assert all(request.arrived_at > youngest for request in output.preempted)
         # Where requests wait for blocks, those that came later may be running before them.
         candidates = self.live if self.store is None else self.scheduler.running
         if candidates:
-            oldest = min(candidates, key=lambda request: request.arrival_s)
+            oldest = min(candidates, key=lambda request: request.arrived_at)
             assert oldest in requests, "the oldest request makes no progress"
 
     def check_start(self, request: Request) -> int:
@@ -241,7 +241,7 @@ def test_the_simulation_reaches_what_it_is_for(policy: type[Policy]) -> None:
         counts["refused"] += simulation.num_refused
         counts["resumed after a preemption"] += simulation.num_resumed
         counts["bytes dropped with a session"] += simulation.num_dropped_bytes
-        counts["hits"] += sum(use.num_hits for use in scheduler.prefix_use.values())
+        counts["hits"] += sum(use.num_hits for use in scheduler.prefix_stats.values())
         for kind, num_evicted in scheduler.kv.index.num_evicted.items():
             counts[f"evicted {kind.value}"] += num_evicted
         if simulation.store is not None:

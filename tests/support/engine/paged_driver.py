@@ -16,7 +16,7 @@ from engine.cache.kv_cache import KVCacheConfig
 from engine.model.decoder_layer import Experts
 from engine.model.model import GemmaDecoder
 from engine.runner import ModelRunner
-from engine.spans import Overlay, Span, overlays
+from engine.spans import MediaSpan, Overlay, overlays
 
 BLOCK_SIZE = 4
 POISON = math.nan  # in freed blocks: whatever is computed with one shows it
@@ -30,7 +30,7 @@ class Sequence:
     num_computed: int = 0
     tables: dict[AttentionKind, list[int]] = field(default_factory=dict)
     logits: dict[int, Tensor] = field(default_factory=dict)  # by position
-    spans: list[Span] = field(default_factory=list)
+    spans: list[MediaSpan] = field(default_factory=list)
 
 
 class PagedDriver:

@@ -60,7 +60,7 @@ def make_scheduler(
 def make_request(name: str, num_prompt: int, max_tokens: int = 4, arrival: float = 0) -> Request:
     """Requests of different names have no token in common."""
     prompt_ids = [100 + zlib.crc32(name.encode())] * num_prompt
-    return Request(name, prompt_ids, SamplingParams(), 0, max_tokens=max_tokens, arrival_s=arrival)
+    return Request(name, prompt_ids, SamplingParams(), 0, max_tokens=max_tokens, arrived_at=arrival)
 
 
 def run_step(scheduler: Scheduler) -> SchedulerOutput:

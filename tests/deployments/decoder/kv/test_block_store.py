@@ -158,7 +158,7 @@ def test_tenants_share_only_where_both_opted_in(
 ) -> None:
     deployment = deploy(address)
     assert [deployment.ask(PROMPT, tenant) for tenant in ("a", "d", "b", "c")] == [0, 0, 0, 100]
-    use = deployment.core.stats().prefix_use
+    use = deployment.core.stats().prefix_stats
     assert {tenant: u.num_hits for tenant, u in use.items()} == {"a": 0, "d": 0, "b": 0, "c": 1}
     assert not deployment.stored("a") & deployment.stored("d")
     deployment.start()

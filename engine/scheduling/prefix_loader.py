@@ -13,7 +13,7 @@ from engine.request import Request, RequestState
 
 
 @dataclass(slots=True)
-class PrefixUse:
+class PrefixCacheStats:
     """Counters of one tenant: requests that were started, and what they found cached."""
 
     num_queries: int = 0
@@ -21,12 +21,14 @@ class PrefixUse:
     num_cached_tokens: int = 0
 
 
-class Starter:
+class PrefixLoader:
     """Gives requests the blocks of their prefix, and has the store bring what memory lacks."""
 
     def __init__(self, kv: KVCache, store: BlockStore) -> None:
         self._kv, self._store = kv, store
-        self.prefix_use: defaultdict[str, PrefixUse] = defaultdict(PrefixUse)  # by tenant
+        self.prefix_stats: defaultdict[str, PrefixCacheStats] = defaultdict(
+            PrefixCacheStats
+        )  # by tenant
 
     def ask_store(self, request: Request) -> bool:
         """Let it wait if the store brings more than what is cached."""
@@ -91,7 +93,7 @@ class Starter:
     def _count_prefix(self, request: Request, num_in_memory: int) -> None:
         request.num_cached_tokens = request.num_computed_tokens
         request.num_fetched_tokens = max(0, request.num_cached_tokens - num_in_memory)
-        use = self.prefix_use[request.tenant]
+        use = self.prefix_stats[request.tenant]
         use.num_queries += 1
         use.num_hits += request.num_cached_tokens > 0
         use.num_cached_tokens += request.num_cached_tokens
