@@ -31,8 +31,8 @@ from deployments.start import lifecycle
 from protos.briolette.v1.admin_pb2 import Tenant
 from protos.briolette.v1.inference_pb2 import ChatRequest, CompleteRequest, Message, Sampling
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
-from tests.deployments.gateway.test_gateway import wait_for
 from tests.support.prometheus import RULES, Prometheus, find, needs_prometheus, running_prometheus
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 ALERT_TESTS = ROOT / "tests/alerts.yaml"

@@ -28,16 +28,11 @@ from deployments.gateway.services.usage import UsageService
 from protos.briolette.v1.admin_pb2 import DayUsage, GetUsageRequest
 from protos.briolette.v1.admin_pb2_grpc import AdminStub
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    complete,
-    failure,
-    make_tokenizer,
-    running_gateway,
-    serving,
-    wait_for,
-)
+from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
+from tests.support.gateway.requests import complete, failure
+from tests.support.gateway.running import running_gateway, serving
 from tests.support.store.redis_servers import redis_server
+from tests.support.waiting import wait_for
 
 DAY = date(2026, 11, 24)
 REQUEST = Used(requests=1, prompt_tokens=50, output_tokens=7, cached_tokens=32, saved_prefill_s=0.5)

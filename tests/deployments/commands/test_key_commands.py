@@ -19,14 +19,10 @@ from deployments.gateway.admission import open_admission
 from deployments.process.local_access import local_key_file
 from deployments.start.lifecycle import FILE, holding
 from engine.text.tokenizer import Tokenizer
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    make_tokenizer,
-    running_gateway,
-    serving,
-    wait_for,
-)
+from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
+from tests.support.gateway.running import running_gateway, serving
 from tests.support.store.redis_servers import redis_server
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture(scope="module")

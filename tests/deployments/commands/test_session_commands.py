@@ -11,8 +11,8 @@ import pytest
 from deployments import cli
 from deployments.commands.sessions import age, size
 from engine.text.tokenizer import Tokenizer
-from tests.deployments.gateway.test_gateway import make_tokenizer
-from tests.deployments.gateway.test_session_service import HELLO, Cluster, running
+from tests.support.gateway.fake_decoder import make_tokenizer
+from tests.support.gateway.session_cluster import HELLO, SessionCluster, running_sessions
 from tests.support.store.redis_servers import redis_server
 
 
@@ -22,13 +22,13 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def cluster(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Cluster]:
-    with redis_server(tmp_path) as address, running(tokenizer, address) as made:
+def cluster(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[SessionCluster]:
+    with redis_server(tmp_path) as address, running_sessions(tokenizer, address) as made:
         yield made
 
 
 @pytest.fixture
-def said(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def said(cluster: SessionCluster, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a command on that gateway: what it prints, in one line, or its error."""
 
     def run(*arguments: str) -> str:
@@ -41,7 +41,7 @@ def said(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 
 
 def test_from_the_first_question_to_the_deletion(
-    said: Callable[..., str], cluster: Cluster
+    said: Callable[..., str], cluster: SessionCluster
 ) -> None:
     assert "briolette chat --session NAME" in said("sessions")
     assert said("chat", "--session", "trip", "--max-tokens", "8", HELLO) == ";<=>?@AB"

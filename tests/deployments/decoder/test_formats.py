@@ -18,15 +18,11 @@ from engine.text.grammar import Grammar
 from protos.briolette.v1.inference_pb2 import Sampling
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 from protos.briolette.v1.stream_pb2 import Add, ToDecoder
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    complete,
-    failure,
-    running_gateway,
-    serving,
-    wait_for,
-)
 from tests.support.engine.gemma_chat import make_tokenizer
+from tests.support.gateway.fake_decoder import Decoder
+from tests.support.gateway.requests import complete, failure
+from tests.support.gateway.running import running_gateway, serving
+from tests.support.waiting import wait_for
 
 TOKENIZER = make_tokenizer()
 

@@ -14,15 +14,11 @@ from prometheus_client import CollectorRegistry
 from deployments.expert_host.meter import HostMeter
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 from tests.deployments.decoder.test_remote_experts import cluster
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    complete,
-    make_tokenizer,
-    running_gateway,
-    serving,
-    wait_for,
-)
 from tests.support.engine.tiny_models import make_tiny
+from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
+from tests.support.gateway.requests import complete
+from tests.support.gateway.running import running_gateway, serving
+from tests.support.waiting import wait_for
 
 NUM_BLOCKS = 40  # of 16 tokens: room for one request of the longest context, not for two
 NUM_TOKENS, TOP_K = 20, 3  # of an expert call

@@ -19,17 +19,12 @@ from deployments.process.open_files import GRPC_PART, HTTP_PART, raise_limit
 from engine.text.tokenizer import Tokenizer
 from protos.briolette.v1.inference_pb2 import ListModelsRequest
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    complete,
-    failure,
-    make_tokenizer,
-    running_gateway,
-    serving,
-    wait_for,
-)
-from tests.deployments.gateway.test_http import CHAT, is_closed, url
+from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
+from tests.support.gateway.http_client import CHAT, is_closed, url
 from tests.support.gateway.http_server import ScriptedAnswers, running_server
+from tests.support.gateway.requests import complete, failure
+from tests.support.gateway.running import running_gateway, serving
+from tests.support.waiting import wait_for
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, SETTINGS, PING = 0, 1, 4, 6  # types of frames

@@ -19,13 +19,9 @@ from schemathesis.checks import CHECKS
 
 from deployments.gateway.gateway import Gateway
 from protos.briolette.v1 import admin_pb2, inference_pb2, sessions_pb2
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    make_tokenizer,
-    running_gateway,
-    serving,
-    wait_for,
-)
+from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
+from tests.support.gateway.running import running_gateway, serving
+from tests.support.waiting import wait_for
 
 LONGEST_S = 10.0  # for one call
 KEPT = [

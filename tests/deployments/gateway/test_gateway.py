@@ -7,31 +7,21 @@ import functools
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import httpx2 as httpx
 import pytest
-import torch
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from prometheus_client import CollectorRegistry
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from cluster.config import GatewayConfig
 from cluster.errors import (
     LinkError,
     Overloaded,
@@ -40,14 +30,9 @@ from cluster.errors import (
     Unavailable,
     UnknownModel,
 )
-from cluster.links.connect import Endpoint, Listener, connect
-from cluster.metrics import Metrics
-from cluster.spec import AttentionKind
-from cluster.tenants.sessions import Sessions
-from cluster.tenants.tenancy import Admission, OpenLease, Tenant
-from deployments.decoder.link import MAX_OUTBOX, GatewayLinks, verify_gateway
-from deployments.decoder.meters import EngineMeter
-from deployments.decoder.step_loop import StepLoop
+from cluster.links.connect import Endpoint, connect
+from cluster.tenants.tenancy import OpenLease, Tenant
+from deployments.decoder.link import MAX_OUTBOX
 from deployments.gateway.calls.answers import Answers
 from deployments.gateway.calls.call import Call
 from deployments.gateway.calls.conversations import Conversations
@@ -57,13 +42,6 @@ from deployments.gateway.calls.tenant_threads import TenantThreads
 from deployments.gateway.decoder_link import DecoderLink
 from deployments.gateway.gateway import Gateway
 from deployments.messages import GATEWAY_HELLO
-from engine.batch import Batch
-from engine.cache.block_hash import BlockHasher
-from engine.cache.kv_cache import KVCacheConfig
-from engine.core import EngineCore
-from engine.limits import SpecLimits
-from engine.scheduling.load_shedding import LoadShedding
-from engine.text.token_bytes import byte_level
 from engine.text.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest
 from protos.briolette.v1.admin_pb2_grpc import AdminStub
@@ -74,150 +52,16 @@ from protos.briolette.v1.inference_pb2 import (
     CompleteRequest,
     Generation,
     ListModelsRequest,
-    Message,
     Sampling,
     TokenIds,
     TokenizeRequest,
 )
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 from protos.briolette.v1.stream_pb2 import Add, FromDecoder, Output, ToDecoder
-
-SECRET = b"secret of this test"
-CONTEXT = 512
-TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
-GREEDY = Sampling(temperature=0.0, max_tokens=8)
-
-
-class CountingRunner:
-    """The token after t is t + 1: an answer to "...a" is "bcdef..."."""
-
-    def __init__(self) -> None:
-        self.step_s = 0.0
-        self.num_steps = 0  # begun
-        self.error: Exception | None = None
-        self.go_on = threading.Event()  # cleared: hangs
-        self.go_on.set()
-
-    def execute(self, batch: Batch) -> Tensor:
-        self.num_steps += 1
-        time.sleep(self.step_s)
-        self.go_on.wait(10)
-        if self.error is not None:
-            raise self.error
-        ids = (batch.input_ids[batch.logits_indices] + 1) % 256
-        return torch.nn.functional.one_hot(ids, 256).float() * 50
-
-
-def make_tokenizer() -> Tokenizer:
-    """Bytes are tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (ord(c) > 255, ord(c)))
-    by_byte = {byte_level(char)[0]: char for char in alphabet}
-    vocab = {by_byte[byte]: byte for byte in range(256)}
-    backend = Backend(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE))
-
-
-class Decoder:
-    """Everything of a decoder but the model, with a listener that gateways can find."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        max_queue: int = 8,
-        max_num_seqs: int = 4,
-        store: Any = None,
-        num_blocks: int = 200,
-        runner: Any = None,
-        eos_ids: tuple[int, ...] = (),
-    ) -> None:
-        self.runner = runner or CountingRunner()
-        self.registry = CollectorRegistry()
-        self.ready = True
-        self.engine = EngineCore(
-            self.runner,
-            KVCacheConfig(16, dict.fromkeys(AttentionKind, num_blocks)),
-            spec_limits=SpecLimits(CONTEXT, 64, tokenizer.vocab_size, eos_ids or tokenizer.eos_ids),
-            max_num_batched_tokens=256,
-            max_num_seqs=max_num_seqs,
-            load_shedding=LoadShedding(max_queue),
-            store=store,
-            hasher=None if store is None else BlockHasher(16, "counter"),
-            tokenizer=tokenizer,
-        )
-        meter = EngineMeter(Metrics(self.registry), "counter")
-        self.loop = StepLoop(self.engine, meter, self._fill_status, store)
-        self.open()
-
-    def open(self) -> None:
-        self.listener = Listener(SECRET, verify_gateway)
-        self.endpoint: Endpoint | None = self.listener.endpoint
-        self.gateways = GatewayLinks(
-            self.listener, self.loop.greeting, self.loop.on_message, self.loop.on_lost
-        )
-        self.loop.start(self.gateways)
-
-    def find(self) -> Endpoint:
-        if self.endpoint is None:
-            raise LinkError("There is no decoder.")
-        return self.endpoint
-
-    def close(self) -> None:
-        self.endpoint = None
-        self.gateways.close()
-        self.loop.close()
-
-    def _fill_status(self, status: ClusterStatus) -> None:
-        status.ready = self.ready
-        status.reason = "" if self.ready else "No copy of expert group 2 is alive."
-        status.model, status.context_tokens = "counter", CONTEXT
-        status.vocab_size = self.engine.limits.vocab_size
-
-
-@contextmanager
-def running_gateway(
-    tokenizer: Tokenizer,
-    find: Callable[[], Endpoint],
-    kept: Sessions | None = None,
-    registry: CollectorRegistry | None = None,
-    admission: Admission | None = None,
-    local_socket: Path | None = None,
-    log_dir: Path | None = None,
-    **config: Any,
-) -> Iterator[Gateway]:
-    """A gateway on a free port, on an asyncio loop in a thread."""
-    metrics = Metrics(registry or CollectorRegistry())
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
-    async def start() -> Gateway:
-        settings = GatewayConfig(**{"port": 0, "http_port": 0, **config})
-        gateway = Gateway(
-            settings,
-            tokenizer,
-            find,
-            SECRET,
-            metrics,
-            kept=kept,
-            admission=admission,
-            local_socket=local_socket,
-            log_dir=log_dir,
-        )
-        await gateway.start()
-        return gateway
-
-    try:
-        gateway = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
-        try:
-            yield gateway
-        finally:
-            asyncio.run_coroutine_threadsafe(gateway.stop(0.0), loop).result(10)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
+from tests.support.gateway.fake_decoder import CONTEXT, SECRET, Decoder, make_tokenizer
+from tests.support.gateway.requests import GREEDY, chat, complete, failure
+from tests.support.gateway.running import no_decoder, running_gateway, serving
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -252,36 +96,6 @@ def channel(cluster: tuple[Decoder, Gateway], decoder: Decoder) -> Iterator[grpc
 @pytest.fixture
 def stub(channel: grpc.Channel) -> InferenceStub:
     return InferenceStub(channel)
-
-
-def serving(gateway: Gateway) -> bool:
-    with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    give_up_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up_at, "waited too long"
-        time.sleep(0.01)
-
-
-def chat(content: str = "a", role: str = "user", **sampling: Any) -> ChatRequest:
-    settings = {"temperature": 0.0, "max_tokens": 8, **sampling}
-    message = Message(role=role, content=content)
-    return ChatRequest(messages=[message], sampling=Sampling(**settings))
-
-
-def complete(text: str = "a", **sampling: Any) -> CompleteRequest:
-    settings = {"temperature": 0.0, "max_tokens": 8, **sampling}
-    return CompleteRequest(text=text, sampling=Sampling(**settings))
-
-
-def failure(call: Callable[[], Any]) -> tuple[str, str]:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    return caught.value.code().name, caught.value.details() or ""
 
 
 # Answers
@@ -841,7 +655,3 @@ def test_a_taken_port_is_said(tokenizer: Tokenizer) -> None:
             running_gateway(tokenizer, no_decoder, port=port),
         ):
             pass
-
-
-def no_decoder() -> Endpoint:
-    raise LinkError("There is no decoder.")

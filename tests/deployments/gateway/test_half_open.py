@@ -16,13 +16,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    make_tokenizer,
-    running_gateway,
-    serving,
-    wait_for,
-)
+from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
+from tests.support.gateway.running import running_gateway, serving
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).parents[3]
 SUBNET = os.getpid() % 16384  # of those with two addresses, in a range for tests of networks

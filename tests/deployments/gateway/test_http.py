@@ -20,17 +20,12 @@ from deployments.gateway.gateway import Gateway
 from deployments.gateway.http.stream import EventStream
 from engine.text.tokenizer import Tokenizer
 from protos.briolette.v1.inference_pb2 import Generation
-from tests.deployments.gateway.test_gateway import (
-    CONTEXT,
-    Decoder,
-    make_tokenizer,
-    running_gateway,
-    serving,
-    wait_for,
-)
+from tests.support.gateway.fake_decoder import CONTEXT, Decoder, make_tokenizer
+from tests.support.gateway.http_client import CHAT, is_closed, url
 from tests.support.gateway.http_server import END, ScriptedAnswers, running_server
+from tests.support.gateway.running import running_gateway, serving
+from tests.support.waiting import wait_for
 
-CHAT = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 8}
 LONG = {**CHAT, "max_tokens": CONTEXT - 40}
 
 
@@ -69,27 +64,10 @@ def gateway(cluster: tuple[Decoder, Gateway], decoder: Decoder) -> Gateway:
     return cluster[1]
 
 
-def url(gateway: Gateway, path: str = "/v1/chat/completions") -> str:
-    return f"http://127.0.0.1:{gateway.http_port}{path}"
-
-
 def connected(gateway: Gateway, data: bytes = b"") -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", gateway.http_port or 0), 5)
     connection.sendall(data)
     return connection
-
-
-def is_closed(connection: socket.socket) -> bool:
-    """Whether the server has ended it; what it said before is read away."""
-    connection.setblocking(False)
-    try:
-        while connection.recv(1 << 20):
-            pass
-        return True
-    except BlockingIOError:
-        return False
-    except ConnectionResetError:
-        return True
 
 
 def post(body: bytes = b"", *headers: str) -> bytes:

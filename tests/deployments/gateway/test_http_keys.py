@@ -19,15 +19,11 @@ from cluster.tenants.tenancy import Tenant
 from cluster.tenants.usage import Used, today
 from deployments.gateway.gateway import Gateway
 from engine.text.tokenizer import Tokenizer
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    make_tokenizer,
-    running_gateway,
-    serving,
-    wait_for,
-)
 from tests.support.certificates import Authority
+from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
+from tests.support.gateway.running import running_gateway, serving
 from tests.support.store.redis_servers import redis_server
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture(scope="module")

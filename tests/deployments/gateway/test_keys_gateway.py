@@ -56,17 +56,12 @@ from protos.briolette.v1.inference_pb2 import (
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 from protos.briolette.v1.sessions_pb2 import ResumeSessionRequest
 from protos.briolette.v1.sessions_pb2_grpc import SessionsStub
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    complete,
-    failure,
-    make_tokenizer,
-    running_gateway,
-    serving,
-    wait_for,
-)
 from tests.support.certificates import Authority
+from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
+from tests.support.gateway.requests import complete, failure
+from tests.support.gateway.running import running_gateway, serving
 from tests.support.store.redis_servers import redis_server
+from tests.support.waiting import wait_for
 
 LOCAL_KEY, LOCAL = new_key(0.0)
 

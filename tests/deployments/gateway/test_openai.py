@@ -35,14 +35,10 @@ from protos.briolette.v1.inference_pb2 import (
     ToolCallPiece,
     Usage,
 )
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    make_tokenizer,
-    running_gateway,
-    serving,
-    wait_for,
-)
+from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
 from tests.support.gateway.http_server import END, ScriptedAnswers, running_server
+from tests.support.gateway.running import running_gateway, serving
+from tests.support.waiting import wait_for
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 EIGHT: Any = {"model": "counter", "temperature": 0, "max_tokens": 8}

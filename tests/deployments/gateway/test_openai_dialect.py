@@ -10,8 +10,10 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.deployments.gateway.test_gateway import Decoder, running_gateway, serving, wait_for
 from tests.support.engine.gemma_chat import ScriptedRunner, make_tokenizer, spelled
+from tests.support.gateway.fake_decoder import Decoder
+from tests.support.gateway.running import running_gateway, serving
+from tests.support.waiting import wait_for
 
 TOKENIZER = make_tokenizer()
 THOUGHT = "<|channel>thought\nThey ask for the weather.\n<channel|>"

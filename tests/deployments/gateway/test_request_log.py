@@ -27,15 +27,10 @@ from protos.briolette.v1.admin_pb2 import GetStatusRequest
 from protos.briolette.v1.admin_pb2_grpc import AdminStub
 from protos.briolette.v1.inference_pb2 import Generation, Timings, Usage
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    chat,
-    complete,
-    make_tokenizer,
-    running_gateway,
-    serving,
-    wait_for,
-)
+from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
+from tests.support.gateway.requests import chat, complete
+from tests.support.gateway.running import running_gateway, serving
+from tests.support.waiting import wait_for
 
 SECRET_TEXT = "the launch is on Tuesday"
 

@@ -22,8 +22,9 @@ from protos.briolette.v1.inference_pb2 import (
     Tool,
 )
 from protos.briolette.v1.sessions_pb2 import GetSessionRequest, ResumeSessionRequest
-from tests.deployments.gateway.test_session_service import Cluster, refusal, running
 from tests.support.engine.gemma_chat import ScriptedRunner, make_tokenizer, spelled
+from tests.support.gateway.requests import failure
+from tests.support.gateway.session_cluster import SessionCluster, running_sessions
 from tests.support.store.redis_servers import redis_server
 
 TOKENIZER = make_tokenizer()
@@ -37,7 +38,7 @@ ASKED = Message(role="user", content="How is it in Paris?")
 class Talk:
     """One session, asked in turn."""
 
-    def __init__(self, cluster: Cluster, runner: ScriptedRunner, sessions: Sessions) -> None:
+    def __init__(self, cluster: SessionCluster, runner: ScriptedRunner, sessions: Sessions) -> None:
         self.cluster, self.runner, self.sessions = cluster, runner, sessions
 
     def say(self, answer: str, *messages: Message, **fields: Any) -> Generation:
@@ -66,7 +67,10 @@ class Talk:
 @pytest.fixture
 def talk(tmp_path: Path) -> Iterator[Talk]:
     runner = ScriptedRunner(TOKENIZER.vocab_size)
-    with redis_server(tmp_path) as address, running(TOKENIZER, address, runner=runner) as cluster:
+    with (
+        redis_server(tmp_path) as address,
+        running_sessions(TOKENIZER, address, runner=runner) as cluster,
+    ):
         yield Talk(cluster, runner, sessions_at(address))
 
 
@@ -143,7 +147,7 @@ def test_a_result_of_no_call_leaves_the_session_as_it_was(talk: Talk) -> None:
     talk.say("Hello.<turn|>", ASKED)
     before = talk.kept
     result = Message(role="tool", content="sunny", tool_call_id="x")
-    status, sentence = refusal(lambda: talk.say("", result))
+    status, sentence = failure(lambda: talk.say("", result))
     assert (status, "nobody has made" in sentence) == ("INVALID_ARGUMENT", True)
     assert talk.kept == before
 

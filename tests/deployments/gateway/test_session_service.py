@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from prometheus_client import CollectorRegistry
 
-from cluster.metrics import Metrics
-from cluster.spec import AttentionKind
-from cluster.store.kv_store import KVStore
 from cluster.store.redis import RedisAddress
 from cluster.store.scripts import value_name
 from cluster.tenants.sessions import Sessions
-from deployments.gateway.gateway import Gateway
-from engine.cache.block_store import StoredBlock
-from engine.request import Request
 from engine.text.tokenizer import Tokenizer
-from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest
-from protos.briolette.v1.admin_pb2_grpc import AdminStub
-from protos.briolette.v1.inference_pb2 import ChatRequest, Generation, Message, Sampling
+from protos.briolette.v1.inference_pb2 import ChatRequest, Message, Sampling
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 from protos.briolette.v1.sessions_pb2 import (
     DeleteSessionRequest,
@@ -32,113 +22,18 @@ from protos.briolette.v1.sessions_pb2 import (
     ListSessionsRequest,
     ParkSessionRequest,
     ResumeSessionRequest,
-    Session,
 )
 from protos.briolette.v1.sessions_pb2_grpc import SessionsStub
-from tests.deployments.gateway.test_gateway import (
-    GREEDY,
-    Decoder,
-    make_tokenizer,
-    running_gateway,
-    serving,
+from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
+from tests.support.gateway.requests import GREEDY, failure
+from tests.support.gateway.running import running_gateway, serving
+from tests.support.gateway.session_cluster import (
+    HELLO,
+    RedisBlocks,
+    SessionCluster,
+    running_sessions,
 )
-from tests.support.engine.memory_store import MemoryStore
 from tests.support.store.redis_servers import redis_server, wait_until
-
-HELLO = "Hello there, this is the beginning of it."
-
-
-class RedisBlocks(MemoryStore):
-    """Every block is a value in Redis; what the blocks hold doesn't matter to a counting runner."""
-
-    def __init__(self, address: RedisAddress) -> None:
-        super().__init__()
-        self.store = KVStore(address, b"counter", "counter", Metrics(CollectorRegistry()))
-        self.fingerprint = b"counter"
-        self.blocks = self
-        self.forgotten: set[bytes] = set()
-
-    def read(self, kind: AttentionKind, block_id: int) -> bytes:
-        return bytes(1000)
-
-    def write(self, kind: AttentionKind, block_id: int, value: Any) -> None:
-        pass
-
-    def save(self, request: Request, blocks: Sequence[StoredBlock]) -> None:
-        super().save(request, blocks)
-        for block in blocks:
-            self.store.put(request.tenant, self._key(block.kind, block.block_hash), [bytes(1000)])
-
-    def keys_of(self, request: Request) -> tuple[bytes, ...]:
-        computed = request.block_hashes[: request.num_computed_tokens // 16]
-        shown = {AttentionKind.GLOBAL: computed, AttentionKind.SLIDING: computed[-4:]}
-        return tuple(self._key(kind, h) for kind, hashes in shown.items() for h in hashes)
-
-    def traces_of(self, request: Request) -> tuple[bytes, ...]:
-        new = slice(request.num_cached_tokens // 16, request.num_computed_tokens // 16)
-        hashes = request.block_hashes[new]
-        return tuple(self._key(kind, h) for kind in AttentionKind for h in hashes)
-
-    def forget(self, tenant: str, keys: Iterable[bytes]) -> None:
-        self.forgotten.update(keys)
-
-    def flush(self, timeout_s: float) -> bool:
-        return self.store.flush(timeout_s)
-
-    def _key(self, kind: AttentionKind, block_hash: bytes) -> bytes:
-        return kind.value.encode() + block_hash
-
-
-@dataclass
-class Cluster:
-    """A decoder, a gateway and a client of both services."""
-
-    decoder: Decoder
-    gateway: Gateway
-    blocks: RedisBlocks
-    channel: grpc.Channel
-
-    def __post_init__(self) -> None:
-        self.inference, self.sessions = InferenceStub(self.channel), SessionsStub(self.channel)
-
-    def status(self) -> ClusterStatus:
-        answer: ClusterStatus = AdminStub(self.channel).GetStatus(GetStatusRequest())
-        return answer
-
-    def ask(self, text: str, session: str = "trip", **sampling: Any) -> Generation:
-        request = ChatRequest(
-            messages=[Message(role="user", content=text)],
-            sampling=Sampling(**{"temperature": 0.0, "max_tokens": 8, **sampling}),
-            session=session,
-        )
-        answer: Generation = self.inference.ChatOnce(request, timeout=20)
-        return answer
-
-    def list(self) -> list[Session]:
-        return list(self.sessions.ListSessions(ListSessionsRequest()).sessions)
-
-    def said(self, name: str = "trip") -> list[str]:
-        got = self.sessions.GetSession(GetSessionRequest(name=name))
-        return [message.content for message in got.messages]
-
-
-@contextmanager
-def running(
-    tokenizer: Tokenizer,
-    address: RedisAddress,
-    blocks: RedisBlocks | None = None,
-    budget: int = 1 << 20,
-    runner: Any = None,
-) -> Iterator[Cluster]:
-    blocks = blocks or RedisBlocks(address)
-    decoder = Decoder(tokenizer, store=blocks, runner=runner)
-    kept = Sessions(address, 60.0, lambda tenant: budget)
-    with running_gateway(tokenizer, decoder.find, kept) as gateway:
-        wait_until(lambda: serving(gateway))
-        with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
-            yield Cluster(decoder, gateway, blocks, channel)
-    decoder.close()
-    blocks.store.close()
 
 
 @pytest.fixture(scope="module")
@@ -153,19 +48,12 @@ def address(tmp_path: Path) -> Iterator[RedisAddress]:
 
 
 @pytest.fixture
-def cluster(tokenizer: Tokenizer, address: RedisAddress) -> Iterator[Cluster]:
-    with running(tokenizer, address) as made:
+def cluster(tokenizer: Tokenizer, address: RedisAddress) -> Iterator[SessionCluster]:
+    with running_sessions(tokenizer, address) as made:
         yield made
 
 
-def refusal(call: Callable[[], object]) -> tuple[str, str]:
-    """The status and the sentence of a call that is refused."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    return caught.value.code().name, caught.value.details()
-
-
-def test_a_session_goes_on_where_it_was(cluster: Cluster) -> None:
+def test_a_session_goes_on_where_it_was(cluster: SessionCluster) -> None:
     first = cluster.ask(HELLO)
     second = cluster.ask("And then?")
     assert cluster.said() == [HELLO, first.text, "And then?", second.text]
@@ -180,7 +68,7 @@ def test_a_session_goes_on_where_it_was(cluster: Cluster) -> None:
     assert plain.text == second.text
 
 
-def test_what_a_stop_string_cut_off_is_no_part_of_it(cluster: Cluster) -> None:
+def test_what_a_stop_string_cut_off_is_no_part_of_it(cluster: SessionCluster) -> None:
     assert cluster.ask(HELLO, stop=[">"]).text == ";<="
     assert cluster.ask(HELLO, "other", stop_token_ids=[ord(">")]).text == ";<="
     again = [cluster.ask("And then?", name) for name in ("trip", "other")]
@@ -188,7 +76,7 @@ def test_what_a_stop_string_cut_off_is_no_part_of_it(cluster: Cluster) -> None:
     assert cluster.said()[:2] == cluster.said("other")[:2] == [HELLO, ";<="]
 
 
-def test_a_turn_that_was_cancelled_leaves_no_trace_in_it(cluster: Cluster) -> None:
+def test_a_turn_that_was_cancelled_leaves_no_trace_in_it(cluster: SessionCluster) -> None:
     cluster.ask(HELLO)
     before = cluster.said()
     cluster.decoder.runner.step_s = 0.05
@@ -197,7 +85,7 @@ def test_a_turn_that_was_cancelled_leaves_no_trace_in_it(cluster: Cluster) -> No
         ChatRequest(messages=messages, sampling=Sampling(max_tokens=200), session="trip")
     )
     next(iter(call))
-    assert refusal(lambda: cluster.ask("Me too!")) == (
+    assert failure(lambda: cluster.ask("Me too!")) == (
         "ABORTED",
         "The session 'trip' is in use right now; try again later.",
     )
@@ -206,7 +94,7 @@ def test_a_turn_that_was_cancelled_leaves_no_trace_in_it(cluster: Cluster) -> No
         ("ResumeSession", ResumeSessionRequest),
     ):
         method = getattr(cluster.sessions, name)
-        assert refusal(lambda: method(request(name="trip")))[0] == "ABORTED"  # noqa: B023
+        assert failure(lambda: method(request(name="trip")))[0] == "ABORTED"  # noqa: B023
     assert cluster.ask("Another one.", "other").text
     call.cancel()
     cluster.decoder.runner.step_s = 0.0
@@ -216,7 +104,7 @@ def test_a_turn_that_was_cancelled_leaves_no_trace_in_it(cluster: Cluster) -> No
 
 
 def test_of_two_gateways_the_second_to_finish_is_refused(
-    cluster: Cluster, tokenizer: Tokenizer, address: RedisAddress
+    cluster: SessionCluster, tokenizer: Tokenizer, address: RedisAddress
 ) -> None:
     cluster.ask(HELLO)
     kept = Sessions(address, 60.0, lambda tenant: 1 << 20)
@@ -230,12 +118,12 @@ def test_of_two_gateways_the_second_to_finish_is_refused(
             )
             next(iter(slow))
             quick = cluster.ask("Quick.")
-            status, sentence = refusal(lambda: list(slow))
+            status, sentence = failure(lambda: list(slow))
     assert status == "ABORTED" and "was changed meanwhile" in sentence
     assert cluster.said()[2:] == ["Quick.", quick.text]
 
 
-def test_the_list_has_sizes_ages_and_what_is_in_memory(cluster: Cluster) -> None:
+def test_the_list_has_sizes_ages_and_what_is_in_memory(cluster: SessionCluster) -> None:
     cluster.ask(HELLO, "older")
     cluster.ask(HELLO, "newer")
     cluster.blocks.flush(5)
@@ -246,7 +134,7 @@ def test_the_list_has_sizes_ages_and_what_is_in_memory(cluster: Cluster) -> None
     assert newer.tokens_in_memory == 64 and newer.missing_values == 0
 
 
-def test_parking_frees_memory_and_resuming_brings_it_back(cluster: Cluster) -> None:
+def test_parking_frees_memory_and_resuming_brings_it_back(cluster: SessionCluster) -> None:
     cluster.ask(HELLO)
     cluster.ask("And then?")
     parked = cluster.sessions.ParkSession(ParkSessionRequest(name="trip"))
@@ -264,7 +152,7 @@ def test_parking_frees_memory_and_resuming_brings_it_back(cluster: Cluster) -> N
     assert cluster.ask("Still there?").usage.fetched_tokens == 0
 
 
-def test_a_parked_session_that_is_asked_resumes_by_itself(cluster: Cluster) -> None:
+def test_a_parked_session_that_is_asked_resumes_by_itself(cluster: SessionCluster) -> None:
     cluster.ask(HELLO)
     cluster.sessions.ParkSession(ParkSessionRequest(name="trip"))
     answer = cluster.ask("And then?")
@@ -272,18 +160,18 @@ def test_a_parked_session_that_is_asked_resumes_by_itself(cluster: Cluster) -> N
 
 
 def test_it_survives_a_restart_of_everything_but_redis(
-    cluster: Cluster, tokenizer: Tokenizer, address: RedisAddress
+    cluster: SessionCluster, tokenizer: Tokenizer, address: RedisAddress
 ) -> None:
     first = cluster.ask(HELLO)
     saved = RedisBlocks(address)
     saved.values = cluster.blocks.values
-    with running(tokenizer, address, saved) as later:
+    with running_sessions(tokenizer, address, saved) as later:
         assert [session.tokens_in_memory for session in later.list()] == [0]
         assert later.ask("And then?").usage.fetched_tokens == 64
         assert later.said()[:2] == [HELLO, first.text]
 
 
-def test_deleting_leaves_no_key(cluster: Cluster, address: RedisAddress) -> None:
+def test_deleting_leaves_no_key(cluster: SessionCluster, address: RedisAddress) -> None:
     cluster.ask(HELLO, max_tokens=80)
     cluster.ask("And then?", max_tokens=80)
     cluster.decoder.runner.step_s = 0.01
@@ -297,10 +185,12 @@ def test_deleting_leaves_no_key(cluster: Cluster, address: RedisAddress) -> None
     assert deleted.freed_bytes > 0 and cluster.list() == []
     assert address.client().keys("*") == []
     assert cluster.decoder.engine.session_tokens("default") == {}
-    assert refusal(cluster.said)[0] == "NOT_FOUND"
+    assert failure(cluster.said)[0] == "NOT_FOUND"
 
 
-def test_the_decoder_hears_what_the_store_lacks(cluster: Cluster, address: RedisAddress) -> None:
+def test_the_decoder_hears_what_the_store_lacks(
+    cluster: SessionCluster, address: RedisAddress
+) -> None:
     kept = Sessions(address, 60.0, lambda tenant: 1 << 20)
     cluster.ask(HELLO)
     cluster.blocks.flush(5)
@@ -316,7 +206,7 @@ def test_the_decoder_hears_what_the_store_lacks(cluster: Cluster, address: Redis
 
 
 def test_another_model_reads_the_messages_anew(
-    cluster: Cluster, tokenizer: Tokenizer, address: RedisAddress
+    cluster: SessionCluster, tokenizer: Tokenizer, address: RedisAddress
 ) -> None:
     text = cluster.ask(HELLO).text
     kept = Sessions(address, 60.0, lambda tenant: 1 << 20)
@@ -331,7 +221,7 @@ def test_another_model_reads_the_messages_anew(
 
 
 def test_while_values_can_not_be_written_nothing_is_given_up(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    cluster: SessionCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.ask(HELLO)
     monkeypatch.setattr(cluster.blocks, "flush", lambda timeout_s: False)
@@ -339,12 +229,12 @@ def test_while_values_can_not_be_written_nothing_is_given_up(
         lambda: cluster.sessions.ParkSession(ParkSessionRequest(name="trip")),
         lambda: cluster.sessions.DeleteSession(DeleteSessionRequest(name="trip")),
     ):
-        status, sentence = refusal(call)
+        status, sentence = failure(call)
         assert status == "UNAVAILABLE" and "waits to be written" in sentence
     assert [session.tokens_in_memory for session in cluster.list()] == [64]
 
 
-def test_without_a_decoder_sessions_are_still_listed_and_shown(cluster: Cluster) -> None:
+def test_without_a_decoder_sessions_are_still_listed_and_shown(cluster: SessionCluster) -> None:
     cluster.ask(HELLO)
     cluster.decoder.close()
     wait_until(lambda: not serving(cluster.gateway))
@@ -357,7 +247,7 @@ def test_without_a_decoder_sessions_are_still_listed_and_shown(cluster: Cluster)
         lambda: cluster.sessions.ResumeSession(ResumeSessionRequest(name="trip")),
         lambda: cluster.ask("And then?"),
     ):
-        assert refusal(call) == ("UNAVAILABLE", "The decoder is not reachable right now.")
+        assert failure(call) == ("UNAVAILABLE", "The decoder is not reachable right now.")
     assert len(cluster.said()) == 2
 
 
@@ -367,7 +257,7 @@ def test_without_redis_sessions_say_so_and_other_chats_go_on(
     with ExitStack() as stack:
         server = stack.enter_context(ExitStack())
         address = server.enter_context(redis_server(tmp_path))
-        cluster = stack.enter_context(running(tokenizer, address))
+        cluster = stack.enter_context(running_sessions(tokenizer, address))
         cluster.ask(HELLO)
         server.close()
         named = [
@@ -379,7 +269,7 @@ def test_without_redis_sessions_say_so_and_other_chats_go_on(
             lambda: cluster.sessions.DeleteSession(DeleteSessionRequest(name="trip")),
         ]
         for call in named:
-            status, sentence = refusal(call)
+            status, sentence = failure(call)
             assert status == "UNAVAILABLE" and "doesn't answer" in sentence
         assert cluster.ask(HELLO, session="").text
 
@@ -387,14 +277,14 @@ def test_without_redis_sessions_say_so_and_other_chats_go_on(
 def test_an_answer_that_can_not_be_kept_ends_with_a_sentence(
     tokenizer: Tokenizer, address: RedisAddress
 ) -> None:
-    with running(tokenizer, address, budget=14_000) as cluster:
+    with running_sessions(tokenizer, address, budget=14_000) as cluster:
         first = cluster.ask(HELLO)
-        status, sentence = refusal(lambda: cluster.ask("x" * 200))
+        status, sentence = failure(lambda: cluster.ask("x" * 200))
         assert status == "RESOURCE_EXHAUSTED" and "budget is 14,000" in sentence
         assert cluster.said() == [HELLO, first.text]
 
 
-def test_bad_input_gets_a_status_and_a_sentence(cluster: Cluster) -> None:
+def test_bad_input_gets_a_status_and_a_sentence(cluster: SessionCluster) -> None:
     cluster.ask(HELLO)
     unknown = "There is no session 'tripp'; did you mean 'trip'?"
     for name, request in (
@@ -404,18 +294,18 @@ def test_bad_input_gets_a_status_and_a_sentence(cluster: Cluster) -> None:
         ("DeleteSession", DeleteSessionRequest),
     ):
         method: Any = getattr(cluster.sessions, name)
-        assert refusal(lambda: method(request(name="tripp"))) == ("NOT_FOUND", unknown)  # noqa: B023
+        assert failure(lambda: method(request(name="tripp"))) == ("NOT_FOUND", unknown)  # noqa: B023
         for bad in ("", "x" * 201, "two\nlines"):
-            status, sentence = refusal(lambda: method(request(name=bad)))  # noqa: B023
+            status, sentence = failure(lambda: method(request(name=bad)))  # noqa: B023
             assert status == "INVALID_ARGUMENT" and "name has 1 to 200 bytes" in sentence
-    assert refusal(lambda: cluster.ask("Hi.", "x" * 201))[0] == "INVALID_ARGUMENT"
+    assert failure(lambda: cluster.ask("Hi.", "x" * 201))[0] == "INVALID_ARGUMENT"
     nothing = ChatRequest(session="trip", sampling=GREEDY)
-    assert refusal(lambda: cluster.inference.ChatOnce(nothing)) == (
+    assert failure(lambda: cluster.inference.ChatOnce(nothing)) == (
         "INVALID_ARGUMENT",
         "A chat needs at least one message.",
     )
-    assert "context holds 512" in refusal(lambda: cluster.ask("x" * 600))[1]
-    assert refusal(lambda: cluster.ask("Hi.", temperature=-1))[0] == "INVALID_ARGUMENT"
+    assert "context holds 512" in failure(lambda: cluster.ask("x" * 600))[1]
+    assert failure(lambda: cluster.ask("Hi.", temperature=-1))[0] == "INVALID_ARGUMENT"
     assert len(cluster.said()) == 2
 
 
@@ -427,7 +317,7 @@ def test_a_decoder_without_a_store_keeps_what_was_said(
     with running_gateway(tokenizer, decoder.find, kept) as gateway:
         wait_until(lambda: serving(gateway))
         with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
-            cluster = Cluster(decoder, gateway, RedisBlocks(address), channel)
+            cluster = SessionCluster(decoder, gateway, RedisBlocks(address), channel)
             cluster.ask(HELLO)
             assert cluster.ask("And then?").usage.prompt_tokens > len(HELLO)
             parked = cluster.sessions.ParkSession(ParkSessionRequest(name="trip"))
@@ -450,6 +340,6 @@ def test_without_a_store_there_are_no_sessions(tokenizer: Tokenizer) -> None:
                 lambda: InferenceStub(channel).ChatOnce(chat),
                 lambda: SessionsStub(channel).ListSessions(ListSessionsRequest()),
             ):
-                status, sentence = refusal(call)
+                status, sentence = failure(call)
                 assert status == "FAILED_PRECONDITION" and "store.enabled" in sentence
     decoder.close()

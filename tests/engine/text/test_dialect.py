@@ -33,14 +33,11 @@ from protos.briolette.v1.inference_pb2 import (
     ToolCallPiece,
 )
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
-from tests.deployments.gateway.test_gateway import (
-    Decoder,
-    failure,
-    running_gateway,
-    serving,
-    wait_for,
-)
 from tests.support.engine.gemma_chat import CONTROL_TOKENS, ScriptedRunner, make_tokenizer, spelled
+from tests.support.gateway.fake_decoder import Decoder
+from tests.support.gateway.requests import failure
+from tests.support.gateway.running import running_gateway, serving
+from tests.support.waiting import wait_for
 
 TOKENIZER = make_tokenizer()
 DIALECT = TOKENIZER.dialect

@@ -12,8 +12,8 @@ from deployments.gateway.gateway import Gateway
 from engine.batch import Batch
 from engine.text.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, ExpertHost, GroupLoad, Part
-from tests.deployments.gateway.test_gateway import CountingRunner, Decoder
 from tests.support.browser import Browser
+from tests.support.gateway.fake_decoder import CountingRunner, Decoder
 
 END = 0  # the token that ends an answer
 KEY, BOBS_KEY = "brio_right", "brio_bobs"

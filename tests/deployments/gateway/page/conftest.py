@@ -8,8 +8,9 @@ import pytest
 
 from deployments.gateway.gateway import Gateway
 from engine.text.tokenizer import Tokenizer
-from tests.deployments.gateway.test_gateway import make_tokenizer, running_gateway
 from tests.support.browser import Browser, running_browser
+from tests.support.gateway.fake_decoder import make_tokenizer
+from tests.support.gateway.running import running_gateway
 from tests.support.gateway.stage import Stage, url
 
 

@@ -12,9 +12,9 @@ from selenium.webdriver.common.keys import Keys
 from deployments.gateway.gateway import Gateway
 from engine.text.tokenizer import Tokenizer
 from protos.briolette.v1.admin_pb2 import ClusterStatus, KvStore
-from tests.deployments.gateway.test_gateway import Decoder
-from tests.deployments.gateway.test_session_service import running
 from tests.support.browser import Browser, needs_browser
+from tests.support.gateway.fake_decoder import Decoder
+from tests.support.gateway.session_cluster import running_sessions
 from tests.support.gateway.stage import Stage, url
 from tests.support.store.redis_servers import redis_server
 
@@ -63,7 +63,7 @@ def test_sessions_are_parked_and_deleted(
         status.kv_store.CopyFrom(store)
 
     monkeypatch.setattr(Decoder, "_fill_status", fill_with_store)
-    with redis_server(tmp_path) as address, running(tokenizer, address) as cluster:
+    with redis_server(tmp_path) as address, running_sessions(tokenizer, address) as cluster:
         for name in ("trip", "../odd & <b>"):
             cluster.ask("Hello there, this is the beginning of it.", name)
         browser.open(url(cluster.gateway, "/#cluster"))

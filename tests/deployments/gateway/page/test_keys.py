@@ -6,8 +6,8 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from engine.text.tokenizer import Tokenizer
-from tests.deployments.gateway.test_gateway import running_gateway
 from tests.support.browser import Browser, needs_browser
+from tests.support.gateway.running import running_gateway
 from tests.support.gateway.stage import (
     BOBS_KEY,
     KEY,
