@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from engine.request import FinishReason, Request
 from engine.text.dialect import NO_DIALECT, AnswerStream, Parts
-from engine.text.grammar import Grammars
+from engine.text.grammars import Grammars
 from engine.text.tokenizer import Tokenizer
 
 

@@ -30,7 +30,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.scheduler_output import SchedulerOutput
 from engine.spans import MediaSpan
 from engine.text.dialect import Parts
-from engine.text.grammar import Grammars
+from engine.text.grammars import Grammars
 from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest
 from engine.spans import MediaSpan
-from engine.text.grammar import Grammar, GrammarKind, Guide
+from engine.text.grammar import Grammar, GrammarKind
+from engine.text.guide import Guide
 
 Owner = tuple[str, str] | None  # tenant and session; None: no session
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cluster.errors import InvalidRequest
 from engine.request import Request, SamplingParams
-from engine.text.grammar import Guide
+from engine.text.guide import Guide
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -8,7 +8,7 @@ from deployments.decoder.session_memory import SessionEngine
 from engine.outputs import EngineStats, RequestOutput
 from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
-from engine.text.grammar import Grammars
+from engine.text.grammars import Grammars
 
 
 class Engine(SessionEngine, Protocol):

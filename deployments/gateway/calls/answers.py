@@ -16,7 +16,7 @@ from deployments.gateway.calls.remote_decoder import RemoteDecoder
 from deployments.gateway.calls.streams import merge
 from deployments.gateway.calls.tenant_threads import TenantThreads
 from deployments.messages import to_sampling_params
-from engine.text.grammar import Grammars
+from engine.text.grammars import Grammars
 from engine.text.tokenizer import Tokenizer
 from protos.briolette.v1.inference_pb2 import (
     FINISH_REASON_UNSPECIFIED,

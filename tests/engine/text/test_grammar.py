@@ -18,8 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-import engine.text.compiled_grammars as compiled_grammars
-import engine.text.grammar as grammar_module
+import engine.text.grammar_compiler as grammar_compiler
+import engine.text.grammars as grammars_module
 from cluster.config import DEMO_MODEL_DIR
 from cluster.errors import InvalidRequest
 from cluster.spec import AttentionKind
@@ -29,7 +29,9 @@ from engine.core import EngineCore
 from engine.limits import SpecLimits
 from engine.outputs import RequestOutput
 from engine.request import FinishReason, SamplingParams
-from engine.text.grammar import MAX_CHARS, Grammar, Grammars, Guide
+from engine.text.grammar import MAX_CHARS, Grammar
+from engine.text.grammars import Grammars
+from engine.text.guide import Guide
 from engine.text.tokenizer import Tokenizer
 from engine.text.tool_grammar import calls_grammar
 from tests.support.engine.gemma_chat import make_tokenizer, spelled
@@ -301,7 +303,7 @@ def test_a_grammar_that_takes_long_to_compile_is_not_compiled_in_a_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its answer ends when the grammar is used up, and the next answer has a new one."""
-    monkeypatch.setattr(compiled_grammars, "MAX_RENEW_S", 0.0)
+    monkeypatch.setattr(grammars_module, "MAX_RENEW_S", 0.0)
     grammars = Grammars(TOKENIZER)
     with pytest.raises(InvalidRequest, match="got too complex"):
         for seed in range(40):
@@ -328,7 +330,7 @@ def test_looking_for_grammars_drives_none_out() -> None:
 def test_the_vocabulary_is_taken_in_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """No other thread runs meanwhile, for as long as a second."""
     grammars = Grammars(TOKENIZER)
-    monkeypatch.setattr(grammar_module, "LLTokenizer", None)
+    monkeypatch.setattr(grammar_compiler, "LLTokenizer", None)
     grammars.compile(Grammar("regex", "yes"))
 
 
@@ -337,7 +339,7 @@ def test_a_wrong_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(2):
         with pytest.raises(InvalidRequest, match="regex can't be used"):
             grammars.compile(Grammar("regex", "("))
-        monkeypatch.setattr(grammar_module, "LLMatcher", None)
+        monkeypatch.setattr(grammar_compiler, "LLMatcher", None)
 
 
 def test_a_model_without_an_end_has_no_formats() -> None:
