@@ -1,6 +1,6 @@
 """Warm equals cold, bit by bit, through a real Redis: `python -m bench.memory.redis_cases`.
 
-The random cases of `bench/lib/warm_cold.py` in `batch_invariant` mode, for each kind of rows:
+The cases of `deployments/verify/random_cases.py` in `batch_invariant` mode, for each kind of rows:
 concurrent requests that share prefixes, evictions in memory, a tenant's budget in Redis that all
 cases together exceed, engines that are started anew (some without having written all), and now and
 then a new Redis server on the old one's file.
@@ -25,7 +25,6 @@ from prometheus_client import CollectorRegistry
 
 from bench.lib.card import Check, pin, report, table
 from bench.lib.models import BenchModel, load_models
-from bench.lib.warm_cold import WarmCold
 from cluster.config import Config, StoreConfig
 from cluster.metrics import Metrics
 from cluster.spec import KVRows
@@ -33,6 +32,7 @@ from cluster.store.kv_store import KVStore
 from cluster.store.redis_server import RedisServer
 from deployments.decoder.kv.block_store import KVBlockStore, kv_tensors
 from deployments.loading import Source, load_local_experts
+from deployments.verify.random_cases import RandomCases
 from engine.cache.kv_cache import KVCacheConfig
 from engine.model.model import GemmaDecoder
 from engine.runner import ModelRunner
@@ -79,7 +79,7 @@ def run(model: BenchModel, kv_rows: KVRows, num_cases: int) -> dict[str, Any]:
         tempfile.TemporaryDirectory(prefix="briolette-") as directory,
         Stores(Path(directory), source.spec.sliding_window, kv_rows) as stores,
     ):
-        tally = WarmCold(make_runner, stores.connect, kv_rows).run(num_cases)
+        tally = RandomCases(make_runner, stores.connect, kv_rows).run(num_cases)
         counts = {"num_bytes_read": stores.num_bytes_read, "num_servers": stores.num_servers}
     return asdict(tally) | counts | {"seconds": time.perf_counter() - start}
 

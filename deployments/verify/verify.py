@@ -28,8 +28,8 @@ from deployments.loading import (
     size_cache,
 )
 from deployments.start.preflight import check_memory
+from deployments.verify.logits import LogitsRecorder, difference
 from deployments.verify.prompts import Case, read_cases, shipped_cases
-from deployments.verify.recorder import Recorder
 from deployments.verify.redis_tier import redis_tier
 from engine.cache.block_hash import BlockHasher
 from engine.cache.block_store import BlockStore
@@ -135,10 +135,9 @@ class Comparison:
         num_unequal, largest, gaps = 0, 0.0, []
         first_token = None
         for index, (ours, reference) in enumerate(zip(warm.logits, cold.logits, strict=False)):
-            if not torch.equal(ours.view(torch.int32), reference.view(torch.int32)):
+            if (by := difference(ours, reference)) is not None:
                 num_unequal += 1
-                difference = float((ours - reference).abs().max())
-                largest = max(largest, difference if difference == difference else torch.inf)
+                largest = max(largest, by)
                 best, second = reference.topk(2).values.tolist()
                 gaps.append(best - second)
             tokens = cold.token_ids[index], warm.token_ids[index]
@@ -257,7 +256,7 @@ class Verifier:
             self.runner,
             size_cache(self.config, self.source, limits.max_model_len),
             spec_limits=limits,
-            sampler=Recorder(),
+            sampler=LogitsRecorder(),
             store=store,
             hasher=hasher,
             checkpoint_blocks=engine.checkpoint_blocks,
@@ -267,7 +266,7 @@ class Verifier:
 
     def _ask(self, engine: EngineCore, prompt_ids: list[int]) -> Answer:
         recorder = engine.sampler
-        assert isinstance(recorder, Recorder)
+        assert isinstance(recorder, LogitsRecorder)
         request = engine.add(
             request_id="verify",
             prompt_ids=prompt_ids,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from bench.lib.warm_cold import Recorder
 from cluster.checkpoint import Checkpoint
 from cluster.placement import ExpertGroups
 from cluster.spec import AttentionKind, ModelSpec
+from deployments.verify.logits import LogitsRecorder
 from engine.cache.block_hash import BlockHasher
 from engine.cache.kv_cache import KVCacheConfig
 from engine.core import EngineCore
@@ -217,7 +217,7 @@ class Engine:
         self.subject, spec = subject, subject.model.spec
         kv = KVCacheConfig(4, num_blocks)
         runner = ModelRunner(subject.model, kv, subject.experts)
-        self.recorder = Recorder()
+        self.recorder = LogitsRecorder()
         store = options.get("store")
         if store is not None:
             store.blocks = TensorBlocks(runner.kv_tensors, [layer.kind for layer in spec.layers])

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.lib.warm_cold import Connect, WarmCold
 from cluster.config import Config
 from cluster.spec import AttentionKind, KVRows
 from deployments.loading import Source, make_hasher
+from deployments.verify.random_cases import ConnectStore, RandomCases
 from engine.batch import Batch
 from engine.cache.block_hash import BlockHasher, block_hash
 from engine.cache.eviction import EvictionQueue, eviction_priority
@@ -471,7 +471,7 @@ def test_warm_equals_cold(
 ) -> None:
     subject = subjects[name]
     torch.set_num_threads(1)
-    cases = WarmCold(
+    cases = RandomCases(
         lambda kv: ModelRunner(subject.model, kv, subject.experts),
         connect_to(MemoryStore(1), subject) if with_store else None,
         kv_rows,
@@ -481,7 +481,7 @@ def test_warm_equals_cold(
     assert min(tally.num_hits, tally.num_evicted, tally.num_restarts) > 3, tally
 
 
-def connect_to(store: MemoryStore, subject: Subject) -> Connect:
+def connect_to(store: MemoryStore, subject: Subject) -> ConnectStore:
     kinds = [layer.kind for layer in subject.model.spec.layers]
 
     def connect(runner: ModelRunner) -> MemoryStore:

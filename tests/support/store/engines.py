@@ -6,7 +6,6 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from bench.lib.warm_cold import make_texts
 from cluster.config import StoreConfig
 from cluster.metrics import Metrics
 from cluster.spec import AttentionKind
@@ -14,6 +13,7 @@ from cluster.store.kv_store import KVStore
 from cluster.store.redis import RedisAddress
 from cluster.store.scripts import tenant_prefix
 from deployments.decoder.kv.block_store import KVBlockStore, kv_tensors
+from deployments.verify.random_cases import make_texts
 from engine.cache.block_hash import BlockHasher
 from engine.cache.kv_cache import KVCacheConfig
 from engine.core import EngineCore

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.lib.warm_cold import WarmCold
 from cluster.spec import KVRows
 from cluster.store.redis import RedisAddress
 from cluster.store.scripts import tenant_prefix
+from deployments.verify.random_cases import RandomCases
 from tests.engine.test_batch_invariant import Subject
 from tests.support.engine.schedulers import evict_all
 from tests.support.store.engines import BLOCK_SIZE, PROMPT, TEXT, Deployment
@@ -24,7 +24,7 @@ def test_warm_from_redis_equals_cold(
     subjects: dict[str, Subject], address: RedisAddress, name: str, kv_rows: KVRows
 ) -> None:
     deployment = Deployment(subjects[name], address)
-    tally = WarmCold(deployment.runner, deployment.connect, kv_rows).run(10)
+    tally = RandomCases(deployment.runner, deployment.connect, kv_rows).run(10)
     assert tally.num_rows > 100 and tally.num_unequal == 0, tally
     assert min(tally.num_hits, tally.num_evicted, tally.num_restarts) > 2, tally
     assert deployment.count("reads", outcome="ok") > 10

@@ -1,8 +1,9 @@
-"""Random cases for "warm equals cold": the same requests with and without what was kept of others.
+"""Random cases of prefix caching, in which every warm row of logits is compared with a cold one.
 
-Each case is an engine of random sizes that lives through a few rounds of concurrent requests whose
-prompts share prefixes; between and during rounds blocks are evicted, or all is lost but the store.
-Every row of logits is compared with that of a run alone in a fresh engine.
+Each case is an engine of random sizes that serves a few rounds of concurrent requests whose prompts
+share prefixes. Between and during rounds blocks are evicted, or the engine is replaced and only the
+store survives. The reference is a run of the same prompt alone, in an engine without a cache.
+`briolette verify` compares chosen prompts; tests and benchmarks run these.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from cluster.spec import AttentionKind, KVRows
-from deployments.verify.recorder import Recorder
+from deployments.verify.logits import LogitsRecorder, difference
 from engine.cache.block_hash import BlockHasher
 from engine.cache.block_store import BlockStore
 from engine.cache.kv_cache import KVCacheConfig
@@ -27,16 +27,16 @@ from engine.runner import ModelRunner
 
 MAX_PROMPT, NUM_TOKENS = 150, 3
 MAX_MODEL_LEN = MAX_PROMPT + 4 * NUM_TOKENS + 32
-WAIT_S = 0.0002  # between two looks at a store
-GARBAGE = 1e3  # in memory that nobody has written: reading it changes the result
+WAIT_S = 0.0002  # between two polls of a store
+GARBAGE = 1e3  # fills the KV cache at first: reading a slot before it is written changes logits
 
 MakeRunner = Callable[[KVCacheConfig], ModelRunner]
-Connect = Callable[[ModelRunner], BlockStore]  # what it stores outlives the runner
+ConnectStore = Callable[[ModelRunner], BlockStore]  # what it stores outlives the runner
 
 
 @dataclass(slots=True)
 class Tally:
-    """What all cases together did, and what they found."""
+    """Sums over all cases."""
 
     num_cases: int = 0
     num_requests: int = 0
@@ -44,26 +44,31 @@ class Tally:
     num_cached_tokens: int = 0
     num_evicted: int = 0  # blocks
     num_restarts: int = 0
-    num_rows: int = 0  # of logits, compared
-    num_unequal: int = 0  # of them, those in which a bit differs
+    num_rows: int = 0  # rows of logits that were compared
+    num_unequal: int = 0  # rows of logits in which a bit differs
     largest_difference: float = 0.0
 
     def compare(self, warm: Sequence[Tensor], cold: Sequence[Tensor]) -> None:
-        assert len(warm) == len(cold)
+        """Count the rows of one answer, each [vocab_size], and those that differ."""
         for ours, reference in zip(warm, cold, strict=True):
             self.num_rows += 1
-            if not torch.equal(ours.view(torch.int32), reference.view(torch.int32)):
+            if (by := difference(ours, reference)) is not None:
                 self.num_unequal += 1
-                difference = float((ours - reference).abs().max())
-                self.largest_difference = max(self.largest_difference, difference)
+                self.largest_difference = max(self.largest_difference, by)
 
 
 @dataclass
-class WarmCold:
-    """Runs cases on one model; `make_runner` gives runners that share its weights."""
+class RandomCases:
+    """Runs random cases on one model.
+
+    Args:
+        make_runner: returns a runner with a KV cache of its own; all share the model's weights.
+        connect: opens the store of a new engine; None for cases without a store.
+        kv_rows: the layout of the KV cache, as `engine.kv_rows`.
+    """
 
     make_runner: MakeRunner
-    connect: Connect | None = None
+    connect: ConnectStore | None = None
     kv_rows: KVRows = "v"
     tally: Tally = field(default_factory=Tally)
 
@@ -77,26 +82,27 @@ class WarmCold:
         self._cold: dict[tuple[int, ...], tuple[list[Tensor], list[int]]] = {}
 
     def run(self, num_cases: int, seed: int = 0) -> Tally:
+        """Run so many cases; returns the sums over all cases so far."""
         texts = make_texts(self.spec.vocab_size)
         for case in range(num_cases):
-            Case(self, random.Random(f"{seed} {case}"), texts).run()
+            _EngineCase(self, random.Random(f"{seed} {case}"), texts).run()
             self.tally.num_cases += 1
         return self.tally
 
     def cold(self, prompt_ids: Sequence[int]) -> tuple[list[Tensor], list[int]]:
-        """Logits and tokens of a run alone, without anything kept."""
+        """Return the logits and the tokens of a prompt that runs alone and without a cache."""
         key = tuple(prompt_ids)
         if key not in self._cold:
-            recorder = self._alone.sampler = Recorder()
+            recorder = self._alone.sampler = LogitsRecorder()
             tokens = answers(self._alone, {"r": list(prompt_ids)})["r"]
             self._cold[key] = recorder.logits["r"], tokens
         return self._cold[key]
 
 
-class Case:
-    """One engine and its rounds."""
+class _EngineCase:
+    """One engine and its rounds of requests."""
 
-    def __init__(self, owner: WarmCold, rng: random.Random, texts: list[list[int]]) -> None:
+    def __init__(self, owner: RandomCases, rng: random.Random, texts: list[list[int]]) -> None:
         self.owner, self.rng, self.texts = owner, rng, texts
         self.block_size = rng.choice([4, 8, 16])
         self.budget = rng.choice([5, 16, 33, 64, 256])
@@ -116,16 +122,16 @@ class Case:
         borders = {window, 2 * window, self.block_size, self.budget, window + self.block_size}
         borders |= {self.block_size * rng.randint(1, 9) for _ in range(3)}
         self.lengths = [n + d for n in borders for d in near if 1 <= n + d <= MAX_PROMPT]
-        self.turns: list[list[int]] = []  # prompt and answer of what was asked before
+        self.turns: list[list[int]] = []  # each prompt so far with its answer
         self.start()
 
     def start(self) -> None:
-        """An engine that has seen nothing, with the store that was there before."""
+        """Start an engine with an empty cache, on the store of the one before."""
         runner = self.owner.make_runner(self.kv)
         for tensors in runner.kv_tensors.values():
             for tensor in tensors.stored:
                 tensor.fill_(GARBAGE)
-        self.recorder = Recorder()
+        self.recorder = LogitsRecorder()
         self.core = EngineCore(
             runner,
             self.kv,
@@ -153,7 +159,7 @@ class Case:
                 self.start()
 
     def draw_prompt(self) -> list[int]:
-        """Part of a text, or a next turn of what was asked before."""
+        """Draw a part of a text, or the next turn of an earlier conversation."""
         if self.turns and self.rng.random() < 0.4:
             prompt = self.rng.choice(self.turns) + self.rng.choice(self.texts)[-5:]
             if len(prompt) <= MAX_PROMPT:
@@ -161,7 +167,7 @@ class Case:
         return self.rng.choice(self.texts)[: self.rng.choice(self.lengths)]
 
     def disturb(self) -> None:
-        """Evict some blocks, as if others had needed them."""
+        """Evict some blocks at random, as other requests would."""
         if self.rng.random() < 0.15:
             kind, group = self.rng.choice(list(self.core.kv.groups.items()))
             self.core.kv.index.make_room(kind, self.rng.randint(0, group.pool.num_free))
@@ -176,7 +182,7 @@ class Case:
 
 
 def make_texts(vocab_size: int) -> list[list[int]]:
-    """Texts that part from the first one after some tokens."""
+    """Return five texts of MAX_PROMPT tokens; four share a prefix of the first one."""
     rng = random.Random(7)
     first = [rng.randrange(2, vocab_size) for _ in range(MAX_PROMPT)]
     texts = [first]
@@ -189,7 +195,11 @@ def make_texts(vocab_size: int) -> list[list[int]]:
 def answers(
     core: EngineCore, prompts: dict[str, list[int]], between_steps: Callable[[], None] | None = None
 ) -> dict[str, list[int]]:
-    """Greedy tokens by request id. Raises RuntimeError when the engine couldn't go on."""
+    """Run prompts to their ends; returns greedy tokens by request id.
+
+    Raises:
+        RuntimeError: The engine failed.
+    """
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     tokens: dict[str, list[int]] = {request_id: [] for request_id in prompts}
     for request_id, prompt_ids in prompts.items():
