@@ -34,7 +34,7 @@ console = Console(highlight=False)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a failure, 130 for Ctrl-C."""
-    args = _parser().parse_args(arguments)
+    args = make_parser().parse_args(arguments)
     command: Callable[[Config, argparse.Namespace], int] = args.command
     end_as_ctrl_c()
     try:
@@ -207,7 +207,7 @@ def _start(config: Config) -> Running:
         raise
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="briolette", description="Serve a Gemma 4 model from the cards that you have."
     )
