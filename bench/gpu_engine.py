@@ -125,7 +125,7 @@ def bytes_per_step(spec: ModelSpec, num_streams: int, context: int, dtype: torch
         num_elements += hit * 3 * hidden * spec.moe_intermediate_size + hidden * spec.num_experts
         is_global = layer.kind is AttentionKind.GLOBAL
         keys = context if is_global else min(context, spec.sliding_window)
-        num_elements += num_streams * keys * layer.kv_elements("v")
+        num_elements += num_streams * keys * layer.kv_elements("values")
     return num_elements * dtype.itemsize
 
 

@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.config_values import build, flatten, leaves, plain, read_yaml, setting
+from cluster.config_values import Renamed, build, flatten, leaves, plain, read_yaml, setting
 from cluster.errors import ConfigError
-from cluster.spec import KVRows
+from cluster.spec import KVLayout
+
+# Former keys, which this version still understands.
+RENAMED = {
+    "engine.kv_rows": Renamed(
+        "engine.kv_layout", {"v": "values", "raw": "projection", "split": "separate"}
+    ),
+    "experts.deadline_s": Renamed("experts.timeout_s"),
+}
 
 DEMO_MODEL = "demo"
 DEMO_MODEL_DIR = Path(__file__).resolve().parent.parent / "demo" / "gemma4-moe-demo"
@@ -54,8 +62,9 @@ class EngineConfig:
     max_model_len: int | None = setting(None, "context length; null is the model's", "tokens", 1)
     kv_bytes: int = setting(512 << 20, "KV cache on the device", "bytes", 1 << 16)
     num_blocks: int | None = setting(None, "KV blocks a group, in place of kv_bytes", "blocks", 2)
-    kv_rows: KVRows = setting(  # noqa: RUF009
-        "v", "kept of a token where K = V: v and raw are one row, raw and split give equal bits"
+    kv_layout: KVLayout = setting(  # noqa: RUF009
+        "values",
+        "kept per token where K and V share a projection; projection and separate: equal bits",
     )
     prefix_caching: bool = setting(True, "don't compute again what the KV cache still holds")
     checkpoint_blocks: int = setting(
@@ -75,7 +84,7 @@ class ExpertsConfig:
     num_hosts: int = setting(2, "expert host processes", "processes", 1, 1024)
     num_groups: int = setting(4, "cut of a layer's experts, fixed for good", "groups", 1, 1024)
     num_copies: int = setting(1, "hosts that hold each group", "copies", 1)
-    deadline_s: float = setting(1.0, "silence after which a slot is retried", "s", 0.001, 3600)
+    timeout_s: float = setting(1.0, "silence after which a slot is retried", "s", 0.001, 3600)
     fallback: Literal["auto", "off"] = setting(
         "auto", "auto: the decoder computes groups that lost all hosts, if they fit in free memory"
     )
@@ -149,8 +158,8 @@ class Config:
         known = {key for key, _, _ in settings()}
         values = {}
         if path is not None:
-            values.update(flatten(read_yaml(path), str(path), known))
-        values.update(flatten(overrides or {}, "overrides", known))
+            values.update(flatten(read_yaml(path), str(path), known, RENAMED))
+        values.update(flatten(overrides or {}, "overrides", known, RENAMED))
         config: Config = build(Config, values)
         _check_together(config)
         return config

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from cluster.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 TEXTS = tuple[str, ...]  # a list in YAML
 Values = dict[str, tuple[Any, str]]  # value, where it stands, by dotted key
@@ -67,9 +70,40 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     return tree or {}
 
 
-def flatten(tree: Mapping[Any, Any], source: str, known: set[str]) -> Values:
-    """The leaves of a tree by dotted key. Raises ConfigError for one that isn't known."""
-    return {key: (value, source) for key, value in _known_leaves(tree, "", source, known)}
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """The present name of a former key, and the present words for its former values."""
+
+    key: str
+    values: Mapping[str, str] = field(default_factory=dict)
+
+    def value(self, former: Any) -> Any:
+        return self.values.get(former, former) if isinstance(former, str) else former
+
+
+def flatten(
+    tree: Mapping[Any, Any], source: str, known: set[str], renamed: Mapping[str, Renamed]
+) -> Values:
+    """The leaves of a tree by dotted key, former keys under their present ones.
+
+    Raises ConfigError for a key that isn't known, or that is given under both of its names.
+    """
+    values = {}
+    for key, value in _known_leaves(tree, "", source, known | renamed.keys()):
+        if key in renamed:
+            former, new = key, renamed[key]
+            key, value = new.key, new.value(value)
+            logger.warning(
+                "%s: %s was renamed: write %s: %s. The next version will refuse the old name.",
+                source,
+                former,
+                key,
+                value,
+            )
+        if key in values:
+            raise ConfigError(f"{source}: {key} is given twice, once under its old name.")
+        values[key] = (value, source)
+    return values
 
 
 def _known_leaves(

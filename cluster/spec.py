@@ -14,9 +14,9 @@ from cluster.errors import CheckpointError
 TEXT_MODEL_TYPES = ("gemma4_text", "gemma4_unified_text")
 MULTIMODAL_MODEL_TYPES = ("gemma4", "gemma4_unified")
 
-# What the KV cache holds of a token where K = V: one row, which is V or the raw projection that K
-# and V come from, or both K and V.
-KVRows: TypeAlias = Literal["v", "raw", "split"]
+# What the KV cache keeps per token in layers whose K and V share a projection
+# (`attention_k_eq_v`): the values, the projection before its norms, or separate keys and values.
+KVLayout: TypeAlias = Literal["values", "projection", "separate"]
 
 
 class AttentionKind(enum.Enum):
@@ -57,12 +57,12 @@ class LayerSpec:
     def owns_kv(self) -> bool:
         return self.kv_layer_idx == self.layer_idx
 
-    def keeps_one_row(self, kv_rows: KVRows) -> bool:
-        return self.k_eq_v and kv_rows != "split"
+    def keeps_one_row(self, kv_layout: KVLayout) -> bool:
+        return self.k_eq_v and kv_layout != "separate"
 
-    def kv_elements(self, kv_rows: KVRows) -> int:
+    def kv_elements(self, kv_layout: KVLayout) -> int:
         """What an owner of keys and values holds for one token."""
-        num_rows = 1 if self.keeps_one_row(kv_rows) else 2
+        num_rows = 1 if self.keeps_one_row(kv_layout) else 2
         return num_rows * self.num_kv_heads * self.head_dim
 
 

@@ -13,7 +13,7 @@ from cluster.checkpoint import Checkpoint, resolve_model
 from cluster.config import Config
 from cluster.errors import ConfigError, NotEnoughMemory, Unavailable
 from cluster.kernels.choose import kernels_name
-from cluster.spec import ModelSpec
+from cluster.spec import KVLayout, ModelSpec
 from deployments.layout import expert_groups
 from engine.cache.block_hash import BlockHasher
 from engine.cache.block_store import BlockStore
@@ -35,6 +35,8 @@ from experts.local import LocalExperts
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+# What names the layouts of the KV cache in the keys of stored values.
+STORED_LAYOUTS: dict[KVLayout, str] = {"values": "v", "projection": "raw", "separate": "split"}
 NUMERICS = 1  # of our own code: raise it with a change of any bit of keys or values
 
 Connect = Callable[[ModelRunner, PrefillMeter], BlockStore | None]
@@ -182,7 +184,7 @@ def pick_context(config: Config, source: Source) -> int:
         dtype=source.dtype,
         block_size=engine.block_size,
         max_num_batched_tokens=engine.max_num_batched_tokens,
-        kv_rows=engine.kv_rows,
+        kv_layout=engine.kv_layout,
     )
     if longest < whole:
         logger.warning(
@@ -199,12 +201,12 @@ def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheCon
     engine = config.engine
     if engine.num_blocks is not None:
         kinds = {layer.kind for layer in source.spec.layers if layer.owns_kv}
-        block = engine.block_size, source.dtype, engine.kv_rows
+        block = engine.block_size, source.dtype, engine.kv_layout
         return KVCacheConfig(
             engine.block_size,
             dict.fromkeys(kinds, engine.num_blocks),
             {kind: kv_bytes_per_block(source.spec, kind, *block) for kind in kinds},
-            engine.kv_rows,
+            engine.kv_layout,
         )
     return size_kv_cache(
         source.spec,
@@ -215,7 +217,7 @@ def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheCon
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
         prefix_caching=engine.prefix_caching,
-        kv_rows=engine.kv_rows,
+        kv_layout=engine.kv_layout,
     )
 
 
@@ -237,7 +239,7 @@ def fingerprint(config: Config, source: Source) -> str:
         source.dtype,
         config.batch_invariant,
         config.experts.num_groups,
-        config.engine.kv_rows,
+        STORED_LAYOUTS[config.engine.kv_layout],
     )
     return " ".join(map(str, facts))
 

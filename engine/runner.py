@@ -77,7 +77,7 @@ def allocate_kv(model: GemmaDecoder, kv: KVCacheConfig) -> dict[AttentionKind, T
             if layers := _owners(model.spec, kind):
                 ((num_rows, *shape),) = {
                     (
-                        1 if layer.keeps_one_row(kv.kv_rows) else 2,
+                        1 if layer.keeps_one_row(kv.kv_layout) else 2,
                         layer.num_kv_heads,
                         layer.head_dim,
                     )
@@ -98,7 +98,7 @@ def by_layer(
     for kind, pool in pools.items():
         for layer, rows in zip(_owners(model.spec, kind), pool, strict=True):
             key = rows[0] if len(rows) == 2 else None
-            one_row = model.one_row(layer, kv.kv_rows)
+            one_row = model.one_row(layer, kv.kv_layout)
             tensors[layer.layer_idx] = KVTensors(key, rows[-1], one_row)
     return tensors
 

@@ -12,7 +12,7 @@ from bench.lib.in_turn import Part, gather
 
 # The limits are for a part that hangs: on a quiet machine all together take some 12 minutes.
 PARTS = {
-    "kv_rows": Part(60),
+    "kv_layout": Part(60),
     "kv_store": Part(90, ("--values", "4", "--rounds", "1")),
     "write_behind": Part(150, ("--rounds", "1", "--tokens", "32")),
     "restore": Part(300, ("--lengths", "2048", "--prompts", "1")),

@@ -27,7 +27,7 @@ from bench.lib.card import Check, pin, report, table
 from bench.lib.models import BenchModel, load_models
 from cluster.config import Config, StoreConfig
 from cluster.metrics import Metrics
-from cluster.spec import KVRows
+from cluster.spec import KVLayout
 from cluster.store.kv_store import KVStore
 from cluster.store.redis_server import RedisServer
 from deployments.decoder.kv.block_store import KVBlockStore, kv_tensors
@@ -53,14 +53,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     pin(2)
     [model] = load_models([MODEL])
-    kinds = get_args(KVRows)
+    kinds = get_args(KVLayout)
     with ProcessPoolExecutor(len(kinds), multiprocessing.get_context("spawn")) as processes:
         found = processes.map(partial(run, model, num_cases=args.cases), kinds)
         results = dict(zip(kinds, found, strict=True))
     return report("redis_cases", results, checks(results), card(results), keep=args.keep)
 
 
-def run(model: BenchModel, kv_rows: KVRows, num_cases: int) -> dict[str, Any]:
+def run(model: BenchModel, kv_layout: KVLayout, num_cases: int) -> dict[str, Any]:
     """What became of the cases of one kind of rows, and how long they took."""
     torch.set_num_threads(1)
     overrides = {"model": str(model.model_dir), "device": "cpu", "batch_invariant": True}
@@ -77,9 +77,9 @@ def run(model: BenchModel, kv_rows: KVRows, num_cases: int) -> dict[str, Any]:
     start = time.perf_counter()
     with (
         tempfile.TemporaryDirectory(prefix="briolette-") as directory,
-        Stores(Path(directory), source.spec.sliding_window, kv_rows) as stores,
+        Stores(Path(directory), source.spec.sliding_window, kv_layout) as stores,
     ):
-        tally = RandomCases(make_runner, stores.connect, kv_rows).run(num_cases)
+        tally = RandomCases(make_runner, stores.connect, kv_layout).run(num_cases)
         counts = {"num_bytes_read": stores.num_bytes_read, "num_servers": stores.num_servers}
     return asdict(tally) | counts | {"seconds": time.perf_counter() - start}
 
@@ -87,8 +87,8 @@ def run(model: BenchModel, kv_rows: KVRows, num_cases: int) -> dict[str, Any]:
 class Stores:
     """The store of one engine after another, over one Redis file; ends with a `with` block."""
 
-    def __init__(self, data_dir: Path, sliding_window: int, kv_rows: KVRows) -> None:
-        self._data_dir, self._window, self._kv_rows = data_dir, sliding_window, kv_rows
+    def __init__(self, data_dir: Path, sliding_window: int, kv_layout: KVLayout) -> None:
+        self._data_dir, self._window, self._kv_layout = data_dir, sliding_window, kv_layout
         self._registry = CollectorRegistry()
         self._metrics = Metrics(self._registry)
         self._resources = ExitStack()
@@ -104,7 +104,7 @@ class Stores:
         tensors = kv_tensors(runner)
         block_size = next(iter(tensors.values()))[0].shape[1]
         self._blocks = KVBlockStore(
-            tensors, block_size, self._window, f"cases {self._kv_rows}", self._open
+            tensors, block_size, self._window, f"cases {self._kv_layout}", self._open
         )
         return self._blocks
 
@@ -139,8 +139,8 @@ class Stores:
 def checks(results: dict[str, Any]) -> list[Check]:
     """What the design promises: every bit, in every case."""
     found = []
-    for kv_rows, one in results.items():
-        name = f"kv_rows {kv_rows}"
+    for kv_layout, one in results.items():
+        name = f"kv_layout {kv_layout}"
         found += [
             Check(f"{name}: random cases", one["num_cases"], "cases", NUM_CASES),
             Check(f"{name}: unequal rows of logits", one["num_unequal"], "rows", 0, at_least=False),
@@ -161,14 +161,14 @@ def card(results: dict[str, Any]) -> list[str]:
     }
     rows = [
         [
-            kv_rows,
+            kv_layout,
             *(str(one[column]) for column in columns),
             f"{one['num_bytes_read'] / 1e6:.1f}",
             f"{one['seconds']:.0f}",
         ]
-        for kv_rows, one in results.items()
+        for kv_layout, one in results.items()
     ]
-    header = ["engine.kv_rows", *columns.values(), "MB from Redis", "seconds"]
+    header = ["engine.kv_layout", *columns.values(), "MB from Redis", "seconds"]
     return ["Warm equals cold, batch_invariant, through Redis", *table(header, rows)]
 
 

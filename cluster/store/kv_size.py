@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.spec import AttentionKind, KVRows, ModelSpec
+from cluster.spec import AttentionKind, KVLayout, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,13 @@ class KVSize:
 
 
 def kv_size(
-    spec: ModelSpec, num_tokens: int, element_bytes: int = 2, *, kv_rows: KVRows = "v"
+    spec: ModelSpec, num_tokens: int, element_bytes: int = 2, *, kv_layout: KVLayout = "values"
 ) -> KVSize:
     """The KV of `num_tokens` tokens. Layers that read another layer's KV hold nothing."""
     owners = [layer for layer in spec.layers if layer.owns_kv]
 
     def row_bytes(kind: AttentionKind) -> int:
-        elements = (layer.kv_elements(kv_rows) for layer in owners if layer.kind is kind)
+        elements = (layer.kv_elements(kv_layout) for layer in owners if layer.kind is kind)
         return sum(elements) * element_bytes
 
     return KVSize(

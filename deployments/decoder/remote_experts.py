@@ -54,7 +54,7 @@ class RemoteExperts:
             secret,
             source.checkpoint.fingerprint,
             self._fallback,
-            deadline_s=config.experts.deadline_s,
+            deadline_s=config.experts.timeout_s,
             transports=transports(config),
             observer=meter,
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from cluster.spec import AttentionKind, KVRows
+from cluster.spec import AttentionKind, KVLayout
 from deployments.verify.logits import LogitsRecorder, difference
 from engine.cache.block_hash import BlockHasher
 from engine.cache.block_store import BlockStore
@@ -64,16 +64,16 @@ class RandomCases:
     Args:
         make_runner: returns a runner with a KV cache of its own; all share the model's weights.
         connect: opens the store of a new engine; None for cases without a store.
-        kv_rows: the layout of the KV cache, as `engine.kv_rows`.
+        kv_layout: the layout of the KV cache, as `engine.kv_layout`.
     """
 
     make_runner: MakeRunner
     connect: ConnectStore | None = None
-    kv_rows: KVRows = "v"
+    kv_layout: KVLayout = "values"
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
-        ample = KVCacheConfig(8, dict.fromkeys(AttentionKind, 64), kv_rows=self.kv_rows)
+        ample = KVCacheConfig(8, dict.fromkeys(AttentionKind, 64), kv_layout=self.kv_layout)
         runner = self.make_runner(ample)
         self.spec = runner.model.spec
         self._alone = EngineCore(
@@ -116,7 +116,7 @@ class _EngineCase:
                 AttentionKind.GLOBAL: 1 + blocks * rng.choice([1, 2, 4]),
                 AttentionKind.SLIDING: 1 + window_blocks * rng.choice([1, 2, 8]),
             },
-            kv_rows=owner.kv_rows,
+            kv_layout=owner.kv_layout,
         )
         near = (-1, 0, 1)
         borders = {window, 2 * window, self.block_size, self.budget, window + self.block_size}

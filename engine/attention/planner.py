@@ -9,7 +9,7 @@ import torch
 
 from cluster.kernels.interface import Kernels
 from cluster.kernels.native import NativeKernels
-from cluster.spec import AttentionKind, KVRows, LayerSpec, ModelSpec
+from cluster.spec import AttentionKind, KVLayout, LayerSpec, ModelSpec
 from engine.attention.interface import Attention
 from engine.attention.invariant_attention import InvariantAttention
 from engine.attention.native_attention import NativeAttention
@@ -67,7 +67,7 @@ def find_gpu_attention(
     spec: ModelSpec,
     device: torch.device,
     dtype: torch.dtype,
-    one_row: Callable[[LayerSpec, KVRows], OneRow | None],
+    one_row: Callable[[LayerSpec, KVLayout], OneRow | None],
 ) -> PlanAttention | None:
     """The Triton kernel, for global layers, where it is known to work."""
     if device.type != "cuda":
@@ -84,6 +84,6 @@ def find_gpu_attention(
     }
     for shape, layer in layers.items():
         where = device, dtype, spec.num_attention_heads
-        if not triton_attention.works(*where, shape, one_row(layer, "v")):
+        if not triton_attention.works(*where, shape, one_row(layer, "values")):
             return None
     return triton_attention.TritonAttention

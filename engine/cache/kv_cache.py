@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from cluster.errors import NotEnoughMemory
-from cluster.spec import AttentionKind, KVRows
+from cluster.spec import AttentionKind, KVLayout
 from engine.cache.block_hash import BlockHasher
 from engine.cache.block_store import StoredBlock
 from engine.cache.kv_cache_group import KVCacheGroup
@@ -27,7 +27,7 @@ class KVCacheConfig:
     block_size: int  # tokens per block
     num_blocks: Mapping[AttentionKind, int]
     block_bytes: Mapping[AttentionKind, int] = field(default_factory=dict)  # 1 where left out
-    kv_rows: KVRows = "v"
+    kv_layout: KVLayout = "values"
 
 
 @dataclass(slots=True)

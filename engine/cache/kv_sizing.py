@@ -7,7 +7,7 @@ from bisect import bisect_right
 import torch
 
 from cluster.errors import NotEnoughMemory
-from cluster.spec import AttentionKind, KVRows, ModelSpec
+from cluster.spec import AttentionKind, KVLayout, ModelSpec
 from engine.cache.kv_cache import KVCacheConfig
 from engine.cache.kv_cache_group import sliding_blocks
 
@@ -21,11 +21,11 @@ def kv_bytes_per_block(
     kind: AttentionKind,
     block_size: int,
     dtype: torch.dtype,
-    kv_rows: KVRows = "v",
+    kv_layout: KVLayout = "values",
 ) -> int:
     """Bytes of one block over all layers of `kind` that own keys and values; 0 if none does."""
     elements = sum(
-        block_size * layer.kv_elements(kv_rows)
+        block_size * layer.kv_elements(kv_layout)
         for layer in spec.layers
         if layer.kind is kind and layer.owns_kv
     )
@@ -39,12 +39,14 @@ def min_kv_bytes(
     dtype: torch.dtype,
     block_size: int = 16,
     max_num_batched_tokens: int = 512,
-    kv_rows: KVRows = "v",
+    kv_layout: KVLayout = "values",
 ) -> int:
     """Bytes that the KV cache of one request of `max_model_len` tokens takes, null blocks too."""
     num_global = 1 + _cdiv(max_model_len, block_size)
     per_step, per_seq = _sliding_needs(spec, max_model_len, block_size, max_num_batched_tokens)
-    per_block = {k: kv_bytes_per_block(spec, k, block_size, dtype, kv_rows) for k in AttentionKind}
+    per_block = {
+        k: kv_bytes_per_block(spec, k, block_size, dtype, kv_layout) for k in AttentionKind
+    }
     sliding_bytes = (per_step + per_seq) * per_block[AttentionKind.SLIDING]
     return num_global * per_block[AttentionKind.GLOBAL] + sliding_bytes
 
@@ -56,7 +58,7 @@ def longest_context(
     dtype: torch.dtype,
     block_size: int = 16,
     max_num_batched_tokens: int = 512,
-    kv_rows: KVRows = "v",
+    kv_layout: KVLayout = "values",
 ) -> int:
     """The most tokens, up to the model's context, that one request can have in `kv_bytes`; at
     least 1, whether it fits or not.
@@ -69,7 +71,7 @@ def longest_context(
             dtype=dtype,
             block_size=block_size,
             max_num_batched_tokens=max_num_batched_tokens,
-            kv_rows=kv_rows,
+            kv_layout=kv_layout,
         )
 
     lengths = range(1, spec.max_position_embeddings + 1)
@@ -86,7 +88,7 @@ def size_kv_cache(
     max_num_seqs: int = 64,
     max_num_batched_tokens: int = 512,
     prefix_caching: bool = True,
-    kv_rows: KVRows = "v",
+    kv_layout: KVLayout = "values",
 ) -> KVCacheConfig:
     """Share `kv_bytes` between the groups.
 
@@ -100,7 +102,9 @@ def size_kv_cache(
 
     Raises NotEnoughMemory when not even one such request fits.
     """
-    per_block = {k: kv_bytes_per_block(spec, k, block_size, dtype, kv_rows) for k in AttentionKind}
+    per_block = {
+        k: kv_bytes_per_block(spec, k, block_size, dtype, kv_layout) for k in AttentionKind
+    }
     global_bytes, sliding_bytes = per_block[AttentionKind.GLOBAL], per_block[AttentionKind.SLIDING]
     min_global = 1 + _cdiv(max_model_len, block_size)
     per_step, per_seq = _sliding_needs(spec, max_model_len, block_size, max_num_batched_tokens)
@@ -126,7 +130,7 @@ def size_kv_cache(
         block_size,
         {AttentionKind.GLOBAL: num_global, AttentionKind.SLIDING: num_sliding},
         per_block,
-        kv_rows,
+        kv_layout,
     )
 
 

@@ -17,7 +17,7 @@ from cluster.checkpoint import Checkpoint
 from cluster.kernels.choose import kernels_for
 from cluster.kernels.invariant import check_invariance
 from cluster.kernels.native import NativeKernels
-from cluster.spec import AttentionKind, KVRows, LayerSpec, ModelSpec
+from cluster.spec import AttentionKind, KVLayout, LayerSpec, ModelSpec
 from engine.attention.interface import KVTensors
 from engine.attention.invariant_attention import check_attention
 from engine.attention.one_row import OneRow
@@ -125,12 +125,12 @@ class GemmaDecoder:
         cap = self.spec.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def one_row(self, layer: LayerSpec, kv_rows: KVRows) -> OneRow | None:
+    def one_row(self, layer: LayerSpec, kv_layout: KVLayout) -> OneRow | None:
         """How keys and values come from what a layer keeps; None where it keeps both."""
-        if not layer.keeps_one_row(kv_rows):
+        if not layer.keeps_one_row(kv_layout):
             return None
         weight = self.layers[layer.layer_idx].self_attn.qk_norm[-1]
-        eps = self.spec.rms_norm_eps if kv_rows == "raw" else None
+        eps = self.spec.rms_norm_eps if kv_layout == "projection" else None
         return OneRow(weight, self.rotary[layer.kind], eps)
 
     @property

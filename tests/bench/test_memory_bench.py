@@ -11,7 +11,7 @@ import pytest
 from bench.lib.card import Check
 from bench.lib.peers import NotMeasured
 from bench.memory import __main__ as memory
-from bench.memory import conversation, fetch_choice, kv_rows, restore, shaped_link, write_behind
+from bench.memory import conversation, fetch_choice, kv_layout, restore, shaped_link, write_behind
 
 
 def verdicts(checks: list[Check]) -> list[bool | None]:
@@ -70,9 +70,9 @@ def test_growth_compares_runs_in_pairs() -> None:
 def test_one_row_must_be_half() -> None:
     one = {"memory_bytes": 1024.0, "payload_bytes": 1024.0, "usage_bytes": 1040.0}
     split = {what: 2048.0 for what in one}
-    assert verdicts(kv_rows.checks({"v": one, "split": split})) == [True, True, True]
+    assert verdicts(kv_layout.checks({"values": one, "separate": split})) == [True, True, True]
     more = one | {"payload_bytes": 1025.0, "usage_bytes": 1050.0}
-    assert verdicts(kv_rows.checks({"v": more, "split": split})) == [True, False, False]
+    assert verdicts(kv_layout.checks({"values": more, "separate": split})) == [True, False, False]
 
 
 def test_a_conversation_goes_on_in_a_second_process(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_tiny_run_of_parts(
     summary = memory.main(["--quick", "--no-keep", "--parts", *parts])
     assert list(summary["results"]) == parts
     cases = summary["results"]["redis_cases"]
-    assert cases.keys() == {"v", "raw", "split"}
+    assert cases.keys() == {"values", "projection", "separate"}
     assert all(one["num_rows"] > 0 and one["num_unequal"] == 0 for one in cases.values())
     choice = summary["results"]["fetch_choice"]
     assert "namespace" in choice.get("not_measured", "") or choice["lengths"].keys() == {

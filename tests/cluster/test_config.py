@@ -48,12 +48,27 @@ def test_overrides_go_over_the_file(path: Path) -> None:
         "model: some/model\nengine:\n  max_num_seqs: 8\n  kv_bytes: 2GiB\n"
         "experts:\nstate_dir: ~/x\n"
     )
-    config = Config.load(path, {"engine.max_num_seqs": 4, "experts": {"deadline_s": 2}})
+    config = Config.load(path, {"engine.max_num_seqs": 4, "experts": {"timeout_s": 2}})
     assert config.model == config.model_source == "some/model"
     assert config.model_id == "model"
     assert config.engine == EngineConfig(max_num_seqs=4, kv_bytes=2 << 30)
-    assert config.experts.deadline_s == 2.0
+    assert config.experts.timeout_s == 2.0
     assert config.state_dir == Path.home() / "x"
+
+
+def test_former_keys_still_work_and_name_the_present_ones(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.write_text("engine: {kv_rows: raw}\nexperts: {deadline_s: 3}\n")
+    config = Config.load(path)
+    assert (config.engine.kv_layout, config.experts.timeout_s) == ("projection", 3.0)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2
+    assert "engine.kv_rows was renamed: write engine.kv_layout: projection." in warnings[0]
+    assert Config.load(None, {"engine.kv_rows": "split"}).engine.kv_layout == "separate"
+    caplog.clear()
+    assert Config.from_dict(config.to_dict()) == config
+    assert not caplog.records
 
 
 def test_dict_round_trip() -> None:
@@ -101,13 +116,15 @@ def test_model_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("engine: {kv_bytes: 10B}", "engine.kv_bytes must be at least 65536, not 10."),
         ("experts: {mode: both}", "experts.mode must be one of remote, local, not 'both'."),
         ("experts: {mode: [local]}", "experts.mode must be one of remote, local, not ['local']."),
-        ("experts: {deadline_s: .nan}", "experts.deadline_s must be a number, not nan."),
+        ("experts: {timeout_s: .nan}", "experts.timeout_s must be a number, not nan."),
         ("batch_invariant: 1", "batch_invariant must be true or false, not 1."),
         ("model:", "model must be a text, not null."),
         ("model: ''", "model must be a text, not ''."),
         ("engine: {shared_tenants: a}", "engine.shared_tenants must be a list of texts, not 'a'."),
         ("engine: {shared_tenants: [1]}", "engine.shared_tenants must be a list of texts"),
         ("state_dir: 3", "state_dir must be a path, not 3."),
+        ("engine: {kv_rows: v, kv_layout: values}", "given twice, once under its old name."),
+        ("engine: {kv_rows: x}", "engine.kv_layout must be one of values, projection, separate"),
         ("- 1", "must hold keys and values, not a list."),
         ("a: [", "is not valid YAML"),
     ],
@@ -164,13 +181,13 @@ def test_a_missing_file_is_a_sentence(path: Path) -> None:
 def test_command_line_overrides() -> None:
     given = [
         "engine.max_num_seqs=8",
-        "experts.deadline_s=1e-2",
+        "experts.timeout_s=1e-2",
         "batch_invariant=true",
         "model=a=b",
     ]
     config = Config.load(None, parse_overrides(given))
     assert config.engine.max_num_seqs == 8
-    assert config.experts.deadline_s == 0.01
+    assert config.experts.timeout_s == 0.01
     assert config.batch_invariant
     assert config.model == "a=b"
     for bad in ("engine.max_num_seqs", "model=["):

@@ -46,7 +46,7 @@ SETTINGS = {
     "batch_invariant": True,
     "gateway": {"port": 0, "http_port": 0, "metrics_port": 0},
     "engine": {"kv_bytes": 64 << 20, "max_model_len": 1024},
-    "experts": {"num_copies": 2, "num_gpus_per_host": 1, "deadline_s": 5.0},
+    "experts": {"num_copies": 2, "num_gpus_per_host": 1, "timeout_s": 5.0},
     "ray": {"num_gpus": 2},
     "device": "cpu",
 }

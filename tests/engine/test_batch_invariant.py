@@ -17,7 +17,7 @@ from cluster.errors import ConfigError
 from cluster.kernels.interface import InvariantKernels, TorchKernels, invariant
 from cluster.kernels.invariant import check_invariance, gated_gelu, linear
 from cluster.placement import ExpertGroups
-from cluster.spec import KVRows, ModelSpec
+from cluster.spec import KVLayout, ModelSpec
 from engine.attention.invariant_attention import InvariantAttention, check_attention
 from engine.model.model import GemmaDecoder
 from experts.local import LocalExperts
@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 MAX_PROMPT = 150
 NUM_TOKENS = 4  # generated after each prompt
 NUM_GROUPS = 3
-KV_ROWS: tuple[KVRows, ...] = ("v", "raw", "split")
+KV_LAYOUTS: tuple[KVLayout, ...] = ("values", "projection", "separate")
 
 
 @dataclass
@@ -48,13 +48,13 @@ class Subject:
     path: Path
     model: GemmaDecoder
     experts: LocalExperts | None
-    alone: dict[tuple[int, int, KVRows], Sequence]
+    alone: dict[tuple[int, int, KVLayout], Sequence]
 
-    def run_alone(self, length: int, seed: int, kv_rows: KVRows = "v") -> Sequence:
-        key = (length, seed, kv_rows)
+    def run_alone(self, length: int, seed: int, kv_layout: KVLayout = "values") -> Sequence:
+        key = (length, seed, kv_layout)
         if key not in self.alone:
             sequence = Sequence(prompt(self.model.spec.vocab_size, length, seed))
-            driver = PagedDriver(self.model, self.experts, kv_rows=kv_rows)
+            driver = PagedDriver(self.model, self.experts, kv_layout=kv_layout)
             driver.step([(sequence, length)])
             driver.generate(sequence, NUM_TOKENS)
             self.alone[key] = sequence
@@ -85,24 +85,26 @@ def prompt(vocab_size: int, length: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kv_rows"),
-    [(n, rows) for n in MODELS for rows in KV_ROWS if n != "e2b" or rows == "split"],
+    ("name", "kv_layout"),
+    [(n, rows) for n in MODELS for rows in KV_LAYOUTS if n != "e2b" or rows == "separate"],
 )
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_batch_and_any_chunking(
-    subjects: dict[str, Subject], name: str, kv_rows: KVRows, data: st.DataObject
+    subjects: dict[str, Subject], name: str, kv_layout: KVLayout, data: st.DataObject
 ) -> None:
     """Random prompts enter at random steps, in random chunks and orders, in mixed batches."""
     subject = subjects[name]
-    driver = PagedDriver(subject.model, subject.experts, kv_rows=kv_rows)
-    check_random_batches(subject, driver, data, kv_rows)
+    driver = PagedDriver(subject.model, subject.experts, kv_layout=kv_layout)
+    check_random_batches(subject, driver, data, kv_layout)
 
 
 @pytest.mark.parametrize("name", ["26b-wide", "12b-wide"])
 def test_raw_rows_give_the_bits_of_a_split_cache(subjects: dict[str, Subject], name: str) -> None:
     for length in (1, 65, MAX_PROMPT):
-        raw, split = (subjects[name].run_alone(length, 2, rows) for rows in ("raw", "split"))
+        raw, split = (
+            subjects[name].run_alone(length, 2, rows) for rows in ("projection", "separate")
+        )
         assert_equal_bits(raw, split)
 
 
@@ -126,13 +128,13 @@ def test_remote_experts_and_a_lost_host(subjects: dict[str, Subject], data: st.D
 
 
 def check_random_batches(
-    subject: Subject, driver: PagedDriver, data: st.DataObject, kv_rows: KVRows = "v"
+    subject: Subject, driver: PagedDriver, data: st.DataObject, kv_layout: KVLayout = "values"
 ) -> None:
     lengths = st.sampled_from([1, 2, 3, 16, 17, 40, 64, 65, 100, 129, MAX_PROMPT])
     keys = data.draw(
         st.lists(st.tuples(lengths, st.integers(0, 2)), min_size=1, max_size=5, unique=True)
     )
-    references = [subject.run_alone(*key, kv_rows) for key in keys]
+    references = [subject.run_alone(*key, kv_layout) for key in keys]
     sequences = [Sequence(list(reference.token_ids)) for reference in references]
     while unfinished := [s for s in sequences if s.num_computed < len(s.token_ids) - 1]:
         chosen = data.draw(st.lists(st.sampled_from(unfinished), min_size=1, unique_by=id))

@@ -275,7 +275,7 @@ def check_step(scheduler: Scheduler, budget: int) -> None:
 @pytest.mark.parametrize("window", [7, 100])
 def test_every_backend_lets_a_span_see_itself(window: int) -> None:
     tables = make_batch([1, 70, 9], [30, 90, 9])
-    kv = make_kv(tables, 2, 16)["split"]
+    kv = make_kv(tables, 2, 16)["separate"]
     embeddings = torch.empty(23, 1)
     batch = replace(
         tables,

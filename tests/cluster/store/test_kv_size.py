@@ -53,7 +53,7 @@ def spec_of(model: str) -> ModelSpec:
 def test_the_26b_as_it_was_counted() -> None:
     spec = spec_of("26B-A4B")
     assert kv_size(spec, 1).global_bytes == 10_240
-    assert kv_size(spec, 1, kv_rows="split").global_bytes == 20_480
+    assert kv_size(spec, 1, kv_layout="separate").global_bytes == 20_480
     assert kv_size(spec, 1, element_bytes=4).global_bytes == 20_480
     assert kv_size(spec, 131_072).window_bytes == 25 * 8 * 256 * 2 * 2 * 1024
     assert kv_size(spec, 131_072).num_bytes / GIB == pytest.approx(1.45, abs=0.005)
@@ -67,9 +67,9 @@ def test_a_context_shorter_than_the_window_has_no_more_than_itself() -> None:
 @pytest.mark.parametrize("model", GEOMETRY)
 def test_the_engine_allocates_as_much(model: str) -> None:
     spec = spec_of(model)
-    for kv_rows in ("v", "raw", "split"):
-        of_block = kv_bytes_per_block(spec, AttentionKind.GLOBAL, 16, torch.bfloat16, kv_rows)
-        assert kv_size(spec, 16, kv_rows=kv_rows).global_bytes == of_block
+    for kv_layout in ("values", "projection", "separate"):
+        of_block = kv_bytes_per_block(spec, AttentionKind.GLOBAL, 16, torch.bfloat16, kv_layout)
+        assert kv_size(spec, 16, kv_layout=kv_layout).global_bytes == of_block
 
 
 @pytest.mark.parametrize("model", GEOMETRY)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cluster.kernels.interface import TorchKernels, rotate
 from cluster.kernels.native import native_kernels
-from cluster.spec import AttentionKind, KVRows, RopeSpec
+from cluster.spec import AttentionKind, KVLayout, RopeSpec
 from engine.attention import torch_attention
 from engine.attention.interface import Attention, KVTensors, ReferenceAttention
 from engine.attention.invariant_attention import InvariantAttention
@@ -19,7 +19,7 @@ from engine.attention.torch_attention import FastAttention
 from engine.batch import Batch
 
 KIND, BLOCK_SIZE, EPS = AttentionKind.GLOBAL, 4, 1e-6
-KV_ROWS: tuple[KVRows, ...] = ("v", "raw", "split")
+KV_LAYOUTS: tuple[KVLayout, ...] = ("values", "projection", "separate")
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -37,7 +37,7 @@ def make_batch(query_lens: list[int], seq_lens: list[int]) -> Batch:
     return Batch(positions, positions, query_lens, seq_lens, {KIND: table}, {}, unused)
 
 
-def make_kv(batch: Batch, num_kv_heads: int, head_dim: int) -> dict[KVRows, KVTensors]:
+def make_kv(batch: Batch, num_kv_heads: int, head_dim: int) -> dict[KVLayout, KVTensors]:
     """The same context three times. Split keys are formed as they are when a token is computed."""
     raw = draw(200, BLOCK_SIZE, num_kv_heads, head_dim)
     rotary = Rotary(RopeSpec(1e4, 0.25), head_dim, raw.device, raw.dtype)
@@ -49,9 +49,9 @@ def make_kv(batch: Batch, num_kv_heads: int, head_dim: int) -> dict[KVRows, KVTe
     rotation = rotary(positions.flatten())
     key = rotate((value * weight).flatten(0, 1), *rotation).view(raw.shape)
     return {
-        "v": KVTensors(None, value, OneRow(weight, rotary)),
-        "raw": KVTensors(None, raw, OneRow(weight, rotary, EPS)),
-        "split": KVTensors(key, value),
+        "values": KVTensors(None, value, OneRow(weight, rotary)),
+        "projection": KVTensors(None, raw, OneRow(weight, rotary, EPS)),
+        "separate": KVTensors(key, value),
     }
 
 
@@ -73,11 +73,11 @@ def test_backends_and_rows_agree(window: int | None, num_kv_heads: int, head_dim
     batch = make_batch([1, 9, 1, 1, 70], [30, 40, 1, 90, 70])
     query = draw(batch.num_tokens, 6, head_dim) * head_dim**-0.5
     kv = make_kv(batch, num_kv_heads, head_dim)
-    expected = ReferenceAttention(batch, KIND, window, BLOCK_SIZE)(query, kv["split"])
+    expected = ReferenceAttention(batch, KIND, window, BLOCK_SIZE)(query, kv["separate"])
     for attention in make_backends(batch, window):
-        for kv_rows in KV_ROWS:
-            actual = attention(query, kv[kv_rows])
-            assert torch.allclose(actual, expected, atol=1e-5), (attention, kv_rows)
+        for kv_layout in KV_LAYOUTS:
+            actual = attention(query, kv[kv_layout])
+            assert torch.allclose(actual, expected, atol=1e-5), (attention, kv_layout)
 
 
 def test_a_position_has_the_same_bits_in_a_step_and_in_the_table() -> None:
@@ -98,11 +98,11 @@ def test_a_long_context_is_held_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
         batch = make_batch(query_lens, seq_lens)
         query = draw(batch.num_tokens, 6, 32) * 32**-0.5
         kv = make_kv(batch, 2, 32)
-        expected = ReferenceAttention(batch, KIND, None, BLOCK_SIZE)(query, kv["split"])
+        expected = ReferenceAttention(batch, KIND, None, BLOCK_SIZE)(query, kv["separate"])
         fast = FastAttention(batch, KIND, None, BLOCK_SIZE, torch.float32)
-        results = {kv_rows: fast(query, kv[kv_rows]) for kv_rows in KV_ROWS}
+        results = {kv_layout: fast(query, kv[kv_layout]) for kv_layout in KV_LAYOUTS}
         assert all(torch.allclose(result, expected, atol=1e-5) for result in results.values())
-        assert torch.equal(results["raw"], results["split"])
+        assert torch.equal(results["projection"], results["separate"])
 
 
 def test_raw_rows_give_the_bits_of_a_split_cache() -> None:
@@ -110,4 +110,6 @@ def test_raw_rows_give_the_bits_of_a_split_cache() -> None:
     query = draw(batch.num_tokens, 6, 144) * 144**-0.5
     kv = make_kv(batch, 2, 144)
     for attention in make_backends(batch, None)[:-1]:
-        assert torch.equal(attention(query, kv["raw"]), attention(query, kv["split"])), attention
+        assert torch.equal(attention(query, kv["projection"]), attention(query, kv["separate"])), (
+            attention
+        )

@@ -38,10 +38,10 @@ def test_it_equals_the_reference(
     batch = make_batch([1, 9, 1, 70], [90, 40, 1, 70])
     kv = make_kv(batch, num_kv_heads, 64)
     query = draw(batch.num_tokens, 4, 64) * 64**-0.5
-    expected = ReferenceAttention(batch, KIND, window, BLOCK_SIZE)(query, kv["split"])
+    expected = ReferenceAttention(batch, KIND, window, BLOCK_SIZE)(query, kv["separate"])
     attention = TritonAttention(batch, KIND, window, BLOCK_SIZE)
-    assert torch.allclose(attention(query, kv["v"]), expected, atol=1e-5)
-    assert torch.allclose(attention(query, kv["split"]), expected, atol=1e-5)
+    assert torch.allclose(attention(query, kv["values"]), expected, atol=1e-5)
+    assert torch.allclose(attention(query, kv["separate"]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("query_lens", [[1, 1], [9, 1]])
@@ -50,11 +50,11 @@ def test_heads_of_the_26b_in_half_precision(query_lens: list[int]) -> None:
     batch = make_batch(query_lens, [150, 33])
     kv = make_kv(batch, 2, 512)
     query = draw(batch.num_tokens, 16, 512) * 512**-0.5
-    expected = ReferenceAttention(batch, KIND, None, BLOCK_SIZE)(query, kv["split"])
+    expected = ReferenceAttention(batch, KIND, None, BLOCK_SIZE)(query, kv["separate"])
     attention = TritonAttention(batch, KIND, None, BLOCK_SIZE)
-    for kv_rows in ("v", "split"):
-        actual = attention(query.half(), rounded(kv[kv_rows], torch.float16)).float()
-        assert torch.allclose(actual, expected, atol=5e-3), kv_rows
+    for kv_layout in ("values", "separate"):
+        actual = attention(query.half(), rounded(kv[kv_layout], torch.float16)).float()
+        assert torch.allclose(actual, expected, atol=5e-3), kv_layout
 
 
 @pytest.mark.parametrize("cpu_kernels", ["torch"], indirect=True)  # native ones would come first
@@ -79,8 +79,8 @@ def test_in_a_model(cpu_kernels: str, make_pair: MakePair) -> None:  # noqa: F81
         assert torch.allclose(ours, reference, atol=1e-4)
     assert used
     used.clear()
-    logits(kv_rows="raw")
-    logits(kv_rows="split")
+    logits(kv_layout="projection")
+    logits(kv_layout="separate")
     assert not used, "raw and split are PyTorch's, so that their bits are equal"
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import NotEnoughMemory
-from cluster.spec import AttentionKind, KVRows, ModelSpec
+from cluster.spec import AttentionKind, KVLayout, ModelSpec
 from engine.cache.block_pool import NULL_BLOCK, BlockPool
 from engine.cache.kv_cache import KVCache, KVCacheConfig
 from engine.cache.kv_sizing import (
@@ -26,7 +26,7 @@ from engine.cache.kv_sizing import (
 from engine.request import Request, SamplingParams
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
-KV_ROWS: tuple[KVRows, ...] = ("v", "raw", "split")
+KV_LAYOUTS: tuple[KVLayout, ...] = ("values", "projection", "separate")
 
 
 def cdiv(a: int, b: int) -> int:
@@ -189,14 +189,18 @@ def test_bytes_count_only_layers_that_own_keys_and_values() -> None:
 def test_one_row_is_half_and_holds_a_longer_context() -> None:
     spec, dtype = make_spec(attention_k_eq_v=True), torch.float32
     for kind, share in ((GLOBAL, 2), (SLIDING, 1)):
-        of = {rows: kv_bytes_per_block(spec, kind, 16, dtype, rows) for rows in KV_ROWS}
-        assert of["v"] == of["raw"] and of["v"] * share == of["split"]
-    longest = {r: longest_context(spec, 5_000_000, dtype=dtype, kv_rows=r) for r in KV_ROWS}
-    assert longest["v"] == longest["raw"] == pytest.approx(2 * longest["split"], abs=32)
-    configs = {r: size_kv_cache(spec, 5_000_000, 1024, dtype=dtype, kv_rows=r) for r in KV_ROWS}
-    assert configs["v"].num_blocks[GLOBAL] > 1.5 * configs["split"].num_blocks[GLOBAL]
-    assert {rows: config.kv_rows for rows, config in configs.items()} == {
-        rows: rows for rows in KV_ROWS
+        of = {rows: kv_bytes_per_block(spec, kind, 16, dtype, rows) for rows in KV_LAYOUTS}
+        assert of["values"] == of["projection"] and of["values"] * share == of["separate"]
+    longest = {r: longest_context(spec, 5_000_000, dtype=dtype, kv_layout=r) for r in KV_LAYOUTS}
+    assert (
+        longest["values"] == longest["projection"] == pytest.approx(2 * longest["separate"], abs=32)
+    )
+    configs = {
+        r: size_kv_cache(spec, 5_000_000, 1024, dtype=dtype, kv_layout=r) for r in KV_LAYOUTS
+    }
+    assert configs["values"].num_blocks[GLOBAL] > 1.5 * configs["separate"].num_blocks[GLOBAL]
+    assert {rows: config.kv_layout for rows, config in configs.items()} == {
+        rows: rows for rows in KV_LAYOUTS
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cluster.config import Config
-from cluster.spec import AttentionKind, KVRows
+from cluster.spec import AttentionKind, KVLayout
 from deployments.loading import Source, make_hasher
 from deployments.verify.random_cases import ConnectStore, RandomCases
 from engine.batch import Batch
@@ -205,8 +205,8 @@ def test_the_configuration_says_what_changes_the_bits(monkeypatch: pytest.Monkey
         {"dtype": "bfloat16"},
         {"batch_invariant": True},
         {"experts": {"num_groups": 8}},
-        {"engine": {"kv_rows": "raw"}},
-        {"engine": {"kv_rows": "split"}},
+        {"engine": {"kv_layout": "projection"}},
+        {"engine": {"kv_layout": "separate"}},
     ]
     assert len({last_hash(), *(last_hash(**other) for other in others)}) == 6
     assert last_hash(engine={"prefix_caching": False}) is None
@@ -455,26 +455,26 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kv_rows"),
+    ("name", "kv_layout"),
     [
-        ("26b", "v"),
-        ("26b", "raw"),
-        ("26b-wide", "v"),
-        ("26b-wide", "raw"),
-        ("26b-wide", "split"),
-        ("e2b", "split"),
+        ("26b", "values"),
+        ("26b", "projection"),
+        ("26b-wide", "values"),
+        ("26b-wide", "projection"),
+        ("26b-wide", "separate"),
+        ("e2b", "separate"),
     ],
 )
 @pytest.mark.parametrize("with_store", [False, True])
 def test_warm_equals_cold(
-    subjects: dict[str, Subject], name: str, kv_rows: KVRows, with_store: bool
+    subjects: dict[str, Subject], name: str, kv_layout: KVLayout, with_store: bool
 ) -> None:
     subject = subjects[name]
     torch.set_num_threads(1)
     cases = RandomCases(
         lambda kv: ModelRunner(subject.model, kv, subject.experts),
         connect_to(MemoryStore(1), subject) if with_store else None,
-        kv_rows,
+        kv_layout,
     )
     tally = cases.run(10)
     assert tally.num_rows > 100 and tally.num_unequal == 0, tally

@@ -14,7 +14,7 @@ from torch import Tensor
 from cluster.checkpoint import Checkpoint
 from cluster.errors import Unavailable
 from cluster.placement import ExpertGroups
-from cluster.spec import AttentionKind, KVRows, ModelSpec
+from cluster.spec import AttentionKind, KVLayout, ModelSpec
 from engine.model.model import GemmaDecoder
 from engine.runner import split
 from experts.local import LocalExperts
@@ -119,7 +119,7 @@ def test_logits_and_greedy_tokens(
     check_mixed_batches(pair, pair.driver())
 
 
-@pytest.mark.parametrize("kv_rows", ["raw", "split"])
+@pytest.mark.parametrize("kv_layout", ["projection", "separate"])
 @pytest.mark.parametrize(
     ("member", "overrides"),
     [c[1:] for c in CASES if keeps_one_row(*c[1:])],
@@ -130,11 +130,11 @@ def test_whatever_is_kept_of_a_token(
     make_pair: MakePair,
     member: str,
     overrides: dict[str, Any],
-    kv_rows: KVRows,
+    kv_layout: KVLayout,
 ) -> None:
     """As above, where one row (V) was kept."""
     pair = make_pair(member, **overrides)
-    check_mixed_batches(pair, pair.driver(kv_rows=kv_rows))
+    check_mixed_batches(pair, pair.driver(kv_layout=kv_layout))
 
 
 @pytest.mark.parametrize(
@@ -260,14 +260,14 @@ def test_text_part_of_multimodal_checkpoints(
 def test_one_row_takes_half_the_memory(make_pair: MakePair) -> None:
     pair = make_pair("26b")
 
-    def num_bytes(kv_rows: KVRows, kind: AttentionKind) -> int:
-        tensors = pair.driver(kv_rows=kv_rows).runner.kv_tensors
+    def num_bytes(kv_layout: KVLayout, kind: AttentionKind) -> int:
+        tensors = pair.driver(kv_layout=kv_layout).runner.kv_tensors
         layers = [tensors[la.layer_idx] for la in pair.model.spec.layers if la.kind is kind]
         return sum(tensor.nbytes for layer in layers for tensor in layer.stored)
 
     for kind, share in ((AttentionKind.GLOBAL, 2), (AttentionKind.SLIDING, 1)):
-        assert num_bytes("v", kind) == num_bytes("raw", kind) > 0
-        assert num_bytes("v", kind) * share == num_bytes("split", kind)
+        assert num_bytes("values", kind) == num_bytes("projection", kind) > 0
+        assert num_bytes("values", kind) * share == num_bytes("separate", kind)
 
 
 @pytest.mark.parametrize("member", ["e2b", "26b"])

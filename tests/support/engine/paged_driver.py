@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.spec import AttentionKind, KVRows, ModelSpec
+from cluster.spec import AttentionKind, KVLayout, ModelSpec
 from engine.batch import Batch
 from engine.cache.kv_cache import KVCacheConfig
 from engine.model.decoder_layer import Experts
@@ -42,12 +42,12 @@ class PagedDriver:
         experts: Experts | None,
         *,
         num_blocks: int = 400,
-        kv_rows: KVRows = "v",
+        kv_layout: KVLayout = "values",
         **options: Any,
     ) -> None:
         self.spec: ModelSpec = model.spec
         blocks = dict.fromkeys(AttentionKind, num_blocks)
-        config = KVCacheConfig(BLOCK_SIZE, blocks, kv_rows=kv_rows)
+        config = KVCacheConfig(BLOCK_SIZE, blocks, kv_layout=kv_layout)
         self.runner = ModelRunner(model, config, experts, **options)
         self._free = {
             kind: random.Random(7).sample(range(1, num_blocks), num_blocks - 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.spec import KVRows
+from cluster.spec import KVLayout
 from cluster.store.redis import RedisAddress
 from cluster.store.scripts import tenant_prefix
 from deployments.verify.random_cases import RandomCases
@@ -18,13 +18,14 @@ from tests.support.store.redis_servers import redis_server, wait_until
 
 
 @pytest.mark.parametrize(
-    ("name", "kv_rows"), [("26b", "v"), ("26b", "raw"), ("26b", "split"), ("e2b", "v")]
+    ("name", "kv_layout"),
+    [("26b", "values"), ("26b", "projection"), ("26b", "separate"), ("e2b", "values")],
 )
 def test_warm_from_redis_equals_cold(
-    subjects: dict[str, Subject], address: RedisAddress, name: str, kv_rows: KVRows
+    subjects: dict[str, Subject], address: RedisAddress, name: str, kv_layout: KVLayout
 ) -> None:
     deployment = Deployment(subjects[name], address)
-    tally = RandomCases(deployment.runner, deployment.connect, kv_rows).run(10)
+    tally = RandomCases(deployment.runner, deployment.connect, kv_layout).run(10)
     assert tally.num_rows > 100 and tally.num_unequal == 0, tally
     assert min(tally.num_hits, tally.num_evicted, tally.num_restarts) > 2, tally
     assert deployment.count("reads", outcome="ok") > 10

@@ -1,6 +1,6 @@
-"""Bytes of global KV per token, one row beside split: `python -m bench.memory.kv_rows`.
+"""Bytes of global KV per token, by layout: `python -m bench.memory.kv_layout`.
 
-For each kind of rows an engine computes the same prompt and stores it; then Redis is asked for the
+For each layout an engine computes the same prompt and stores it; then Redis is asked for the
 length of each value of the global layers, and for what it needs to hold it (`MEMORY USAGE`). That
 is more than in memory: where a prompt ends within a run of blocks, that part is a value too.
 """
@@ -19,7 +19,7 @@ from bench.lib.drive import drive
 from bench.lib.models import BenchModel, load_models, random_prompts
 from bench.memory.kv_store import bare_server
 from bench.memory.stored import Stored, stored_engine
-from cluster.spec import AttentionKind, KVRows
+from cluster.spec import AttentionKind, KVLayout
 from cluster.store.redis import RedisAddress
 from cluster.store.scripts import value_name
 from cluster.store.value import HEADER_BYTES
@@ -44,16 +44,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     pin(2)
     [model] = load_models([MODEL])
-    results = {kv_rows: measure(model, kv_rows) for kv_rows in get_args(KVRows)}
-    return report("kv_rows", results, checks(results), card(results), keep=args.keep)
+    results = {kv_layout: measure(model, kv_layout) for kv_layout in get_args(KVLayout)}
+    return report("kv_layout", results, checks(results), card(results), keep=args.keep)
 
 
-def measure(model: BenchModel, kv_rows: KVRows) -> dict[str, float]:
+def measure(model: BenchModel, kv_layout: KVLayout) -> dict[str, float]:
     """Bytes per token of the global layers."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="briolette-")))
         address = stack.enter_context(bare_server(directory))
-        options = {"engine.kv_rows": kv_rows, "engine.max_model_len": PROMPT_LEN + 16}
+        options = {"engine.kv_layout": kv_layout, "engine.max_model_len": PROMPT_LEN + 16}
         stored = stack.enter_context(stored_engine(model, 2, address, options))
         drive(stored.engine, random_prompts(model, 1, PROMPT_LEN, seed=1), 1)
         stored.flush()
@@ -87,7 +87,7 @@ def bytes_in_redis(address: RedisAddress) -> tuple[int, int]:
 
 def checks(results: dict[str, Any]) -> list[Check]:
     """What the design promises of one row: half."""
-    shares = {what: results["v"][what] / results["split"][what] * 100 for what in COLUMNS}
+    shares = {what: results["values"][what] / results["separate"][what] * 100 for what in COLUMNS}
     return [
         Check("one row / split, in memory", shares["memory_bytes"], "%", 50, at_least=False),
         Check(
@@ -99,10 +99,10 @@ def checks(results: dict[str, Any]) -> list[Check]:
 
 def card(results: dict[str, Any]) -> list[str]:
     rows = [
-        [kv_rows, *(f"{one[what]:.1f}" for what in COLUMNS)] for kv_rows, one in results.items()
+        [kv_layout, *(f"{one[what]:.1f}" for what in COLUMNS)] for kv_layout, one in results.items()
     ]
     title = f"Bytes per token of the global layers, {MODEL} in fp32, {PROMPT_LEN} tokens"
-    return [title, *table(["engine.kv_rows", *COLUMNS.values()], rows)]
+    return [title, *table(["engine.kv_layout", *COLUMNS.values()], rows)]
 
 
 if __name__ == "__main__":
