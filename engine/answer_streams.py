@@ -6,7 +6,7 @@ from collections.abc import Collection, Set
 from typing import NamedTuple
 
 from engine.request import FinishReason, Request
-from engine.text.dialect import NO_DIALECT, AnswerStream, Parts
+from engine.text.dialect import NO_DIALECT, AnswerDelta, AnswerStream
 from engine.text.grammars import Grammars
 from engine.text.tokenizer import Tokenizer
 
@@ -47,25 +47,25 @@ class AnswerStreams:
         if not request.output_ids:
             return None
         is_stop = self._is_stop_token(request, request.output_ids[-1])
-        parts = self._push(request, request.output_ids[:-1] if is_stop else request.output_ids)
-        return self._end_of(request, parts.matched_stop)
+        delta = self._push(request, request.output_ids[:-1] if is_stop else request.output_ids)
+        return self._end_of(request, delta.matched_stop)
 
-    def append(self, request: Request, token_id: int) -> tuple[Parts, End | None]:
+    def append(self, request: Request, token_id: int) -> tuple[AnswerDelta, End | None]:
         """Take a sampled token; returns what it adds to the answer, and the end that it is."""
         request.output_ids.append(token_id)
         if request.guide is not None:
             request.guide.advance(token_id)
-        parts = Parts()
+        delta = AnswerDelta()
         if not self._is_stop_token(request, token_id):  # which is no part of the answer
-            parts = self._push(request, [token_id])
-        return parts, self._end_of(request, parts.matched_stop)
+            delta = self._push(request, [token_id])
+        return delta, self._end_of(request, delta.matched_stop)
 
-    def finish(self, request: Request) -> Parts:
+    def finish(self, request: Request) -> AnswerDelta:
         """Close the answer of a finished request; returns what was held back."""
         stream = self._streams.pop(request.request_id, None)
-        parts = Parts() if stream is None else stream.finish()
+        delta = AnswerDelta() if stream is None else stream.finish()
         self._note_lasting(request)
-        return parts
+        return delta
 
     def withdraw(self, request: Request) -> None:
         """Drop what `begin` has left, as far as it got."""
@@ -89,13 +89,13 @@ class AnswerStreams:
                 prompt_ids=request.prompt_ids,
             )
 
-    def _push(self, request: Request, token_ids: list[int]) -> Parts:
+    def _push(self, request: Request, token_ids: list[int]) -> AnswerDelta:
         stream = self._streams.get(request.request_id)
         if stream is None:
-            return Parts()
-        parts = stream.push(token_ids)
+            return AnswerDelta()
+        delta = stream.push(token_ids)
         request.num_thought_tokens = stream.num_thought_tokens
-        return parts
+        return delta
 
     def _end_of(self, request: Request, matched: str | None) -> End | None:
         """The end that the last output token is; `matched`: the stop string that it completes."""

@@ -29,7 +29,7 @@ from engine.scheduling.policy import Policy
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.scheduler_output import SchedulerOutput
 from engine.spans import MediaSpan
-from engine.text.dialect import Parts
+from engine.text.dialect import AnswerDelta
 from engine.text.grammars import Grammars
 from engine.text.tokenizer import Tokenizer
 
@@ -302,7 +302,7 @@ class EngineCore:
         reason: FinishReason,
         *,
         tokens: tuple[list[int], list[TokenLogprobs] | None] = ([], None),
-        parts: Parts | None = None,
+        parts: AnswerDelta | None = None,
         matched_stop: str | int | None = None,
         error: BrioletteError | None = None,
         is_sound: bool = True,
@@ -313,7 +313,7 @@ class EngineCore:
         """
         self.scheduler.finish(request, reason, is_sound=is_sound)
         del self._requests[request.request_id]
-        parts = parts or Parts()
+        parts = parts or AnswerDelta()
         parts.add(self._answers.finish(request))
         self._outputs.append(output_of(request, *tokens, parts, matched_stop, error))
 

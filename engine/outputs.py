@@ -11,8 +11,8 @@ from engine.request import FinishReason, Request
 from engine.sampler import TokenLogprobs
 from engine.scheduling.policy import TenantShare
 from engine.scheduling.prefix_loader import PrefixCacheStats
-from engine.text.dialect import Parts
-from engine.text.tool_calls import CallPiece
+from engine.text.dialect import AnswerDelta
+from engine.text.tool_calls import ToolCallDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class RequestOutput:
     new_token_ids: list[int]
     text: str  # what the new tokens add to the text; empty without a tokenizer
     thought: str  # the same
-    tool_calls: list[CallPiece]
+    tool_calls: list[ToolCallDelta]
     logprobs: list[TokenLogprobs] | None  # one per new token where the request asked for them
     finish_reason: FinishReason | None
     error: str | None  # a sentence, with FinishReason.ERROR
@@ -58,7 +58,7 @@ def output_of(
     request: Request,
     new_token_ids: list[int],
     logprobs: list[TokenLogprobs] | None,
-    parts: Parts,
+    delta: AnswerDelta,
     matched_stop: str | int | None = None,
     error: BrioletteError | None = None,
 ) -> RequestOutput:
@@ -66,9 +66,9 @@ def output_of(
     return RequestOutput(
         request_id=request.request_id,
         new_token_ids=new_token_ids,
-        text=parts.text,
-        thought=parts.thought,
-        tool_calls=parts.tool_calls,
+        text=delta.text,
+        thought=delta.thought,
+        tool_calls=delta.tool_calls,
         logprobs=logprobs,
         finish_reason=request.finish_reason,
         error=None if error is None else str(error),

@@ -1,7 +1,8 @@
-"""Gemma 4's dialect: the parts of an answer, told apart by token ids and never by text.
+"""Gemma 4's control tokens, by which an answer splits into text, thoughts and tool calls.
 
-`<|channel>thought\n…<channel|>` is what the model thinks, `<|tool_call>call:…<tool_call|>` a call,
-all else is the answer's text.
+`<|channel>thought\n…<channel|>` is a thought (vLLM: reasoning), `<|tool_call>call:…<tool_call|>` a
+tool call, everything else the answer's text. Token ids decide, never the text: a model may write
+`<|channel>` in letters without opening a thought.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 from engine.text.text_stream import TextStream, TokenBytes
-from engine.text.tool_calls import Call, CallPiece
+from engine.text.tool_calls import ToolCallDelta, ToolCallParser
 
 TURN_CLOSE = "<turn|>"  # ends every turn
 CALL_CLOSE = "<tool_call|>"
-RESPONSE_OPEN = "<|tool_response>"  # after its calls the model writes this, and waits
-THOUGHT = "thought\n"  # the channel's name, and where it ends
-MAX_OPENING = 1 + len(THOUGHT)  # tokens of a thought that is open and empty
+RESPONSE_OPEN = "<|tool_response>"  # ends an answer with calls: the tools' results follow
+THOUGHT = "thought\n"  # the channel's name and the line end after it
+MAX_OPENING = 1 + len(THOUGHT)  # tokens of a thought that is open and still empty
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """Token ids; None for what the vocabulary lacks, and then there are no such parts."""
+    """The control tokens' ids; None for a token that the vocabulary lacks, and then answers have
+    no such parts.
+    """
 
     turn_open: int | None = None
     thought_open: int | None = None
@@ -34,7 +37,7 @@ class Dialect:
 
     @staticmethod
     def find(token_to_id: Callable[[str], int | None]) -> Dialect:
-        """By the texts of the tokens: released models differ in nothing else."""
+        """Look the control tokens up by their texts; released models differ in the ids only."""
         return Dialect(
             turn_open=token_to_id("<|turn>"),
             thought_open=token_to_id("<|channel>"),
@@ -48,12 +51,14 @@ class Dialect:
 
     @property
     def token_ids(self) -> set[int]:
+        """The ids of all control tokens that the vocabulary has."""
         ids = (getattr(self, item.name) for item in fields(self))
         return {token_id for token_id in ids if token_id is not None}
 
     def open_thought(self, prompt_ids: Sequence[int]) -> Sequence[int] | None:
-        """What a prompt has of a thought that it leaves open; None where there is none. After a
-        tool's result some templates open it, so that the answer begins inside.
+        """Return the tokens of the thought that a prompt leaves open, None if it leaves none open.
+
+        Some templates open a thought after a tool's result, so that the answer begins within it.
         """
         tail = prompt_ids[-MAX_OPENING:]
         for i in reversed(range(len(tail))):
@@ -64,7 +69,7 @@ class Dialect:
         return None
 
     def thoughts(self, token_ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Where [start, stop) the thoughts of the last turn are, with the tokens around them."""
+        """Return the ranges [start, stop) of the last turn's thoughts, control tokens included."""
         spans: list[tuple[int, int]] = []
         start = None
         for i in range(self._last_turn(token_ids), len(token_ids)):
@@ -80,31 +85,31 @@ class Dialect:
         return next(turns, 0)
 
 
-NO_DIALECT = Dialect()  # everything is text
+NO_DIALECT = Dialect()  # without control tokens everything is text
 
 
 @dataclass(slots=True)
-class Parts:
-    """What tokens add to an answer."""
+class AnswerDelta:
+    """What one or more tokens add to an answer."""
 
     text: str = ""
     thought: str = ""
-    tool_calls: list[CallPiece] = field(default_factory=list)
-    matched_stop: str | None = None  # the stop string that the text met
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    matched_stop: str | None = None  # the stop string that the text has reached
 
-    def add(self, later: Parts) -> None:
-        """Append what came later; nothing met a stop string since."""
+    def add(self, later: AnswerDelta) -> None:
+        """Append a later delta, which reached no stop string."""
         self.text += later.text
         self.thought += later.thought
         self.tool_calls += later.tool_calls
 
 
 class AnswerStream:
-    """Turns the tokens of one answer into its parts, as they come.
+    """Splits the tokens of one answer into text, thoughts and tool calls as they come.
 
-    Stop strings end the text only. A closing token closes its own part only. What an opening token
-    cuts short stands as far as it came: a thought, and the pieces of a call, which then isn't
-    whole.
+    Stop strings are looked for in the text only. A closing token closes its own kind of part only.
+    An opening token also ends the part before it: what there was of a thought stands, and a call
+    stays incomplete.
     """
 
     def __init__(
@@ -116,111 +121,119 @@ class AnswerStream:
         call_id: str = "call",
         prompt_ids: Sequence[int] = (),
     ) -> None:
-        """The calls' ids are `call_id` and the call's index. The prompt tells whether the answer
-        begins in a thought.
+        """Begin an answer.
+
+        Args:
+            tokenizer: Gives the bytes of a token.
+            dialect: The control tokens; without it everything is text.
+            stop: Strings that end the text.
+            call_id: Prefix of the calls' ids; the call's index follows.
+            prompt_ids: The prompt, which may have opened a thought.
         """
-        self.num_thought_tokens = 0  # with the tokens around them
+        self.num_thought_tokens = 0  # control tokens included
         self._tokenizer, self._dialect, self._call_id = tokenizer, dialect, call_id
         self._text = TextStream(tokenizer, stop)
-        self._thought: _Thought | None = None  # the one that is open
-        self._call: Call | None = None  # the same
+        self._thought: _ThoughtStream | None = None  # the open one
+        self._call: ToolCallParser | None = None  # the open one
         self._call_text = TextStream(tokenizer)
-        self._num_calls = 0  # with a name
-        self._are_whole = True
+        self._num_calls = 0  # closed ones that have a name
+        self._are_complete = True  # the closed calls
         if (opening := dialect.open_thought(prompt_ids)) is not None:
-            self._thought = _Thought(tokenizer)
+            self._thought = _ThoughtStream(tokenizer)
             for token_id in opening:
                 self._thought.push(token_id)
 
     @property
     def has_calls(self) -> bool:
-        """There are calls, and every one is whole."""
-        is_whole = self._call is None or self._call.is_whole
+        """True if the answer has tool calls and all of them are complete."""
+        is_complete = self._call is None or self._call.is_complete
         num_named = self._num_calls + (self._call is not None and self._call.name != "")
-        return num_named > 0 and self._are_whole and is_whole
+        return num_named > 0 and self._are_complete and is_complete
 
-    def push(self, token_ids: Iterable[int]) -> Parts:
-        """Add tokens; returns what is now certain. Takes none after a stop string."""
-        parts = Parts()
+    def push(self, token_ids: Iterable[int]) -> AnswerDelta:
+        """Take tokens, up to a stop string; returns what can't change any more."""
+        delta = AnswerDelta()
         for token_id in token_ids:
-            self._push(token_id, parts)
-            if parts.matched_stop is not None:
+            self._push_token(token_id, delta)
+            if delta.matched_stop is not None:
                 break
-        return parts
+        return delta
 
-    def finish(self) -> Parts:
-        """End the answer; returns what was held back."""
-        parts = Parts()
-        self._close(parts)
-        parts.text = self._text.finish()
-        return parts
+    def finish(self) -> AnswerDelta:
+        """End the answer; returns the text that was held back."""
+        delta = AnswerDelta()
+        self._close(delta)
+        delta.text = self._text.finish()
+        return delta
 
-    def _push(self, token_id: int, parts: Parts) -> None:
+    def _push_token(self, token_id: int, delta: AnswerDelta) -> None:
         dialect = self._dialect
         is_in_thought = self._thought is not None and token_id != dialect.call_open
         if is_in_thought or token_id == dialect.thought_open:
             self.num_thought_tokens += 1
         if token_id == dialect.thought_open:
-            self._close(parts)
-            self._thought = _Thought(self._tokenizer)
+            self._close(delta)
+            self._thought = _ThoughtStream(self._tokenizer)
         elif token_id == dialect.call_open:
-            self._close(parts)
-            self._call, self._call_text = Call(), TextStream(self._tokenizer)
+            self._close(delta)
+            self._call, self._call_text = ToolCallParser(), TextStream(self._tokenizer)
         elif self._thought is not None:
             if token_id == dialect.thought_close:
-                self._close(parts, is_closed=True)
+                self._close(delta, is_closed=True)
             else:
-                parts.thought += self._thought.push(token_id)
+                delta.thought += self._thought.push(token_id)
         elif self._call is not None:
             if token_id == dialect.call_close:
-                self._close(parts, is_closed=True)
+                self._close(delta, is_closed=True)
             else:
-                self._push_call(self._call, token_id, parts)
+                self._push_call_token(self._call, token_id, delta)
         else:
-            text, parts.matched_stop = self._text.push([token_id])
-            parts.text += text
+            text, delta.matched_stop = self._text.push([token_id])
+            delta.text += text
 
-    def _push_call(self, call: Call, token_id: int, parts: Parts) -> None:
+    def _push_call_token(self, call: ToolCallParser, token_id: int, delta: AnswerDelta) -> None:
         if token_id != self._dialect.quote:
             text, _ = self._call_text.push([token_id])
-            self._add(call, text, parts)
+            self._push_call_text(call, text, delta)
             return
-        self._add(call, self._call_text.finish(), parts)
+        self._push_call_text(call, self._call_text.finish(), delta)
         self._call_text = TextStream(self._tokenizer)
-        self._append(call, call.quote(), parts)
+        self._add_arguments(call, call.push_quote(), delta)
 
-    def _add(self, call: Call, text: str, parts: Parts) -> None:
+    def _push_call_text(self, call: ToolCallParser, text: str, delta: AnswerDelta) -> None:
         was_named = call.name != ""
-        arguments = call.text(text)
+        arguments = call.push_text(text)
         if call.name and not was_named:
-            head = f"{self._call_id}_{self._num_calls}", call.name
-            parts.tool_calls.append(CallPiece(self._num_calls, *head, arguments))
+            call_id = f"{self._call_id}_{self._num_calls}"
+            delta.tool_calls.append(
+                ToolCallDelta(self._num_calls, arguments, id=call_id, name=call.name)
+            )
         else:
-            self._append(call, arguments, parts)
+            self._add_arguments(call, arguments, delta)
 
-    def _append(self, call: Call, arguments: str, parts: Parts) -> None:
+    def _add_arguments(self, call: ToolCallParser, arguments: str, delta: AnswerDelta) -> None:
         if call.name and arguments:
-            parts.tool_calls.append(CallPiece(self._num_calls, "", "", arguments))
+            delta.tool_calls.append(ToolCallDelta(self._num_calls, arguments))
 
-    def _close(self, parts: Parts, is_closed: bool = False) -> None:
-        """End the thought or the call that is open; `is_closed` by its own token."""
+    def _close(self, delta: AnswerDelta, is_closed: bool = False) -> None:
+        """End the open thought or call; `is_closed` if its own closing token ends it."""
         if self._thought is not None:
-            parts.thought += self._thought.finish(is_closed)
+            delta.thought += self._thought.finish(is_closed)
             self._thought = None
         if self._call is not None:
-            self._add(self._call, self._call_text.finish(), parts)
-            self._are_whole &= self._call.is_whole
+            self._push_call_text(self._call, self._call_text.finish(), delta)
+            self._are_complete &= self._call.is_complete
             self._num_calls += self._call.name != ""
             self._call = None
 
 
-class _Thought:
-    """A thought's text without the channel's name and the line end that closes it."""
+class _ThoughtStream:
+    """A thought's text without the channel's name and the line end before the closing token."""
 
     def __init__(self, tokenizer: TokenBytes) -> None:
         self._text = TextStream(tokenizer)
-        self._held: str = ""  # may be part of either
-        self._is_begun = False  # past the name
+        self._held = ""  # may belong to the name or be the last line end
+        self._is_begun = False  # the name has ended
 
     def push(self, token_id: int) -> str:
         self._held += self._text.push([token_id])[0]

@@ -1,4 +1,4 @@
-"""One tool call as it comes: Gemma's form of its arguments turned into JSON, piece by piece.
+"""Streaming parser of a tool call: turns Gemma's form of its arguments into JSON.
 
 A call is `call:NAME{key:value,…}`. Keys are bare, strings stand between two quote tokens with
 nothing escaped, numbers, booleans, objects and lists are written as in JSON.
@@ -18,32 +18,35 @@ CLOSING = {"{": "}", "[": "]"}
 
 
 @dataclass(frozen=True, slots=True)
-class CallPiece:
-    """What is new of one tool call; `id` and `name` in its first piece only."""
+class ToolCallDelta:
+    """The new part of one tool call; only the first delta of a call has its `id` and `name`."""
 
     index: int  # among the answer's calls
-    id: str
-    name: str
-    arguments: str  # JSON text; the pieces of a whole call joined are an object
+    arguments: str  # JSON text; the deltas of a complete call, joined, are an object
+    id: str = ""
+    name: str = ""
 
 
-class Call:
-    """Reads one call. What is malformed ends it: its pieces so far stand, and it isn't whole."""
+class ToolCallParser:
+    """Parses one call as its tokens come. Malformed input ends the parsing: what was returned
+    until then stands, and the call stays incomplete.
+    """
 
     def __init__(self) -> None:
         self.name = ""  # until it is known
-        self._head = ""
-        self._is_broken = False  # before there was a name
-        self._arguments = Arguments()
+        self._head = ""  # the text before the arguments
+        self._is_broken = False  # the head is malformed
+        self._arguments = ArgumentsParser()
 
     @property
-    def is_whole(self) -> bool:
-        return self._arguments.is_whole
+    def is_complete(self) -> bool:
+        """True once the arguments are a JSON object."""
+        return self._arguments.is_complete
 
-    def text(self, text: str) -> str:
-        """Take text; returns what the arguments go on with."""
+    def push_text(self, text: str) -> str:
+        """Take text; returns the JSON that it adds to the arguments."""
         if self.name:
-            return self._arguments.text(text)
+            return self._arguments.push_text(text)
         if self._is_broken:
             return ""
         self._head += text
@@ -51,16 +54,16 @@ class Call:
         self._is_broken = len(head) > MAX_HEAD_CHARS
         if not brace or self._is_broken:
             return ""
-        named = HEAD.fullmatch(head)
-        if named is None:
+        match = HEAD.fullmatch(head)
+        if match is None:
             self._is_broken = True
             return ""
-        self.name = named[1]
-        return self._arguments.text(brace + rest)
+        self.name = match[1]
+        return self._arguments.push_text(brace + rest)
 
-    def quote(self) -> str:
-        """Take a quote token; returns what the arguments go on with."""
-        return self._arguments.quote() if self.name else ""
+    def push_quote(self) -> str:
+        """Take a quote token; returns the JSON that it adds to the arguments."""
+        return self._arguments.push_quote() if self.name else ""
 
 
 class _Expects(enum.Enum):
@@ -68,28 +71,30 @@ class _Expects(enum.Enum):
     COLON = enum.auto()  # after a quoted key
     VALUE = enum.auto()  # or the end of the list
     NEXT = enum.auto()  # a comma, or the end of what is open
-    NOTHING = enum.auto()  # whole, or broken
+    NOTHING = enum.auto()  # complete, or broken
 
 
-class Arguments:
-    """Turns the arguments of a call into JSON as they come. What it returns, joined, is the
-    beginning of a JSON object, and all of one once `is_whole`.
+class ArgumentsParser:
+    """Turns the arguments of a call into JSON as they come. The returned strings, joined, are the
+    beginning of a JSON object, and the whole object once `is_complete`.
     """
 
     def __init__(self) -> None:
-        self.is_whole = False
-        self._open: list[str] = []  # braces and brackets
+        self.is_complete = False
+        self._open: list[str] = []  # braces and brackets that are open
         self._expects = _Expects.VALUE
         self._is_quoted = False  # between two quote tokens
         self._word = ""  # a bare key, number or word so far
-        self._comma = ""  # written once something follows it
+        self._comma = ""  # returned once something follows it
 
-    def text(self, text: str) -> str:
+    def push_text(self, text: str) -> str:
+        """Take text; returns the JSON that it adds."""
         if self._is_quoted:
             return json.dumps(text, ensure_ascii=False)[1:-1]
         return "".join(map(self._char, text))
 
-    def quote(self) -> str:
+    def push_quote(self) -> str:
+        """Take a quote token; returns the JSON that it adds."""
         if self._is_quoted:
             self._is_quoted = False
             is_key = self._expects is _Expects.KEY
@@ -154,7 +159,7 @@ class Arguments:
         return ""
 
     def _begin(self, token: str) -> str:
-        """A key, a value or what opens one."""
+        """Write a key, a value, or the bracket that opens one."""
         comma, self._comma, self._word = self._comma, "", ""
         return comma + token
 
@@ -167,8 +172,8 @@ class Arguments:
             return self._break()
         self._open.pop()
         self._comma = self._word = ""
-        self.is_whole = not self._open
-        self._expects = _Expects.NOTHING if self.is_whole else _Expects.NEXT
+        self.is_complete = not self._open
+        self._expects = _Expects.NOTHING if self.is_complete else _Expects.NEXT
         return char
 
     def _break_unless_space(self, char: str) -> str:
@@ -180,7 +185,7 @@ class Arguments:
 
 
 def _literal(word: str) -> str:
-    """A bare word as JSON; one that JSON doesn't know is a string without its quote tokens."""
+    """A bare word as JSON; a word unknown to JSON is a string that lacks its quote tokens."""
     if word in ("true", "false", "null") or NUMBER.fullmatch(word):
         return word
     if word == "None":

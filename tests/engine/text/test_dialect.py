@@ -19,7 +19,7 @@ from engine.core import EngineCore
 from engine.limits import SpecLimits
 from engine.outputs import RequestOutput
 from engine.request import FinishReason, SamplingParams
-from engine.text.dialect import AnswerStream, Parts
+from engine.text.dialect import AnswerDelta, AnswerStream
 from protos.briolette.v1.inference_pb2 import (
     FINISH_REASON_STOP,
     FINISH_REASON_TOOL_CALLS,
@@ -54,9 +54,9 @@ def stream(stop: Sequence[str] = ()) -> AnswerStream:
     return AnswerStream(TOKENIZER, DIALECT, stop)
 
 
-def read(text: str, stop: Sequence[str] = ()) -> tuple[Parts, AnswerStream]:
+def read(text: str, stop: Sequence[str] = ()) -> tuple[AnswerDelta, AnswerStream]:
     """All parts of an answer that came token by token."""
-    reader, parts = stream(stop), Parts()
+    reader, parts = stream(stop), AnswerDelta()
     for token_id in ids(text):
         new = reader.push([token_id])
         parts.add(new)
@@ -101,7 +101,7 @@ def test_any_cut_gives_the_same_parts(data: st.DataObject) -> None:
     token_ids = data.draw(st.lists(tokens, max_size=40))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(token_ids)), max_size=5)))
     one_by_one, at_once = stream(), stream()
-    got, expected = Parts(), Parts()
+    got, expected = AnswerDelta(), AnswerDelta()
     for token_id in token_ids:
         expected.add(one_by_one.push([token_id]))
     for start, end in zip([0, *cuts], [*cuts, len(token_ids)], strict=True):
@@ -137,14 +137,14 @@ def test_a_closing_token_closes_only_its_own_part() -> None:
 def test_what_is_typed_is_text() -> None:
     """The characters of a control token are no control token."""
     typed = f"{CALL}{THOUGHT}"
-    reader, parts = stream(), Parts()
+    reader, parts = stream(), AnswerDelta()
     parts.add(reader.push(TOKENIZER.encode_plain(typed)))
     parts.add(reader.finish())
     assert (parts.text, parts.thought, parts.tool_calls) == (typed, "", [])
 
 
 def test_control_tokens_typed_in_a_call_stay_in_its_string() -> None:
-    reader, parts = stream(), Parts()
+    reader, parts = stream(), AnswerDelta()
     typed = '<|"|>}<tool_call|><channel|>'
     token_ids = [*ids('<|tool_call>call:f{a:<|"|>'), *TOKENIZER.encode_plain(typed)]
     parts.add(reader.push([*token_ids, *ids('<|"|>}<tool_call|>')]))
@@ -209,7 +209,7 @@ def test_thoughts(written: str, thought: str, text: str) -> None:
     ],
 )
 def test_an_answer_may_begin_in_a_thought(prompt: str, said: str, thought: str, text: str) -> None:
-    reader, parts = AnswerStream(TOKENIZER, DIALECT, prompt_ids=ids(prompt)), Parts()
+    reader, parts = AnswerStream(TOKENIZER, DIALECT, prompt_ids=ids(prompt)), AnswerDelta()
     parts.add(reader.push(ids(said)))
     parts.add(reader.finish())
     assert (parts.thought, parts.text) == (thought, text)
@@ -224,7 +224,7 @@ def test_a_stop_string_ends_the_text_only() -> None:
 
 def test_a_character_cut_by_a_call_is_completed_nowhere() -> None:
     cut = TOKENIZER.encode_plain("é")
-    reader, parts = stream(), Parts()
+    reader, parts = stream(), AnswerDelta()
     parts.add(reader.push([cut[0], *ids(CALL)]))
     parts.add(reader.finish())
     assert parts.text == "\ufffd"
@@ -247,7 +247,7 @@ def make_core() -> tuple[EngineCore, ScriptedRunner]:
 
 def answer_of(
     said: str, *, num_before: int = 0, chat: bool = True, **sampling: Any
-) -> tuple[list[RequestOutput], Parts]:
+) -> tuple[list[RequestOutput], AnswerDelta]:
     """What the engine makes of a script, after another engine has brought `num_before` tokens."""
     core, runner = make_core()
     script = ids(said)
@@ -263,9 +263,9 @@ def answer_of(
     while core.has_work:
         outputs += core.step()
     core.check_integrity()
-    parts = Parts()
+    parts = AnswerDelta()
     for output in outputs:
-        parts.add(Parts(output.text, output.thought, output.tool_calls))
+        parts.add(AnswerDelta(output.text, output.thought, output.tool_calls))
     return outputs, parts
 
 
@@ -310,7 +310,7 @@ def test_a_resumed_answer_goes_on_with_its_parts(num_before: int) -> None:
     said = f"{THOUGHT}Hm.{CALL}<turn|>"
     _, whole = answer_of(said)
     outputs, rest = answer_of(said, num_before=num_before)
-    reader, before = stream(), Parts()
+    reader, before = stream(), AnswerDelta()
     before.add(reader.push(ids(said)[:num_before]))
     assert before.text + rest.text == whole.text
     assert before.thought + rest.thought == whole.thought

@@ -10,18 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.text.tool_calls import Arguments, Call
+from engine.text.tool_calls import ArgumentsParser, ToolCallParser
 
 QUOTE = "\0"  # the quote token, in these tests
 
 
-def feed(reader: Arguments | Call, written: str, cuts: list[int] | None = None) -> str:
+def feed(
+    reader: ArgumentsParser | ToolCallParser, written: str, cuts: list[int] | None = None
+) -> str:
     """What the reader makes of it in pieces; QUOTE is the token."""
     edges = sorted({0, len(written), *(cut % (len(written) + 1) for cut in cuts or [])})
     got = ""
     for start, end in itertools.pairwise(edges):
         for i, text in enumerate(written[start:end].split(QUOTE)):
-            got += (reader.quote() if i else "") + (reader.text(text) if text else "")
+            got += (reader.push_quote() if i else "") + (reader.push_text(text) if text else "")
     return got
 
 
@@ -57,17 +59,17 @@ objects = st.dictionaries(keys, values, max_size=4)
 @settings(max_examples=300, deadline=None)
 @given(value=objects, cuts=st.lists(st.integers(0, 500), max_size=12))
 def test_arguments_in_any_cut_are_the_json(value: dict[str, Any], cuts: list[int]) -> None:
-    arguments = Arguments()
+    arguments = ArgumentsParser()
     assert json.loads(feed(arguments, gemma(value), cuts)) == value
-    assert arguments.is_whole
+    assert arguments.is_complete
 
 
 @settings(max_examples=300, deadline=None)
 @given(written=st.text(st.sampled_from('{}[]:,"ab1 \n.-\0'), max_size=30), name=st.booleans())
 def test_anything_gives_a_whole_object_or_is_not_whole(written: str, name: bool) -> None:
-    reader: Arguments | Call = Call() if name else Arguments()
+    reader: ArgumentsParser | ToolCallParser = ToolCallParser() if name else ArgumentsParser()
     got = feed(reader, f"call:f{written}" if name else written)
-    if reader.is_whole:
+    if reader.is_complete:
         assert isinstance(json.loads(got), dict)
 
 
@@ -86,9 +88,9 @@ def test_anything_gives_a_whole_object_or_is_not_whole(written: str, name: bool)
     ],
 )
 def test_what_models_write(written: str, value: Any) -> None:
-    arguments = Arguments()
+    arguments = ArgumentsParser()
     assert json.loads(feed(arguments, written)) == value
-    assert arguments.is_whole
+    assert arguments.is_complete
 
 
 @pytest.mark.parametrize(
@@ -96,35 +98,35 @@ def test_what_models_write(written: str, value: Any) -> None:
     ["", "[1]", "{a}", "{a:}", "{:1}", "{a:1]", "{a:[1}", "{a:1 \0x\0}", "{a:\0x", "a{", "{a:{}"],
 )
 def test_what_is_malformed_is_not_whole(written: str) -> None:
-    arguments = Arguments()
+    arguments = ArgumentsParser()
     feed(arguments, written)
-    assert not arguments.is_whole
+    assert not arguments.is_complete
 
 
 def test_a_string_streams_as_it_comes() -> None:
-    arguments = Arguments()
+    arguments = ArgumentsParser()
     assert feed(arguments, "{text:\0one") == '{"text":"one'
-    assert arguments.text(' "two"') == ' \\"two\\"'
-    assert arguments.text("\n") == "\\n"
-    assert arguments.quote() + arguments.text("}") == '"}'
+    assert arguments.push_text(' "two"') == ' \\"two\\"'
+    assert arguments.push_text("\n") == "\\n"
+    assert arguments.push_quote() + arguments.push_text("}") == '"}'
 
 
 @pytest.mark.parametrize("head", ["", ":", "call:", "call:  ", "x call:f", "call:" + "f" * 1000])
 def test_a_call_without_a_name_says_nothing(head: str) -> None:
-    call = Call()
+    call = ToolCallParser()
     assert feed(call, head + "{a:1}") == ""
-    assert not call.is_whole and not call.name
+    assert not call.is_complete and not call.name
 
 
 @pytest.mark.parametrize("head", ["call:f.g", "call: f.g ", ":f.g", "f.g", "\ncall:f.g"])
 def test_a_name_may_be_spelled_less_well(head: str) -> None:
-    call = Call()
+    call = ToolCallParser()
     assert feed(call, head + "{a:1}") == '{"a":1}'
-    assert (call.name, call.is_whole) == ("f.g", True)
+    assert (call.name, call.is_complete) == ("f.g", True)
 
 
 @pytest.mark.parametrize("cut", range(12))
 def test_the_name_comes_in_any_cut(cut: int) -> None:
-    call = Call()
+    call = ToolCallParser()
     assert feed(call, "call:get.it{a:1}", [cut]) == '{"a":1}'
-    assert (call.name, call.is_whole) == ("get.it", True)
+    assert (call.name, call.is_complete) == ("get.it", True)
