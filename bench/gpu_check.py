@@ -15,12 +15,13 @@ from bench.gpu_shapes import (
     random_prompts,
 )
 from bench.lib.card import Check
-from cluster.kernels.interface import TorchKernels
+from cluster.kernels.interface import ExpertSlots
+from cluster.kernels.torch_kernels import TorchKernels
 from cluster.spec import ModelSpec
 from engine.batch import Batch
 from engine.core import EngineCore
 from engine.request import SamplingParams
-from experts.kernels import Slots, grouped_experts, reference_experts
+from experts.summation import reference_experts
 
 FP32_TOLERANCE = 2e-3  # on logits within the softcap of 30, card against CPU
 BF16_TOLERANCE = 3e-2  # relative, on one layer's experts against fp32
@@ -95,10 +96,10 @@ def experts_error(device: torch.device) -> float:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     gate_up, down, x = (t.to(device, dtype) for t in (gate_up, down, x))
     expected = reference_experts(x.float(), ids, weights.to(device), gate_up.float(), down.float())
-    slots = Slots.from_topk(ids.to(device), weights.to(device))
+    slots = ExpertSlots.from_topk(ids.to(device), weights.to(device))
     order = torch.argsort(slots.experts, stable=True)
     counts: list[int] = torch.bincount(slots.experts, minlength=num_experts).tolist()
-    rows = grouped_experts(x[slots.tokens[order]], counts, gate_up, down, TorchKernels())
+    rows = TorchKernels().grouped_mlp(x[slots.tokens[order]], counts, gate_up, down)
     got = torch.zeros_like(expected)
     got.index_add_(0, slots.tokens[order], rows.float() * slots.weights[order].unsqueeze(1))
     return _relative_error(got, expected)

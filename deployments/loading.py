@@ -12,7 +12,7 @@ import torch
 from cluster.checkpoint import Checkpoint, resolve_model
 from cluster.config import Config
 from cluster.errors import ConfigError, NotEnoughMemory, Unavailable
-from cluster.kernels.choose import kernels_name
+from cluster.kernels.choose import kernels_for
 from cluster.spec import KVLayout, ModelSpec
 from deployments.layout import expert_groups
 from engine.cache.block_hash import BlockHasher
@@ -68,7 +68,7 @@ class Source:
     @property
     def kernels(self) -> str:
         """Whose kernels compute it here: "native" or "PyTorch"."""
-        return kernels_name(self.device, self.dtype)
+        return kernels_for(self.device, self.dtype).name
 
 
 def load_engine(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from cluster.kernels.build import declare, native_library
+from cluster.kernels.interface import ExpertSlots
 from cluster.placement import ExpertGroups
-from experts.kernels import Slots, sum_partials
+from experts.summation import sum_partials
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 POINTER, SIZE, FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -44,9 +45,9 @@ class AskedSlots:
         """The rows that the slots speak of, of [num_tokens, hidden]."""
         return hidden_states if self.tokens is None else hidden_states[self.tokens]
 
-    def unpack(self) -> Slots:
+    def unpack(self) -> ExpertSlots:
         """The same, a tensor for each of the three."""
-        return Slots.from_table(self.table)
+        return ExpertSlots.from_table(self.table)
 
 
 class GroupCut:

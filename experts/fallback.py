@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import Unavailable
+from cluster.kernels.interface import ExpertSlots
 from cluster.placement import ExpertGroups
 from cluster.spec import ModelSpec
-from experts.kernels import Slots, group_partials
 from experts.weights import OwnedExperts, load_experts
 
 HEADROOM = 1.25  # of free memory for each byte of weights: for reading and converting a layer
@@ -75,18 +75,15 @@ class Fallback:
         return True
 
     def partials(
-        self, group_id: int, layer_idx: int, hidden_states: Tensor, slots: Slots
+        self, group_id: int, layer_idx: int, hidden_states: Tensor, slots: ExpertSlots
     ) -> Tensor:
         """The weighted sum of a group that is loaded: [num_tokens, hidden].
 
         Shapes: hidden_states [num_tokens, hidden], on the CPU; slots of this group's experts only.
         """
         owned = self._loads[group_id].result()
-        layer = owned.layers[layer_idx]
-        slots = owned.localise(slots)
         with torch.inference_mode():
-            partials = group_partials(hidden_states, slots, layer)
-        return partials[0]
+            return owned.partials(layer_idx, hidden_states, slots)[0]
 
     def free(self) -> None:
         """Give the memory back: hosts hold every group again. Not while a group is being read."""

@@ -18,7 +18,6 @@ from cluster.placement import ExpertPlacement
 from cluster.spec import ModelSpec
 from experts import wire
 from experts.beats import Beats
-from experts.kernels import group_rows
 from experts.load import ExpertLoad
 from experts.weights import OwnedExperts, load_experts
 
@@ -194,9 +193,9 @@ class ExpertHost:
         owned = serving.owned
         if call.layer_idx >= len(owned.layers):
             raise LinkError(f"{self.host_id} has no layer {call.layer_idx}.")
-        layer, hidden_states = owned.layers[call.layer_idx], call.hidden_states.to(self._device)
+        hidden_states = call.hidden_states.to(self._device)
         with torch.inference_mode(), self._compute_lock:
-            rows = group_rows(hidden_states, call.slots, owned.expert_to_row, layer)
+            rows = owned.rows(call.layer_idx, hidden_states, call.slots)
             if rows is None:
                 raise LinkError(f"{self.host_id} doesn't own what call {call.call_id} asks for.")
             rows = rows.cpu()

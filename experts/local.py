@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
+from cluster.kernels.interface import ExpertSlots
 from cluster.placement import ExpertGroups
 from cluster.spec import ModelSpec
-from experts.kernels import Slots, group_partials, sum_partials
 from experts.load import ExpertLoad
+from experts.summation import sum_partials
 from experts.weights import OwnedExperts, load_experts
 
 
@@ -50,8 +51,8 @@ class LocalExperts:
         """
         if not topk_ids.is_cuda:  # counting mustn't make a GPU wait
             self.load.count(layer_idx, topk_ids.reshape(-1).numpy())
-        slots = Slots.from_topk(topk_ids, topk_weights)
-        return sum_partials(self.partials(layer_idx, hidden_states, slots))
+        slots = ExpertSlots.from_topk(topk_ids, topk_weights)
+        return sum_partials(self._owned.partials(layer_idx, hidden_states, slots))
 
     def combine(self, handle: Tensor) -> Tensor:
         """The routed experts' output: [num_tokens, hidden] in the dtype of the hidden states."""
@@ -59,9 +60,3 @@ class LocalExperts:
 
     def abandon(self, handle: Tensor) -> None:
         """Nothing: the work is done."""
-
-    def partials(self, layer_idx: int, hidden_states: Tensor, slots: Slots) -> Tensor:
-        """Each group's weighted sum: [num_groups, num_tokens, hidden]. All experts are owned, so
-        logical ids and rows are the same numbers.
-        """
-        return group_partials(hidden_states, slots, self._owned.layers[layer_idx])

@@ -78,10 +78,12 @@ class ExpertRouter:
         deadline_s: float = 2.0,
         transports: Sequence[str] = AUTO,
         observer: CallObserver | None = None,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> None:
         """Connect to every host of the placement that has an endpoint; those that can't be reached
         are tried again in the background. `deadline_s` is for a host's silence while `combine`
-        listens to it; a host that computes for longer says so, and is waited for.
+        listens to it; a host that computes for longer says so, and is waited for. `on_wait` is
+        called every WAIT_S while `combine` waits for the fallback's weights.
         """
         self._spec, self._deadline_s, self._fallback = spec, deadline_s, fallback
         self._peers = Peers(secret, weights_hash, transports, deadline_s)
@@ -89,7 +91,7 @@ class ExpertRouter:
         self._stats = CallStats()
         self.load = ExpertLoad(spec.num_layers, spec.num_experts)
         self._observer = observer
-        self.on_wait: Callable[[], None] = lambda: None  # every WAIT_S of a wait for the fallback
+        self._on_wait = on_wait
         self._plan = Plan(None, 0, (), frozenset())
         self._cut = GroupCut(placement.groups)
         self._peers.use(placement, endpoints)
@@ -281,7 +283,7 @@ class ExpertRouter:
             )
         if not self._fallback.load(needed, WAIT_S):
             handle.orphans.update(needed)  # a host may be back before the weights are here
-            self.on_wait()
+            self._on_wait()
             return
         for group_id, slots in needed.items():
             handle.rows[group_id] = self._fallback.partials(

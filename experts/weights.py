@@ -10,32 +10,55 @@ from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import NotEnoughMemory
+from cluster.kernels.check import check_invariance
 from cluster.kernels.choose import kernels_for
-from cluster.kernels.invariant import check_invariance
+from cluster.kernels.interface import ExpertSlots, Kernels, LayerExperts
 from cluster.placement import ExpertGroups
 from cluster.spec import ModelSpec
-from experts.kernels import LayerExperts, Slots
 
 
 @dataclass(frozen=True, slots=True)
 class OwnedExperts:
-    """The experts of some groups, in every layer.
+    """The experts of some groups, in every layer, and the kernels that compute them."""
 
-    `expert_to_row[e]` is expert e's row in each layer's tensors, -1 where it isn't owned.
-    """
-
+    kernels: Kernels
     group_ids: tuple[int, ...]  # ascending
     layers: tuple[LayerExperts, ...]
-    expert_to_row: Tensor  # [num_experts] int64, on the weights' device
+    expert_to_row: Tensor  # [num_experts] int64: the row in each layer's tensors, -1 if not owned
 
-    def localise(self, slots: Slots) -> Slots:
-        """The same slots with rows of the layers' tensors in place of logical expert ids."""
-        return Slots(slots.tokens, self.expert_to_row[slots.experts], slots.weights)
+    def partials(self, layer_idx: int, hidden_states: Tensor, slots: ExpertSlots) -> Tensor:
+        """Return each owned group's weighted sum of experts, for slots of owned experts only.
+
+        Args:
+            layer_idx: of the experts.
+            hidden_states: [num_tokens, hidden].
+            slots: by logical expert ids.
+
+        Returns:
+            [num_groups, num_tokens, hidden], see `Kernels.expert_partials`.
+        """
+        local = ExpertSlots(slots.tokens, self.expert_to_row[slots.experts], slots.weights)
+        return self.kernels.expert_partials(hidden_states, local, self.layers[layer_idx])
+
+    def rows(self, layer_idx: int, hidden_states: Tensor, slot_table: Tensor) -> Tensor | None:
+        """Return the rows of `partials` that have a slot, or None if an expert isn't owned.
+
+        Args:
+            layer_idx: of the experts.
+            hidden_states: [num_tokens, hidden].
+            slot_table: [3, num_slots] int32 by logical expert ids, as a frame carries it.
+
+        Returns:
+            [num_rows, hidden], see `Kernels.expert_rows`.
+        """
+        return self.kernels.expert_rows(
+            hidden_states, slot_table, self.expert_to_row, self.layers[layer_idx]
+        )
 
     @property
     def num_bytes(self) -> int:
         """Memory of the weights."""
-        return sum(layer.gate_up.nbytes + layer.down.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)
 
 
 def load_experts(
@@ -82,7 +105,6 @@ def load_experts(
             check_invariance(kernels, [gate_up[0], down[0]])
         layers.append(
             LayerExperts(
-                kernels,
                 kernels.pack_gated(gate_up),
                 kernels.pack(down),
                 expert_to_group,
@@ -91,7 +113,7 @@ def load_experts(
         )
         if on_progress is not None:
             on_progress(len(layers), spec.num_layers)
-    return OwnedExperts(owned_groups, tuple(layers), expert_to_row.to(device))
+    return OwnedExperts(kernels, owned_groups, tuple(layers), expert_to_row.to(device))
 
 
 def _merge_runs(ranges: Sequence[range]) -> list[range]:

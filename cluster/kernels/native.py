@@ -1,4 +1,4 @@
-"""NativeKernels: native.cpp behind the interface of the kernels, for a CPU in fp32."""
+"""NativeKernels: the C++ kernels behind the interface of the kernels, for a CPU in fp32."""
 
 from __future__ import annotations
 
@@ -9,14 +9,44 @@ import torch
 from torch import Tensor
 
 from cluster.kernels.build import declare, native_library
-from cluster.kernels.interface import PackedWeight, Weight
+from cluster.kernels.interface import (
+    ExpertSlots,
+    KeyFormation,
+    KVWrite,
+    LayerExperts,
+    PackedWeight,
+    Weight,
+)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 PANEL, LANES = 32, 16  # as in the source
 
+POINTER, SIZE, REAL, COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+SIGNATURES = {
+    "linear": [POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, COUNT],
+    "gated_mlp": [POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, SIZE, POINTER, COUNT],
+    "gated_gelu": [POINTER, POINTER, SIZE, POINTER],
+    "rms_norm": [POINTER, SIZE, SIZE, POINTER, REAL, POINTER, POINTER, POINTER, COUNT],
+    "norm_and_rotate": [POINTER, *[SIZE] * 5, POINTER, REAL, *[POINTER] * 6, COUNT],
+    "attend": [
+        *[POINTER, SIZE, SIZE, POINTER, POINTER, SIZE, SIZE, SIZE],
+        *[POINTER, POINTER, POINTER, SIZE, POINTER],
+        *[POINTER, SIZE, POINTER, POINTER, SIZE, POINTER, COUNT],
+    ],
+    "top_k_experts": [POINTER, SIZE, SIZE, SIZE, POINTER, POINTER, POINTER],
+    "expert_partials": [
+        *[POINTER, SIZE, SIZE, POINTER, POINTER, POINTER, SIZE, POINTER, POINTER],
+        *[SIZE, SIZE, POINTER, SIZE, POINTER, COUNT],
+    ],
+    "expert_rows": [
+        *[POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER],
+        *[SIZE, SIZE, POINTER, SIZE, POINTER, COUNT],
+    ],
+}
+
 
 def native_kernels() -> NativeKernels | None:
-    """This machine's; None where they can't be built."""
+    """Return this machine's native kernels; None where they can't be built."""
     library = native_library(SOURCE)
     return NativeKernels(library) if library else None
 
@@ -24,37 +54,13 @@ def native_kernels() -> NativeKernels | None:
 class NativeKernels:
     """Implements Kernels on a CPU in fp32; a row's bits never depend on the batch."""
 
+    name = "native"
+    reads_free_slots = False
+
     def __init__(self, functions: ctypes.CDLL) -> None:
-        pointer, size, real, count = (
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_float,
-            ctypes.c_int,
-        )
+        declare(functions, SIGNATURES)
+        functions.expert_rows.restype = SIZE
         self._functions = functions
-        signatures = {
-            "linear": [pointer, size, size, pointer, size, pointer, pointer, count],
-            "gated_mlp": [pointer, size, size, pointer, size, pointer, size, pointer, count],
-            "gated_gelu": [pointer, pointer, size, pointer],
-            "rms_norm": [pointer, size, size, pointer, real, pointer, pointer, pointer, count],
-            "norm_and_rotate": [pointer, *[size] * 5, pointer, real, *[pointer] * 6, count],
-            "attend": [
-                *[pointer, size, size, pointer, pointer, size, size, size],
-                *[pointer, pointer, pointer, size, pointer],
-                *[pointer, size, pointer, pointer, size, pointer, count],
-            ],
-            "top_k_experts": [pointer, size, size, size, pointer, pointer, pointer],
-            "expert_partials": [
-                *[pointer, size, size, pointer, pointer, pointer, size, pointer, pointer],
-                *[size, size, pointer, size, pointer, count],
-            ],
-            "expert_rows": [
-                *[pointer, size, size, pointer, size, pointer, pointer, pointer],
-                *[size, size, pointer, size, pointer, count],
-            ],
-        }
-        declare(functions, signatures)
-        functions.expert_rows.restype = size
 
     def pack(self, weight: Tensor) -> PackedWeight:
         return PackedWeight(_panels(weight, PANEL), weight.shape[-2])
@@ -64,14 +70,17 @@ class NativeKernels:
         return PackedWeight(torch.cat((gate, up), dim=-1), weight.shape[-2] // 2)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        assert isinstance(weight, PackedWeight)
-        x, y = x.contiguous(), x.new_empty(x.shape[0], weight.num_outputs)
+        weight = _packed(weight)
+        num_rows, num_inputs = x.shape
+        y = x.new_empty(num_rows, weight.num_outputs)
+        x = x.contiguous()
         self._functions.linear(
-            _pointer(x),
-            *x.shape,
-            weight.panels.data_ptr(),
+            _address(x, num_rows, num_inputs),
+            num_rows,
+            num_inputs,
+            _panels_address(weight, num_inputs),
             weight.num_outputs,
-            _pointer(bias),
+            None if bias is None else _address(bias, weight.num_outputs),
             y.data_ptr(),
             torch.get_num_threads(),
         )
@@ -79,18 +88,23 @@ class NativeKernels:
 
     def gated_gelu(self, gate: Tensor, up: Tensor) -> Tensor:
         gate, up, y = gate.contiguous(), up.contiguous(), torch.empty_like(up)
-        self._functions.gated_gelu(_pointer(gate), _pointer(up), up.numel(), y.data_ptr())
+        self._functions.gated_gelu(
+            _address(gate, *up.shape), _address(up, *up.shape), up.numel(), y.data_ptr()
+        )
         return y
 
     def gated_mlp(self, x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-        assert isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight)
-        x, y = x.contiguous(), x.new_empty(x.shape[0], down.num_outputs)
+        gate_up, down = _packed(gate_up), _packed(down)
+        num_rows, num_inputs = x.shape
+        y = x.new_empty(num_rows, down.num_outputs)
+        x = x.contiguous()
         self._functions.gated_mlp(
-            _pointer(x),
-            *x.shape,
-            gate_up.panels.data_ptr(),
+            _address(x, num_rows, num_inputs),
+            num_rows,
+            num_inputs,
+            _panels_address(gate_up, num_inputs),
             gate_up.num_outputs,
-            down.panels.data_ptr(),
+            _panels_address(down, gate_up.num_outputs),
             down.num_outputs,
             y.data_ptr(),
             torch.get_num_threads(),
@@ -98,18 +112,19 @@ class NativeKernels:
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        return self._norm(x, weight, eps, None, None)
+        return self._norm(x, weight, eps, residual=None, scale=None)
 
     def add_norm(
         self, residual: Tensor, x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None
     ) -> Tensor:
-        return self._norm(x, weight, eps, residual.contiguous(), scale)
+        return self._norm(x, weight, eps, residual=residual.contiguous(), scale=scale)
 
     def _norm(
         self,
         x: Tensor,
         weight: Tensor | None,
         eps: float,
+        *,
         residual: Tensor | None,
         scale: Tensor | None,
     ) -> Tensor:
@@ -117,13 +132,13 @@ class NativeKernels:
         y = torch.empty_like(x)
         size = x.shape[-1]
         self._functions.rms_norm(
-            _pointer(x),
+            _address(x, *x.shape),
             x.numel() // size,
             size,
-            _pointer(weight),
+            None if weight is None else _address(weight, size),
             eps,
-            _pointer(residual),
-            _pointer(scale),
+            None if residual is None else _address(residual, *x.shape),
+            None if scale is None else _address(scale, 1),
             y.data_ptr(),
             torch.get_num_threads(),
         )
@@ -136,27 +151,35 @@ class NativeKernels:
         norm_weight: Tensor,
         eps: float,
         rotation: tuple[Tensor, Tensor],
-        kv: tuple[Tensor, Tensor | None, Tensor] | None,
+        kv: KVWrite | None,
     ) -> Tensor:
         num_rows, num_heads, head_dim = qkv.shape
+        num_kv_heads = 0 if kv is None else kv.values.shape[1]
+        num_keys = 0 if kv is None or kv.keys is None else num_kv_heads
+        assert len(norm_weight) >= num_queries + num_keys <= num_heads
         query = qkv.new_empty(num_rows, num_queries, head_dim)
         cos, sin = rotation
-        slots, keys, values = kv or (None, None, None)
+        slots = keys = values = None
+        if kv is not None:
+            slots = _address(kv.kv_slots, num_rows, dtype=torch.int64)
+            values = _address(kv.values, len(kv.values), num_kv_heads, head_dim)
+            if kv.keys is not None:
+                keys = _address(kv.keys, *kv.values.shape)
         self._functions.norm_and_rotate(
-            _pointer(qkv),
+            _address(qkv, num_rows, num_heads, head_dim),
             num_rows,
             num_heads,
             num_queries,
-            0 if values is None else values.shape[1],
+            num_kv_heads,
             head_dim,
-            _pointer(norm_weight),
+            _address(norm_weight, len(norm_weight), head_dim),
             eps,
-            _pointer(cos),
-            _pointer(sin),
-            _pointer(slots, torch.int64),
+            _address(cos, num_rows, 1, head_dim),
+            _address(sin, num_rows, 1, head_dim),
+            slots,
             query.data_ptr(),
-            _pointer(keys),
-            _pointer(values),
+            keys,
+            values,
             torch.get_num_threads(),
         )
         return query
@@ -166,40 +189,44 @@ class NativeKernels:
         query: Tensor,
         key: Tensor | None,
         value: Tensor,
+        *,
         block_tables: Tensor,
         requests: Tensor,
         positions: Tensor,
         window: int | None,
-        one_row: tuple[Tensor, Tensor, Tensor, float | None] | None = None,
+        key_formation: KeyFormation | None = None,
     ) -> Tensor:
-        """Paged attention without a scale.
-
-        query [num_rows, num_heads, head_dim], key and value [num_blocks, block_size, num_kv_heads,
-        head_dim], block_tables [num_requests, width], requests and positions [num_rows], the rows
-        of a request being neighbours in order -> [num_rows, num_heads * head_dim].
-
-        Without a key, `one_row` says how keys come from what `value` holds: the norm's weight
-        [head_dim], cos and sin [num_positions, num_rotating], and, for raw rows, the norm's eps.
-        """
         num_rows, num_heads, head_dim = query.shape
+        num_blocks, block_size, num_kv_heads, _ = value.shape
+        assert (key is None) == (key_formation is not None)
+        weight = cos = sin = eps = None
+        num_rotating = 0
+        if key_formation is not None:
+            num_positions, num_rotating = key_formation.cos.shape
+            weight = _address(key_formation.norm_weight, head_dim)
+            cos = _address(key_formation.cos, num_positions, num_rotating)
+            sin = _address(key_formation.sin, num_positions, num_rotating)
+            if key_formation.eps is not None:
+                eps = ctypes.byref(REAL(key_formation.eps))
         out = query.new_empty(num_rows, num_heads * head_dim)
-        weight, cos, sin, eps = one_row or (None, None, None, None)
         self._functions.attend(
-            query.data_ptr(),
+            _address(query, num_rows, num_heads, head_dim),
             num_rows,
             num_heads,
-            _pointer(key),
-            value.data_ptr(),
-            *value.shape[1:],
-            _pointer(weight),
-            _pointer(cos),
-            _pointer(sin),
-            0 if cos is None else cos.shape[1],
-            None if eps is None else ctypes.byref(ctypes.c_float(eps)),
-            block_tables.data_ptr(),
+            None if key is None else _address(key, *value.shape),
+            _address(value, num_blocks, block_size, num_kv_heads, head_dim),
+            block_size,
+            num_kv_heads,
+            head_dim,
+            weight,
+            cos,
+            sin,
+            num_rotating,
+            eps,
+            _address(block_tables, *block_tables.shape, dtype=torch.int64),
             block_tables.shape[1],
-            requests.data_ptr(),
-            positions.data_ptr(),
+            _address(requests, num_rows, dtype=torch.int64),
+            _address(positions, num_rows, dtype=torch.int64),
             window or 0,
             out.data_ptr(),
             torch.get_num_threads(),
@@ -212,48 +239,41 @@ class NativeKernels:
         num_rows, num_experts = scores.shape
         ids, weights = torch.empty(num_rows, k, dtype=torch.int64), scores.new_empty(num_rows, k)
         self._functions.top_k_experts(
-            _pointer(scores),
+            _address(scores, num_rows, num_experts),
             num_rows,
             num_experts,
             k,
-            _pointer(per_expert_scale),
+            _address(per_expert_scale, num_experts),
             ids.data_ptr(),
             weights.data_ptr(),
         )
         return ids, weights
 
     def expert_partials(
-        self,
-        hidden_states: Tensor,
-        slots: tuple[Tensor, Tensor, Tensor],
-        gate_up: PackedWeight,
-        down: PackedWeight,
-        expert_to_group: Tensor,
-        num_groups: int,
+        self, hidden_states: Tensor, slots: ExpertSlots, experts: LayerExperts
     ) -> Tensor:
-        """Each group's weighted sum of its experts' gated MLPs: [num_groups, num_tokens, size].
-
-        hidden_states [num_tokens, size]; slots are tokens, experts and weights [num_slots]; gate_up
-        and down are stacks, expert_to_group [num_experts].
-        """
+        gate_up, down = _packed(experts.gate_up), _packed(experts.down)
+        num_tokens, hidden_size = hidden_states.shape
+        num_slots, num_owned = len(slots.tokens), len(experts.expert_to_group)
+        partials = hidden_states.new_empty(experts.num_groups, num_tokens, hidden_size)
         hidden_states = hidden_states.contiguous()
-        num_tokens, size = hidden_states.shape
-        tokens, experts, weights = (part.contiguous() for part in slots)
-        partials = hidden_states.new_empty(num_groups, num_tokens, size)
+        tokens, chosen, weights = (
+            part.contiguous() for part in (slots.tokens, slots.experts, slots.weights)
+        )
         self._functions.expert_partials(
-            _pointer(hidden_states),
+            _address(hidden_states, num_tokens, hidden_size),
             num_tokens,
-            size,
-            _pointer(tokens, torch.int64),
-            _pointer(experts, torch.int64),
-            _pointer(weights),
-            len(tokens),
-            gate_up.panels.data_ptr(),
-            down.panels.data_ptr(),
-            len(expert_to_group),
+            hidden_size,
+            _address(tokens, num_slots, dtype=torch.int64),
+            _address(chosen, num_slots, dtype=torch.int64),
+            _address(weights, num_slots),
+            num_slots,
+            _panels_address(gate_up, hidden_size, num_owned),
+            _panels_address(down, gate_up.num_outputs, num_owned),
+            num_owned,
             gate_up.num_outputs,
-            _pointer(expert_to_group, torch.int64),
-            num_groups,
+            _address(experts.expert_to_group, num_owned, dtype=torch.int64),
+            experts.num_groups,
             partials.data_ptr(),
             torch.get_num_threads(),
         )
@@ -264,33 +284,26 @@ class NativeKernels:
         hidden_states: Tensor,
         slot_table: Tensor,
         expert_to_row: Tensor,
-        gate_up: PackedWeight,
-        down: PackedWeight,
-        expert_to_group: Tensor,
-        num_groups: int,
+        experts: LayerExperts,
     ) -> Tensor | None:
-        """`expert_partials` for slots as a frame has them, and only the rows of (group, token)
-        pairs that have a slot, in order; None where an expert isn't owned.
-
-        hidden_states [num_tokens, size]; slot_table [3, num_slots] int32; expert_to_row int64, by
-        logical id, negative where the expert isn't owned.
-        """
+        gate_up, down = _packed(experts.gate_up), _packed(experts.down)
+        num_tokens, hidden_size = hidden_states.shape
+        num_slots, num_owned = slot_table.shape[1], len(experts.expert_to_group)
+        rows = hidden_states.new_empty(experts.num_groups * num_tokens, hidden_size)
         hidden_states = hidden_states.contiguous()
-        num_tokens, size = hidden_states.shape
-        rows = hidden_states.new_empty(num_groups * num_tokens, size)
         num_rows = self._functions.expert_rows(
-            _pointer(hidden_states),
+            _address(hidden_states, num_tokens, hidden_size),
             num_tokens,
-            size,
-            _pointer(slot_table, torch.int32),
-            slot_table.shape[1],
-            _pointer(expert_to_row, torch.int64),
-            gate_up.panels.data_ptr(),
-            down.panels.data_ptr(),
-            len(expert_to_group),
+            hidden_size,
+            _address(slot_table, 3, num_slots, dtype=torch.int32),
+            num_slots,
+            _address(expert_to_row, len(expert_to_row), dtype=torch.int64),
+            _panels_address(gate_up, hidden_size, num_owned),
+            _panels_address(down, gate_up.num_outputs, num_owned),
+            num_owned,
             gate_up.num_outputs,
-            _pointer(expert_to_group, torch.int64),
-            num_groups,
+            _address(experts.expert_to_group, num_owned, dtype=torch.int64),
+            experts.num_groups,
             rows.data_ptr(),
             torch.get_num_threads(),
         )
@@ -298,7 +311,7 @@ class NativeKernels:
 
 
 def _panels(weight: Tensor, width: int) -> Tensor:
-    """[..., outputs, inputs] cut into panels of `width` outputs: [..., num_panels, inputs, width].
+    """Cut [..., outputs, inputs] into panels of outputs: [..., num_panels, inputs, width].
 
     The last panel is filled up with zeros.
     """
@@ -308,9 +321,21 @@ def _panels(weight: Tensor, width: int) -> Tensor:
     return padded.view(*stack, -1, width, num_inputs).transpose(-1, -2).contiguous()
 
 
-def _pointer(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
-    """The address of an argument for the C++ side, which believes it whatever lies there."""
-    if tensor is None:
-        return None
-    assert tensor.dtype is dtype
+def _packed(weight: Weight) -> PackedWeight:
+    assert isinstance(weight, PackedWeight), "packed for other kernels"
+    return weight
+
+
+def _address(tensor: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+    """Return the address of an argument for C++, which can't check what lies there."""
+    assert tensor.shape == shape, f"expected the shape {shape}, not {tuple(tensor.shape)}"
+    assert tensor.dtype is dtype, f"expected {dtype}, not {tensor.dtype}"
+    assert tensor.is_contiguous() and tensor.is_cpu
     return tensor.data_ptr()
+
+
+def _panels_address(weight: PackedWeight, num_inputs: int, *stack: int) -> int:
+    """Return the address of a packed weight, or of a stack of `stack` of them."""
+    *head, _, inputs, width = weight.panels.shape
+    assert (*head, inputs, width) == (*stack, num_inputs, PANEL)
+    return weight.panels.data_ptr()

@@ -38,6 +38,7 @@ class RemoteExperts:
         self._placement = placement
         self._directory = directory
         self._meter = meter
+        self._on_wait: Callable[[], None] = lambda: None
         self._fallback: Fallback | None = None
         if config.experts.fallback == "auto":
             self._fallback = Fallback(
@@ -57,6 +58,7 @@ class RemoteExperts:
             deadline_s=config.experts.timeout_s,
             transports=transports(config),
             observer=meter,
+            on_wait=lambda: self._on_wait(),
         )
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -83,7 +85,7 @@ class RemoteExperts:
         """Follow hosts that Serve replaces. `on_wait` is called once a second, in the thread that
         dispatches, while that waits for weights.
         """
-        self.router.on_wait = on_wait
+        self._on_wait = on_wait
 
         def moved() -> None:
             self.router.use(self._placement, self._directory.endpoints)

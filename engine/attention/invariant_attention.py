@@ -156,6 +156,7 @@ class _Tiles:
 
 def check_attention(
     plan: Callable[[Batch, AttentionKind, int | None, int], Attention],
+    *,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,

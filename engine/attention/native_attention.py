@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cluster.kernels.native import NativeKernels
+from cluster.kernels.interface import KeyFormation, PagedAttention
 from cluster.spec import AttentionKind
 from engine.attention.interface import KVTensors
 from engine.batch import Batch
@@ -15,9 +15,9 @@ class NativeAttention:
     """Implements engine.attention.Attention; a query's bits don't depend on the batch."""
 
     def __init__(
-        self, kernels: NativeKernels, batch: Batch, kind: AttentionKind, window: int | None
+        self, attend: PagedAttention, batch: Batch, kind: AttentionKind, window: int | None
     ) -> None:
-        self._kernels, self._window = kernels, window
+        self._attend, self._window = attend, window
         self._table = batch.block_tables[kind].contiguous()
         self._requests = torch.arange(batch.num_requests).repeat_interleave(
             torch.tensor(batch.query_lens)
@@ -26,17 +26,17 @@ class NativeAttention:
         self._num_positions = max(batch.seq_lens)
 
     def __call__(self, query: Tensor, kv: KVTensors) -> Tensor:
-        one_row = None
+        formation = None
         if kv.one_row is not None:
             cos, sin = kv.one_row.rotary.table(self._num_positions)
-            one_row = kv.one_row.weight, cos, sin, kv.one_row.eps
-        return self._kernels.attend(
+            formation = KeyFormation(kv.one_row.weight, cos, sin, kv.one_row.eps)
+        return self._attend(
             query.contiguous(),
             kv.key,
             kv.value,
-            self._table,
-            self._requests,
-            self._positions,
-            self._window,
-            one_row,
+            block_tables=self._table,
+            requests=self._requests,
+            positions=self._positions,
+            window=self._window,
+            key_formation=formation,
         )

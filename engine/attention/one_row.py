@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.kernels.interface import rotate
+from cluster.kernels.torch_kernels import rotate
 from engine.attention.rotary import Rotary
 
 

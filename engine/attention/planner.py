@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 
 from cluster.kernels.interface import Kernels
-from cluster.kernels.native import NativeKernels
 from cluster.spec import AttentionKind, KVLayout, LayerSpec, ModelSpec
 from engine.attention.interface import Attention
 from engine.attention.invariant_attention import InvariantAttention
@@ -24,9 +23,24 @@ logger = logging.getLogger(__name__)
 class AttentionPlanner:
     """Plans the attention of each step with one of five implementations of Attention."""
 
-    def __init__(self, kernels: Kernels, dtype: torch.dtype, *, batch_invariant: bool) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        *,
+        batch_invariant: bool,
+        gpu: PlanAttention | None = None,
+    ) -> None:
+        """Choose among the implementations.
+
+        Args:
+            kernels: of the model; their own paged attention comes first, where they have one.
+            dtype: of the hidden states.
+            batch_invariant: whether a query's bits mustn't depend on the batch.
+            gpu: the attention of global layers on this GPU, as `find_gpu_attention` gives it.
+        """
         self._kernels, self._dtype, self._batch_invariant = kernels, dtype, batch_invariant
-        self.gpu: PlanAttention | None = None  # of global layers, as `find_gpu_attention` gives it
+        self._gpu = gpu
 
     def plan(
         self,
@@ -54,12 +68,12 @@ class AttentionPlanner:
         *,
         is_reference: bool,
     ) -> Attention:
-        if isinstance(self._kernels, NativeKernels):
-            return NativeAttention(self._kernels, batch, kind, window)
+        if self._kernels.attend is not None:
+            return NativeAttention(self._kernels.attend, batch, kind, window)
         if self._batch_invariant:
             return InvariantAttention(batch, kind, window, block_size)
-        if self.gpu is not None and kind is AttentionKind.GLOBAL and not is_reference:
-            return self.gpu(batch, kind, window, block_size)
+        if self._gpu is not None and kind is AttentionKind.GLOBAL and not is_reference:
+            return self._gpu(batch, kind, window, block_size)
         return FastAttention(batch, kind, window, block_size, self._dtype)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cluster.kernels.interface import KVWrite
 from cluster.spec import AttentionKind, LayerSpec
 from engine.attention.interface import Attention, KVTensors
 from engine.model.layers import MLP, LayerBuilder, PerLayerResidual, Router
@@ -57,7 +58,7 @@ class Step:
 
     kv: Mapping[int, KVTensors]  # by layer index
     experts: Experts | None
-    slots: Mapping[AttentionKind, Tensor]
+    kv_slots: Mapping[AttentionKind, Tensor]  # where this step writes
     rotations: Mapping[AttentionKind, tuple[Tensor, Tensor]]  # cos and sin
     attention: Mapping[AttentionKind, Attention]  # planned
 
@@ -142,17 +143,19 @@ class SelfAttention:
         layer = self.layer
         kv = step.kv[layer.kv_layer_idx]
         heads = self.qkv_proj(x).view(x.shape[0], -1, layer.head_dim)
-        written = (step.slots[layer.kind], *kv.by_slot()) if layer.owns_kv else None
-        if written is not None and kv.is_raw:
-            slots, _, rows = written
-            rows.index_copy_(0, slots, heads[:, self.num_heads :])
-            written = None
+        write: KVWrite | None = None
+        if layer.owns_kv:
+            keys, values = kv.by_slot()
+            write = KVWrite(step.kv_slots[layer.kind], keys, values)
+            if kv.is_raw:
+                values.index_copy_(0, write.kv_slots, heads[:, self.num_heads :])
+                write = None
         query = self.kernels.norm_and_rotate(
             heads,
             self.num_heads,
             self.qk_norm if kv.key is not None else self.qk_norm[: self.num_heads],
             self.eps,
             step.rotations[layer.kind],
-            written,
+            write,
         )
         return self.o_proj(step.attention[layer.kind](query, kv))

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
+from cluster.kernels.check import check_invariance
 from cluster.kernels.choose import kernels_for
-from cluster.kernels.invariant import check_invariance
-from cluster.kernels.native import NativeKernels
 from cluster.spec import AttentionKind, KVLayout, LayerSpec, ModelSpec
 from engine.attention.interface import KVTensors
 from engine.attention.invariant_attention import check_attention
@@ -56,20 +55,29 @@ class GemmaDecoder:
         if not spec.tie_word_embeddings:
             embedding = weights.tensor("lm_head.weight", spec.vocab_size, spec.hidden_size)
         self.lm_head = Linear(self.kernels, embedding, None)
-        where = embedding.device, embedding.dtype
         head_dims = {layer.kind: layer.head_dim for layer in spec.layers}
-        self.rotary = {kind: Rotary(spec.rope[kind], n, *where) for kind, n in head_dims.items()}
-        self.attention = AttentionPlanner(self.kernels, self.dtype, batch_invariant=batch_invariant)
+        self.rotary = {
+            kind: Rotary(spec.rope[kind], head_dim, embedding.device, embedding.dtype)
+            for kind, head_dim in head_dims.items()
+        }
+        gpu = None
         if not batch_invariant:
-            self.attention.gpu = find_gpu_attention(spec, *where, self.one_row)
+            gpu = find_gpu_attention(spec, embedding.device, embedding.dtype, self.one_row)
+        self.attention = AttentionPlanner(
+            self.kernels, self.dtype, batch_invariant=batch_invariant, gpu=gpu
+        )
         self._num_owning = sum(layer.owns_kv for layer in spec.layers)  # they come first
         if batch_invariant:
             check_invariance(self.kernels, [*build.gemm_weights.values(), embedding])
-            for heads, head_dim in {(layer.num_kv_heads, layer.head_dim) for layer in spec.layers}:
+            shapes = {(layer.num_kv_heads, layer.head_dim) for layer in spec.layers}
+            for num_kv_heads, head_dim in shapes:
                 check_attention(
                     self.attention.plan,
-                    *(spec.num_attention_heads, heads, head_dim),
-                    *(embedding.dtype, embedding.device),
+                    num_heads=spec.num_attention_heads,
+                    num_kv_heads=num_kv_heads,
+                    head_dim=head_dim,
+                    dtype=embedding.dtype,
+                    device=embedding.device,
                 )
 
     @classmethod
@@ -136,7 +144,7 @@ class GemmaDecoder:
     @property
     def reads_free_slots(self) -> bool:
         """Whether attention reads, masked, the slots of a block that hold no key yet."""
-        return not isinstance(self.kernels, NativeKernels)
+        return self.kernels.reads_free_slots
 
     def _embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """[num_tokens, hidden_size] and, of a model that has them, what each layer is given beside
@@ -161,7 +169,7 @@ class GemmaDecoder:
         return Step(
             kv,
             experts,
-            slots=batch.slot_mapping,
+            kv_slots=batch.slot_mapping,
             rotations={kind: rotary(batch.positions) for kind, rotary in self.rotary.items()},
             attention={
                 kind: self.attention.plan(

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import ConfigError
-from cluster.kernels.interface import InvariantKernels, TorchKernels, invariant
-from cluster.kernels.invariant import check_invariance, gated_gelu, linear
+from cluster.kernels import invariant
+from cluster.kernels.check import check_invariance
+from cluster.kernels.invariant import gated_gelu, linear
+from cluster.kernels.torch_kernels import InvariantKernels, TorchKernels
 from cluster.placement import ExpertGroups
 from cluster.spec import KVLayout, ModelSpec
 from engine.attention.invariant_attention import InvariantAttention, check_attention
@@ -205,7 +207,14 @@ def test_elements_of_gated_gelu() -> None:
 def test_checks_pass_here() -> None:
     check_invariance(InvariantKernels(), [torch.randn(96, 64), torch.randn(5, 1000)])
     for num_kv_heads in (1, 2, 8):
-        check_attention(InvariantAttention, 8, num_kv_heads, 32, torch.float32, torch.device("cpu"))
+        check_attention(
+            InvariantAttention,
+            num_heads=8,
+            num_kv_heads=num_kv_heads,
+            head_dim=32,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
 
 
 def test_a_machine_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

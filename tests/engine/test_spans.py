@@ -297,7 +297,7 @@ def test_every_backend_lets_a_span_see_itself(window: int) -> None:
     backends: list[Attention] = [
         FastAttention(batch, SLIDING, window, BLOCK_SIZE, torch.float32),
         InvariantAttention(batch, SLIDING, window, BLOCK_SIZE),
-        NativeAttention(kernels, batch, SLIDING, window),
+        NativeAttention(kernels.attend, batch, SLIDING, window),
     ]
     for backend in backends:
         both = SpanAttention(backend, batch, SLIDING, window, BLOCK_SIZE, torch.float32)

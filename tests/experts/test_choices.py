@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cluster.kernels.interface import ExpertSlots
 from cluster.placement import ExpertGroups
 from experts.choices import Choices, GroupCut
-from experts.kernels import Slots, sum_partials
+from experts.summation import sum_partials
 
 NUM_EXPERTS, TOP_K, HIDDEN = 12, 3, 5
 
@@ -72,7 +73,7 @@ def test_rows_add_up_to_the_bits_of_the_dense_partials(
         [ExpertGroups(NUM_EXPERTS, num_groups).group_of(expert) for expert in range(NUM_EXPERTS)]
     )
     has_slot = torch.zeros(num_groups, num_tokens, dtype=torch.bool)
-    slots = Slots.from_topk(choices.experts, choices.weights)
+    slots = ExpertSlots.from_topk(choices.experts, choices.weights)
     has_slot[groups[slots.experts], slots.tokens] = True
     generator = torch.Generator().manual_seed(seed)
     partials = torch.randn(num_groups, num_tokens, HIDDEN, generator=generator).to(dtype)

@@ -11,9 +11,9 @@ from torch import Tensor
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 from cluster.placement import ExpertGroups
-from experts.kernels import reference_experts
 from experts.load import ExpertLoad
 from experts.local import LocalExperts
+from experts.summation import reference_experts
 from experts.weights import load_experts
 from tests.support.experts.remote_experts import remote_experts
 from tests.support.experts.tiny_experts import NUM_EXPERTS, random_topk, save_experts, tiny_spec

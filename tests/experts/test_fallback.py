@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,13 +46,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def swarm(model_dir: Path) -> Iterator[tuple[Swarm, ExpertRouter, Fallback]]:
+def swarm(
+    model_dir: Path, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Swarm, ExpertRouter, Fallback]]:
     """Two hosts, each the only one of its groups, and a router with a fallback."""
     spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
     fallback = Fallback(spec, checkpoint, GROUPS, torch.float32, batch_invariant=True)
     hosts = Swarm(model_dir, ONE_COPY)
     try:
-        with hosts.router(fallback=fallback) as router:
+        with hosts.router(fallback=fallback, on_wait=on_wait) as router:
             yield hosts, router, fallback
     finally:
         hosts.close()
@@ -149,15 +151,14 @@ def test_a_call_that_waits_for_weights_says_so(
     local = LocalExperts(spec, checkpoint, GROUPS, torch.float32, "cpu", True)
     disk = SlowDisk(monkeypatch)
     loading: list[list[int]] = []
-    with swarm(model_dir) as (hosts, router, fallback):
 
-        def on_wait() -> None:
-            loading.append(fallback.loading)
-            fallback.free()  # takes nothing away from who waits
-            if len(loading) == 3:
-                disk.may_read.set()
+    def on_wait() -> None:
+        loading.append(fallback.loading)
+        fallback.free()  # frees nothing while a group is being read
+        if len(loading) == 3:
+            disk.may_read.set()
 
-        router.on_wait = on_wait
+    with swarm(model_dir, on_wait) as (hosts, router, fallback):
         hosts.signal("b", signal.SIGKILL)
         call = 0, *random_topk(spec, 20)
         assert torch.equal(router.combine(router.dispatch(*call)), local.dispatch(*call))
@@ -170,12 +171,14 @@ def test_a_host_that_is_back_first_is_asked(
 ) -> None:
     spec = ModelSpec.load(model_dir)
     disk = SlowDisk(monkeypatch)
-    with swarm(model_dir) as (hosts, router, _):
+
+    def bring_back() -> None:
+        router.use(ONE_COPY, hosts.endpoints)
+
+    with swarm(model_dir, bring_back) as (hosts, router, _):
         call = 0, *random_topk(spec, 20)
         expected = router.combine(router.dispatch(*call))
-        endpoints = dict(hosts.endpoints)
-        router.use(ONE_COPY, {"a": endpoints["a"]})
-        router.on_wait = lambda: router.use(ONE_COPY, endpoints)
+        router.use(ONE_COPY, {"a": hosts.endpoints["a"]})
         assert torch.equal(router.combine(router.dispatch(*call)), expected)
         assert not disk.may_read.is_set() and router.stats().num_fallbacks == 0
         disk.may_read.set()

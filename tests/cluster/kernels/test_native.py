@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cluster.kernels import build as native_build
 from cluster.kernels.build import FLAGS, native_library
-from cluster.kernels.interface import TorchKernels
+from cluster.kernels.interface import KVWrite
 from cluster.kernels.native import SOURCE, NativeKernels, native_kernels
+from cluster.kernels.torch_kernels import TorchKernels
 from engine.attention.native_attention import NativeAttention
 from tests.engine.attention.test_attention import KIND, make_batch, make_kv
 
@@ -95,7 +96,7 @@ def test_heads(kernels: NativeKernels, num_keys: int, num_values: int, head_dim:
     outputs = []
     for each in (kernels, REFERENCE):
         keys, values = (torch.zeros(10, num_keys, head_dim) for _ in range(2))
-        kv = (slots, keys, values) if num_keys else None
+        kv = KVWrite(slots, keys, values) if num_keys else None
         weight = draw(num_queries + num_keys, head_dim)
         query = each.norm_and_rotate(qkv, num_queries, weight, 1e-6, rotation, kv)
         outputs.append((query, keys, values))
@@ -115,7 +116,7 @@ def test_narrower_vectors_give_the_same_bits(kernels: NativeKernels, tmp_path: P
     query = draw(batch.num_tokens, 6, 144) * 144**-0.5
     results: list[list[Tensor]] = []
     for each in (kernels, others):
-        attention = NativeAttention(each, batch, KIND, None)
+        attention = NativeAttention(each.attend, batch, KIND, None)
         results.append([attention(query, kv) for kv in make_kv(batch, 2, 144).values()])
         results[-1] += each.top_k_experts(gate, 4, draw(40))
         results[-1].append(each.linear(x, each.pack(draw(70, 100))))
@@ -134,7 +135,7 @@ def test_threads_share_a_chunk_with_the_same_bits(kernels: NativeKernels) -> Non
     try:
         for num_threads in (1, 2, 5, 64):
             torch.set_num_threads(num_threads)
-            attention = NativeAttention(kernels, batch, KIND, None)
+            attention = NativeAttention(kernels.attend, batch, KIND, None)
             results.append([attention(query, kv) for kv in make_kv(batch, 2, 144).values()])
     finally:
         torch.set_num_threads(num_before)

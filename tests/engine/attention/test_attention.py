@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.kernels.interface import TorchKernels, rotate
 from cluster.kernels.native import native_kernels
+from cluster.kernels.torch_kernels import TorchKernels, rotate
 from cluster.spec import AttentionKind, KVLayout, RopeSpec
 from engine.attention import torch_attention
 from engine.attention.interface import Attention, KVTensors, ReferenceAttention
@@ -62,7 +62,7 @@ def make_backends(batch: Batch, window: int | None) -> list[Attention]:
         ReferenceAttention(batch, KIND, window, BLOCK_SIZE),
         FastAttention(batch, KIND, window, BLOCK_SIZE, torch.float32),
         InvariantAttention(batch, KIND, window, BLOCK_SIZE),
-        NativeAttention(kernels, batch, KIND, window),
+        NativeAttention(kernels.attend, batch, KIND, window),
     ]
 
 

@@ -14,6 +14,7 @@ import torch
 from engine.attention import triton_attention
 from engine.attention.interface import KVTensors, ReferenceAttention
 from engine.attention.one_row import OneRow
+from engine.attention.planner import AttentionPlanner
 from engine.attention.triton_attention import TritonAttention, works
 from tests.engine.attention.test_attention import BLOCK_SIZE, KIND, draw, make_batch, make_kv
 from tests.engine.model.test_model_equality import MakePair, make_pair, prompt  # noqa: F401 - a fixture
@@ -74,7 +75,8 @@ def test_in_a_model(cpu_kernels: str, make_pair: MakePair) -> None:  # noqa: F81
         return [torch.stack(list(sequence.logits.values())) for sequence in sequences]
 
     expected = logits()
-    pair.model.attention.gpu = plan
+    model = pair.model
+    model.attention = AttentionPlanner(model.kernels, model.dtype, batch_invariant=False, gpu=plan)
     for ours, reference in zip(logits(), expected, strict=True):
         assert torch.allclose(ours, reference, atol=1e-4)
     assert used
