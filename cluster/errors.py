@@ -1,4 +1,32 @@
-"""The tree of errors that a caller or a machine can cause, each with its gRPC status."""
+"""The tree of errors that a caller or a machine can cause, with their gRPC status codes.
+
+    BrioletteError                  INTERNAL
+    ├── InvalidRequest              INVALID_ARGUMENT
+    │   └── ContextTooLong
+    ├── UnknownModel                NOT_FOUND
+    ├── UnknownSession              NOT_FOUND
+    ├── UnknownTenant               NOT_FOUND
+    ├── TenantExists                ALREADY_EXISTS
+    ├── Unauthenticated             UNAUTHENTICATED
+    ├── PermissionDenied            PERMISSION_DENIED
+    ├── QuotaExceeded               RESOURCE_EXHAUSTED
+    ├── StoreFull                   RESOURCE_EXHAUSTED
+    ├── Overloaded                  UNAVAILABLE
+    ├── Unavailable                 UNAVAILABLE
+    ├── LinkError                   UNAVAILABLE
+    │   ├── LinkTimeout
+    │   └── LinkRefused
+    ├── SessionInUse                ABORTED
+    ├── DeadlineExceeded            DEADLINE_EXCEEDED
+    ├── ConfigError                 FAILED_PRECONDITION
+    ├── CheckpointError             FAILED_PRECONDITION
+    ├── NotEnoughMemory             FAILED_PRECONDITION
+    ├── PortTaken                   FAILED_PRECONDITION
+    └── AlreadyRunning              FAILED_PRECONDITION
+
+A class without a status of its own has its parent's. An error's `kind` is the name of its class in
+snake case, `quota_exceeded`; metrics, logs and clients tell errors apart by it.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +39,27 @@ MAX_SENTENCE = 500  # characters: gRPC drops an answer with a longer one
 class BrioletteError(Exception):
     """Base of every error that reaches a user: one sentence that says what to change.
 
-    `status` is the name of the gRPC status code (`grpc.StatusCode`) that the gateway answers with;
-    `retry_after_s` is told to the client where waiting helps.
+    Attributes:
+        status: Name of the gRPC status code (`grpc.StatusCode`) that the gateway answers with.
+        kind: Name of the class in snake case.
+        retry_after_s: Seconds after which a retry can succeed, where waiting helps.
+        by_kind: Every class of the tree by its kind.
     """
 
-    status: ClassVar[str] = "INTERNAL"
+    status: str = "INTERNAL"
+    kind: str = "briolette_error"
     retry_after_s: float | None = None
+    by_kind: ClassVar[dict[str, type[BrioletteError]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls.kind = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        BrioletteError.by_kind[cls.kind] = cls
 
     @property
     def sentence(self) -> str:
-        """What a client is told, cut where much of what it sent itself stands in it."""
+        """The message for a client, cut to MAX_SENTENCE: it may quote much of the request."""
         text = str(self)
         return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 1]}…"
-
-    @property
-    def kind(self) -> str:
-        """The name of the class as metrics and logs show it: `quota_exceeded`."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
 
 class InvalidRequest(BrioletteError):
@@ -37,7 +69,7 @@ class InvalidRequest(BrioletteError):
 
 
 class ContextTooLong(InvalidRequest):
-    """The prompt and the tokens asked for don't fit the model's context or the KV cache."""
+    """The prompt and the tokens asked for exceed the model's context or the KV cache."""
 
 
 class UnknownModel(BrioletteError):
@@ -46,52 +78,80 @@ class UnknownModel(BrioletteError):
     status = "NOT_FOUND"
 
 
-class Unauthenticated(BrioletteError):
-    """The call shows no key, or one that isn't valid."""
-
-    status = "UNAUTHENTICATED"
-
-
-class PermissionDenied(BrioletteError):
-    """The key is valid, but not for this."""
-
-    status = "PERMISSION_DENIED"
-
-
-class QuotaExceeded(BrioletteError):
-    """The tenant has used up what it may: `retry_after_s` says when it may go on."""
-
-    status = "RESOURCE_EXHAUSTED"
-
-
-class Overloaded(BrioletteError):
-    """The queue is full: come back later."""
-
-    status = "UNAVAILABLE"
-
-
-class Unavailable(BrioletteError):
-    """No part that could answer is alive right now."""
-
-    status = "UNAVAILABLE"
-
-
 class UnknownSession(BrioletteError):
     """The tenant has no session of that name."""
 
     status = "NOT_FOUND"
 
 
-class SessionInUse(BrioletteError):
-    """Another call has the session, or has changed it since this one began: try again."""
+class UnknownTenant(BrioletteError):
+    """There is no tenant of that name."""
 
-    status = "ABORTED"
+    status = "NOT_FOUND"
+
+
+class TenantExists(BrioletteError):
+    """There is a tenant of that name already."""
+
+    status = "ALREADY_EXISTS"
+
+
+class Unauthenticated(BrioletteError):
+    """The call has no key, or one that isn't valid."""
+
+    status = "UNAUTHENTICATED"
+
+
+class PermissionDenied(BrioletteError):
+    """The key is valid, but doesn't permit this call."""
+
+    status = "PERMISSION_DENIED"
+
+
+class QuotaExceeded(BrioletteError):
+    """The tenant has used up its quota; `retry_after_s` says when to retry."""
+
+    status = "RESOURCE_EXHAUSTED"
 
 
 class StoreFull(BrioletteError):
-    """What should be kept is more than the tenant's or the server's memory allows."""
+    """A session doesn't fit into the tenant's budget or the server's memory."""
 
     status = "RESOURCE_EXHAUSTED"
+
+
+class Overloaded(BrioletteError):
+    """The queue is full; retry later."""
+
+    status = "UNAVAILABLE"
+
+
+class Unavailable(BrioletteError):
+    """No process that could answer is alive right now."""
+
+    status = "UNAVAILABLE"
+
+
+class LinkError(BrioletteError):
+    """A link between two processes broke, timed out or refused its handshake; the call can be
+    retried elsewhere.
+    """
+
+    status = "UNAVAILABLE"
+
+
+class LinkTimeout(LinkError):
+    """Nothing came within the timeout; the link itself is still good."""
+
+
+class LinkRefused(LinkError):
+    """The other side answered the handshake with a refusal; another transport would hear it too."""
+
+
+class SessionInUse(BrioletteError):
+    """Another call uses the session, or has changed it since this one began; retry."""
+
+    status = "ABORTED"
 
 
 class DeadlineExceeded(BrioletteError):
@@ -124,9 +184,7 @@ class PortTaken(BrioletteError):
     status = "FAILED_PRECONDITION"
 
 
-class LinkError(BrioletteError):
-    """A link between two processes broke, timed out or refused its handshake; the call can be
-    retried elsewhere.
-    """
+class AlreadyRunning(BrioletteError):
+    """Another supervisor holds this state directory."""
 
-    status = "UNAVAILABLE"
+    status = "FAILED_PRECONDITION"

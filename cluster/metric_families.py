@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar, overload
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 PREFIX = "briolette_"
-MAX_TENANTS = 200  # by name in one process: a tenant may cost some 70 time series
+MAX_NAMED_TENANTS = 200  # in one process: a tenant may cost some 70 time series
 OTHERS = "(others)"  # all that came later, together; no tenant is called so
 
 M = TypeVar("M", Counter, Gauge, Histogram)
@@ -21,7 +21,7 @@ class TenantNames:
 
     def shown(self, tenant: str) -> str:
         """The label's value for a tenant: its name, or OTHERS."""
-        if tenant not in self._names and len(self._names) < MAX_TENANTS:
+        if tenant not in self._names and len(self._names) < MAX_NAMED_TENANTS:
             self._names.add(tenant)
         return tenant if tenant in self._names else OTHERS
 

@@ -17,7 +17,7 @@ from prometheus_client import (
 )
 
 from cluster.errors import ConfigError, PortTaken
-from cluster.metric_families import MAX_TENANTS, OTHERS, MetricSpec, TenantNames
+from cluster.metric_families import MAX_NAMED_TENANTS, OTHERS, MetricSpec, TenantNames
 
 # Upper bounds in seconds: from a short prompt that was cached to 256K tokens that were not.
 REQUEST_BUCKETS = (
@@ -47,8 +47,8 @@ LABELS = {
     "the gateway gave up client, deadline or stalled",
     "state": "of a block: used, cached or unused",
     "status": "a gRPC status code's name",
-    "tenant": f"who asks; (none) for calls that no key let in; of more than {MAX_TENANTS}, those "
-    f"that came last are {OTHERS}",
+    "tenant": "its name; (none) for calls without a valid key; a process shows the first "
+    f"{MAX_NAMED_TENANTS} tenants by name, all others as {OTHERS}",
 }
 
 

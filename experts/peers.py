@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.errors import LinkError
-from cluster.links.connect import Endpoint, Link, LinkTimeout, connect
+from cluster.errors import LinkError, LinkTimeout
+from cluster.links.connect import Endpoint, Link, connect
 from cluster.placement import ExpertPlacement
 from experts import wire
 

@@ -35,7 +35,7 @@ from cluster.metric_families import Family
 from cluster.metrics import Metrics
 from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import ModelSpec
-from cluster.tenants.tenancy import OpenLease
+from cluster.tenants.admission import OpenLease
 from cluster.tenants.usage import UsageBooks
 from deployments.decoder.link import GatewayLinks
 from deployments.decoder.meters import EngineMeter, ExpertMeter

@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.errors import ConfigError, LinkError, PortTaken
+from cluster.errors import ConfigError, LinkError, LinkRefused, LinkTimeout, PortTaken
 from cluster.links import handshake
-from cluster.links.handshake import LinkRefused
-from cluster.links.link import Link, LinkTimeout, end_of, left_until
+from cluster.links.link import Link, end_of, left_until
 from cluster.links.pipes import SocketPipe
 from cluster.links.shared_memory import (
     HAS_SHARED_MEMORY,
@@ -25,7 +24,7 @@ from cluster.links.shared_memory import (
     create_shared_fds,
 )
 
-__all__ = ["Endpoint", "Link", "LinkRefused", "LinkTimeout", "Listener", "connect"]
+__all__ = ["Endpoint", "Link", "Listener", "connect"]
 
 AUTO = handshake.TRANSPORTS  # in order of preference
 HANDSHAKE_S = 5.0

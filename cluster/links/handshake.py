@@ -18,7 +18,7 @@ import struct
 import time
 from collections.abc import Callable
 
-from cluster.errors import LinkError
+from cluster.errors import LinkError, LinkRefused
 
 MAGIC = b"BRIOLINK"
 VERSION = 1
@@ -31,10 +31,6 @@ _OPENING = struct.Struct(f"<8sHB{NONCE_BYTES}s")
 _CHALLENGE = struct.Struct(f"<8sH{NONCE_BYTES}s{PROOF_BYTES}s")
 _ANSWER = struct.Struct(f"<{PROOF_BYTES}sI")
 _VERDICT = struct.Struct(f"<B{PROOF_BYTES}sI")
-
-
-class LinkRefused(LinkError):
-    """The other side answered and said no; another transport would hear the same."""
 
 
 def offer(

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cluster.errors import LinkError
+from cluster.errors import LinkError, LinkTimeout
 from cluster.links.pipes import Pipe
 from cluster.links.spin import Spinner
 
@@ -23,10 +23,6 @@ MAX_INBOX = 64  # messages taken in while a send waits for room
 
 _HEADER = struct.Struct("<II")  # a mark, then the length in bytes
 _MARK = 0x4B4E4C42
-
-
-class LinkTimeout(LinkError):
-    """Nothing came within the deadline; the link itself is still good."""
 
 
 class Link:

@@ -1,187 +1,179 @@
-"""Admission by key: every call is held to a copy of the tenants that follows Redis and survives it.
-
-A thread asks Redis a few times a second whether anything has changed. What it learns is used at
-once and written to disk, so that known keys work while Redis is away and after a restart meanwhile.
-A Redis that comes back without its data is given what the copy has; where it has other tenants
-instead, the copy of those before is kept beside the new one.
-"""
+"""Admission: every call shows its key and gets a lease, before any work is done for it."""
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from cluster.errors import BrioletteError, PermissionDenied, Unauthenticated, Unavailable
-from cluster.files import write_private
-from cluster.store.breaker import Breaker
-from cluster.tenants.directory import Tenants
+from cluster.store.redis import RedisAddress
+from cluster.tenants.followed import FollowedTenants
 from cluster.tenants.keys import KeyHash, split_key
 from cluster.tenants.quota import Quota
-from cluster.tenants.records import Directory, Record
-from cluster.tenants.tenancy import DEFAULT_TENANT, Lease, OpenLease, Tenant, deleted
+from cluster.tenants.records import TenantSnapshot
+from cluster.tenants.tenancy import Tenant
 
-POLL_S = 0.25  # changes must act within a second
 
-log = logging.getLogger(__name__)
+class Lease(Protocol):
+    """The right to one call. A call that generates holds it in a `with` block, which counts one
+    request in flight and raises QuotaExceeded if there are too many.
+    """
+
+    @property
+    def tenant(self) -> Tenant: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def charge(self, num_tokens: int) -> None:
+        """Charge the tokens of a prompt, before any work is done for it. Raises QuotaExceeded, or
+        InvalidRequest where waiting doesn't help.
+        """
+
+    def refund(self, num_tokens: int) -> None:
+        """Return the tokens of a prompt that was charged and not computed."""
+
+    def charge_output(self, num_tokens: int) -> None:
+        """Charge generated tokens as they come; they may leave a debt."""
+
+
+class Admission(Protocol):
+    """Admits calls by their keys."""
+
+    @property
+    def is_open(self) -> bool:
+        """True if calls need no key: all of them are the default tenant's."""
+
+    @property
+    def tenants(self) -> FollowedTenants | None:
+        """The tenants that have keys; None if the cluster is open."""
+
+    def admit(self, key: str | None) -> Lease:
+        """Authenticate a key and return its lease. Raises Unauthenticated, PermissionDenied."""
+
+    def close(self) -> None:
+        """End threads and connections."""
+
+
+OPERATOR = Tenant(is_admin=True)
 
 
 @dataclass(frozen=True, slots=True)
-class KeyLease:
-    """Counts against the tenant's quota."""
+class OpenLease:
+    """A lease without limits: for open clusters, and for the operator."""
 
-    tenant: Tenant
-    quota: Quota
+    tenant: Tenant = OPERATOR
 
     def __enter__(self) -> None:
-        self.quota.begin()
+        pass
 
     def __exit__(self, *_: object) -> None:
-        self.quota.end()
+        pass
 
     def charge(self, num_tokens: int) -> None:
-        self.quota.charge(num_tokens)
+        pass
 
-    def owe(self, num_tokens: int) -> None:
-        self.quota.owe(num_tokens)
+    def refund(self, num_tokens: int) -> None:
+        pass
+
+    def charge_output(self, num_tokens: int) -> None:
+        pass
 
 
-class _Known(NamedTuple):
-    """What a key's id leads to."""
+class OpenAdmission:
+    """The admission of an open cluster: every call is the default tenant's, without limits."""
 
+    is_open = True
+    tenants: FollowedTenants | None = None
+
+    def admit(self, key: str | None) -> Lease:
+        return OpenLease()
+
+    def close(self) -> None:
+        pass
+
+
+class _KeyOwner(NamedTuple):
     tenant: Tenant
     key: KeyHash
     quota: Quota
 
 
 class KeyAdmission:
-    """Lets in who shows a tenant's key, or the key of whoever runs this machine's gateway."""
+    """Admits calls that show a tenant's key, or the local key of this machine's operator."""
+
+    is_open = False
 
     def __init__(
         self,
-        tenants: Tenants,
+        address: RedisAddress,
         copy: Path,
         local_key: KeyHash,
+        *,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`copy` is the file beside Redis. `now` decides what has expired, `clock` fills quotas."""
-        self.tenants = tenants
-        self._copy = copy
+        """Read the tenants and start to follow them.
+
+        Args:
+            address: The Redis server that keeps the tenants.
+            copy: The file that keeps a copy of them, for when Redis is away.
+            local_key: The operator's own key.
+            clock: The clock by which quotas refill.
+            now: The time of day, by which keys and tenants expire.
+        """
         self._local_key = local_key
         self._clock = clock
         self._now = now
         self._quotas: dict[str, Quota] = {}
-        tenants.known = _read_copy(copy)
-        tenants.on_replaced = self._keep_replaced
-        self._use(tenants.known)
-        self._reach = Breaker("The tenants in Redis")
-        self._refreshing = threading.Lock()
-        self._is_closing = threading.Event()
-        self.follow()
-        self._thread = threading.Thread(target=self._watch, name="tenants", daemon=True)
-        self._thread.start()
+        self._owners: dict[str, _KeyOwner] = {}  # by the key's id
+        self.tenants = FollowedTenants(address, copy, on_change=self._use, now=now)
 
     def admit(self, key: str | None) -> Lease:
-        """Raises Unauthenticated, PermissionDenied; Unavailable where no tenants were ever seen."""
+        """Authenticate a key and return its lease.
+
+        Raises:
+            Unauthenticated: If the key is missing, unknown or replaced.
+            PermissionDenied: If its tenant is disabled or has expired.
+            Unavailable: If Redis is away and no tenants were ever read.
+        """
         if not key:
             raise Unauthenticated("This cluster asks for a key; send authorization: Bearer KEY.")
         key_id, secret = split_key(key) or ("", "")
         if key_id == self._local_key.key_id and self._local_key.matches(secret):
             return OpenLease()
-        known = self._known.get(key_id)
-        if known is None or not known.key.matches(secret):
+        owner = self._owners.get(key_id)
+        if owner is None or not owner.key.matches(secret):
             raise self._unknown_key()
-        now, tenant = self._now(), known.tenant
-        if known.key.expires is not None and known.key.expires <= now:
+        now, tenant = self._now(), owner.tenant
+        if owner.key.expires is not None and owner.key.expires <= now:
             raise Unauthenticated("This key was replaced by another one and has expired.")
         if tenant.is_disabled:
             raise PermissionDenied(f"The tenant {tenant.name} is disabled.")
         if tenant.expires is not None and tenant.expires <= now:
-            raise PermissionDenied(f"The time of the tenant {tenant.name} is over.")
-        return KeyLease(tenant, known.quota)
-
-    def records(self) -> Mapping[str, Record]:
-        """All tenants by name, as last seen."""
-        return self._directory.records
-
-    def kv_bytes(self, tenant: str) -> int | None:
-        """A tenant's budget in the store, where it has one of its own. Raises PermissionDenied for
-        one that was deleted.
-        """
-        record = self._directory.records.get(tenant)
-        if record is None and tenant != DEFAULT_TENANT:
-            raise deleted(tenant)
-        return None if record is None else record.tenant.kv_bytes
-
-    def refresh(self) -> None:
-        """See what has changed now, ahead of the next look; waits for Redis. Raises Unavailable."""
-        with self._refreshing:
-            now = self.tenants.refresh()
-            if now.head != self._directory.head:
-                self._use(now)
-                self._write_copy(self._copy, now)
-
-    def follow(self) -> None:
-        """Refresh; a Redis that is away is looked for again soon, and only the log tells of it."""
-        try:
-            self.refresh()
-            self._reach.succeeded()
-        except BrioletteError as error:
-            self._reach.failed(f"{error}; known keys work on.")
+            raise PermissionDenied(f"Tenant {tenant.name} has expired.")
+        return owner.quota
 
     def close(self) -> None:
-        """End the thread and hang up."""
-        self._is_closing.set()
-        self._thread.join()
+        """Stop following the tenants."""
         self.tenants.close()
 
-    def _watch(self) -> None:
-        while not self._is_closing.wait(POLL_S):
-            self.follow()
-
-    def _use(self, directory: Directory) -> None:
-        known: dict[str, _Known] = {}
+    def _use(self, snapshot: TenantSnapshot) -> None:
+        owners: dict[str, _KeyOwner] = {}
         quotas: dict[str, Quota] = {}
-        for name, record in directory.records.items():
-            quota = quotas[name] = self._quotas.get(name) or Quota(name, self._clock)
-            quota.limit(record.tenant.tokens_per_minute, record.tenant.max_in_flight)
-            known |= {key.key_id: _Known(record.tenant, key, quota) for key in record.keys}
-        self._directory, self._quotas, self._known = directory, quotas, known
-
-    def _keep_replaced(self, directory: Directory) -> None:
-        path = self._copy.with_name(f"{self._copy.name}.bak")
-        log.error(
-            "Redis has other tenants than before, which are used from now on; the %d that were "
-            "known until now are in %s.",
-            len(directory.records),
-            path,
-        )
-        self._write_copy(path, directory)
-
-    def _write_copy(self, path: Path, directory: Directory) -> None:
-        try:
-            write_private(path, directory.to_json())
-        except OSError as error:
-            log.error("%s can't be written: %s.", path, error.strerror)
+        for name, record in snapshot.records.items():
+            quota = quotas[name] = self._quotas.get(name) or Quota(record.tenant, self._clock)
+            quota.update(record.tenant)
+            owners |= {key.key_id: _KeyOwner(record.tenant, key, quota) for key in record.keys}
+        self._quotas, self._owners = quotas, owners
 
     def _unknown_key(self) -> BrioletteError:
-        if self._reach.is_closed:
-            return Unauthenticated("This key isn't known here.")
-        if not self._directory.lineage:
-            return Unavailable("Redis, where keys are kept, doesn't answer.")
-        return Unauthenticated("This key isn't known here; new ones aren't while Redis is away.")
-
-
-def _read_copy(path: Path) -> Directory:
-    try:
-        return Directory.from_json(path.read_text())
-    except FileNotFoundError:
-        return Directory()
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        log.error("The copy of the tenants, %s, can't be read: %s.", path, error)
-        return Directory()
+        if self.tenants.is_current:
+            return Unauthenticated("This key is unknown.")
+        if not self.tenants.snapshot.lineage:
+            return Unavailable("Redis, which keeps the keys, doesn't answer; retry later.")
+        return Unauthenticated("This key is unknown; new keys aren't read while Redis is away.")

@@ -20,15 +20,15 @@ import redis
 
 from cluster.errors import InvalidRequest, SessionInUse, StoreFull, UnknownSession
 from cluster.store.redis import REDIS_ERRORS, RedisAddress
-from cluster.store.scripts import (
+from cluster.store.scripts import tenant_prefix
+from cluster.tenants.directory import TENANTS
+from cluster.tenants.scripts import (
     DELETE_SESSION,
     LIST_SESSIONS,
     LOAD_SESSION,
     SAVE_SESSION,
     SESSION_NAMES,
-    tenant_prefix,
 )
-from cluster.tenants.directory import TENANTS
 from cluster.tenants.tenancy import DEFAULT_TENANT, deleted
 
 MAX_NAME_BYTES = 200

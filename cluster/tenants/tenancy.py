@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
 
 from cluster.errors import InvalidRequest, PermissionDenied
 
@@ -78,59 +77,6 @@ class Tenant:
 def deleted(tenant: str) -> PermissionDenied:
     """What is told to its last requests: nobody could find or delete what they would keep."""
     return PermissionDenied(f"The tenant {tenant} was deleted; nothing is kept for it.")
-
-
-class Lease(Protocol):
-    """One admitted call. Those that generate hold it in a `with` block: one request in flight."""
-
-    @property
-    def tenant(self) -> Tenant: ...
-
-    def __enter__(self) -> None:
-        """Raises QuotaExceeded."""
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def charge(self, num_tokens: int) -> None:
-        """For a prompt, before any work. Raises QuotaExceeded, or InvalidRequest where waiting
-        doesn't help.
-        """
-
-    def owe(self, num_tokens: int) -> None:
-        """For an answer, as its tokens come; a negative number gives back what was charged."""
-
-
-class Admission(Protocol):
-    """Lets a call in before any work is done for it."""
-
-    def admit(self, key: str | None) -> Lease:
-        """Whoever shows this key. Raises Unauthenticated, PermissionDenied."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenLease:
-    """Nothing is counted: of a cluster without keys, or of who runs it."""
-
-    tenant: Tenant = Tenant(is_admin=True)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def charge(self, num_tokens: int) -> None:
-        pass
-
-    def owe(self, num_tokens: int) -> None:
-        pass
-
-
-class OpenAdmission:
-    """Everybody is one tenant."""
-
-    def admit(self, key: str | None) -> Lease:
-        return OpenLease()
 
 
 def _is_model(name: str) -> bool:

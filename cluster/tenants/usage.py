@@ -21,21 +21,11 @@ from typing import Any
 from cluster.errors import Unavailable
 from cluster.store.breaker import Breaker
 from cluster.store.redis import REDIS_ERRORS, RedisAddress
+from cluster.tenants.scripts import ADD_USAGE
 
 KEPT_S = 400 * 86400  # after a day's last request
 FLUSH_S = 1.0
 MAX_WAITING = 20_000  # tenants' days in memory while Redis is away; then the oldest go
-
-# KEYS: the day's tenants, and this tenant's day. ARGV: the tenant, the writer, the number of its
-# batch, KEPT_S, then fields and what they grow by.
-ADD = """
-local day, writer, batch = KEYS[2], 'writer:'..ARGV[2], tonumber(ARGV[3])
-if tonumber(redis.call('HGET', day, writer) or 0) >= batch then return end
-redis.call('HSET', day, writer, batch)
-for i = 5, #ARGV, 2 do redis.call('HINCRBYFLOAT', day, ARGV[i], ARGV[i + 1]) end
-redis.call('SADD', KEYS[1], ARGV[1])
-for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[4]) end
-"""
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +145,7 @@ class UsageBooks:
         for (day, tenant), used in batch.items():
             grown = [str(item) for pair in asdict(used).items() for item in pair]
             head = (tenant, self._writer_id, str(self._batch_id), str(KEPT_S))
-            pipeline.eval(ADD, 2, _tenants(day), _book(day, tenant), *head, *grown)
+            pipeline.eval(ADD_USAGE, 2, _tenants(day), _book(day, tenant), *head, *grown)
         pipeline.execute()
 
     def _stored(self, days: Sequence[date], tenants: Collection[str] | None) -> _Books:

@@ -19,12 +19,13 @@ from cluster.errors import (
     QuotaExceeded,
     SessionInUse,
     StoreFull,
+    TenantExists,
     Unauthenticated,
     Unavailable,
     UnknownModel,
     UnknownSession,
+    UnknownTenant,
 )
-from cluster.tenants.directory import TenantExists, UnknownTenant
 from deployments.commands.access import KEY_VARIABLE, Access
 from protos.briolette.v1.admin_pb2 import (
     ClusterStatus,

@@ -6,10 +6,8 @@ import time
 
 from cluster.config import Config
 from cluster.files import write_private
-from cluster.tenants.admission import KeyAdmission
-from cluster.tenants.directory import Tenants
+from cluster.tenants.admission import Admission, KeyAdmission, OpenAdmission
 from cluster.tenants.keys import new_key
-from cluster.tenants.tenancy import Admission, OpenAdmission
 from deployments.process.local_access import local_key_file, prepare_folder
 from deployments.redis_store import store_address
 
@@ -22,4 +20,4 @@ def open_admission(config: Config) -> Admission:
         return OpenAdmission()
     key, kept = new_key(time.time())
     write_private(local_key_file(config.state_dir), key)
-    return KeyAdmission(Tenants(address), config.state_dir / "tenants.json", kept)
+    return KeyAdmission(address, config.state_dir / "tenants.json", kept)

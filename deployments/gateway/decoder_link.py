@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 from google.protobuf.message import DecodeError
 
-from cluster.errors import LinkError
-from cluster.links.connect import Endpoint, Link, LinkTimeout, connect
+from cluster.errors import LinkError, LinkTimeout
+from cluster.links.connect import Endpoint, Link, connect
 from deployments.messages import GATEWAY_HELLO, SEND_DEADLINE_S
 from protos.briolette.v1.stream_pb2 import FromDecoder, ToDecoder
 

@@ -19,9 +19,8 @@ from cluster.config import GatewayConfig
 from cluster.errors import PortTaken
 from cluster.links.connect import Endpoint
 from cluster.metrics import Metrics
-from cluster.tenants.admission import KeyAdmission
+from cluster.tenants.admission import Admission, OpenAdmission
 from cluster.tenants.sessions import Sessions
-from cluster.tenants.tenancy import Admission, OpenAdmission
 from cluster.tenants.usage import UsageBooks
 from deployments.gateway.calls.answers import Answers
 from deployments.gateway.calls.conversations import Conversations
@@ -96,15 +95,14 @@ class Gateway:
         self._health = Health(inference.NAME)
         self._local_socket = local_socket
         self._credentials = server_credentials(config)
-        self._keys = admission if isinstance(admission, KeyAdmission) else None
+        self._admission = admission or OpenAdmission()
         self._encoding = TenantThreads("encoding", num_threads=16, num_each=4, max_waiting=1024)
         self._conversations = Conversations(kept, self._decoder, tokenizer, self._encoding)
-        admission = admission or OpenAdmission()
         answers = Answers(self._decoder, tokenizer, self._conversations, self._encoding)
-        self._admin = Admin(self._status, self._keys, self._usage)
+        self._admin = Admin(self._status, self._admission.tenants, self._usage)
         session_service = SessionService(self._conversations, self._decoder)
         self._server = self._make_server(
-            Methods(admission, self._requests),
+            Methods(self._admission, self._requests),
             Inference(answers),
             session_service,
             self._admin,
@@ -116,7 +114,7 @@ class Gateway:
                 page_router(),
                 page_api_router(self._admin, session_service, self._conversations),
             ]
-            app = make_app(config, admission, self._requests, self._status, routers)
+            app = make_app(config, self._admission, self._requests, self._status, routers)
             self._http = HttpServer(app, config.host, config.http_port, server_context(config))
 
     async def start(self) -> None:
@@ -156,8 +154,7 @@ class Gateway:
         self._conversations.close()
         self._encoding.close()
         self._admin.close()
-        if self._keys is not None:
-            await asyncio.to_thread(self._keys.close)
+        await asyncio.to_thread(self._admission.close)
         await asyncio.to_thread(self._usage.close)
         self._requests.close()
 

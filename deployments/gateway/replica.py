@@ -14,9 +14,8 @@ from cluster.config import Config, GatewayConfig
 from cluster.errors import LinkError, Unavailable
 from cluster.links.connect import Endpoint
 from cluster.metrics import Metrics, part_registry, start_metrics_server
-from cluster.tenants.admission import KeyAdmission
+from cluster.tenants.admission import Admission
 from cluster.tenants.sessions import Sessions
-from cluster.tenants.tenancy import Admission
 from cluster.tenants.usage import UsageBooks
 from deployments.gateway.admission import open_admission
 from deployments.gateway.gateway import Gateway, bind
@@ -78,13 +77,14 @@ def kept_sessions(config: Config, admission: Admission) -> Sessions | None:
     address = store_address(config)
     if address is None:
         return None
-    if not isinstance(admission, KeyAdmission):
+    tenants = admission.tenants
+    if tenants is None:
         return Sessions(address, config.store.ttl_s, lambda tenant: config.store.tenant_bytes)
 
     def budget_of(tenant: str) -> int:
-        return admission.kv_bytes(tenant) or config.store.tenant_bytes
+        return tenants.kv_bytes(tenant) or config.store.tenant_bytes
 
-    return Sessions(address, config.store.ttl_s, budget_of, admission.refresh)
+    return Sessions(address, config.store.ttl_s, budget_of, tenants.refresh)
 
 
 def serve_metrics(config: GatewayConfig, registry: CollectorRegistry) -> int:

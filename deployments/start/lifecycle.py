@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from cluster.config import Config
-from cluster.errors import BrioletteError, Unavailable
+from cluster.errors import AlreadyRunning, Unavailable
 from cluster.files import write_private
 
 ROOT = Path(__file__).resolve().parents[2]  # where our packages are
@@ -30,10 +30,6 @@ KILL_S = 5.0  # for the end of what was killed
 LOCK_S = 2.0  # somebody who only looks holds the lock for a moment, one who cleans up for longer
 
 log = logging.getLogger(__name__)
-
-
-class AlreadyRunning(BrioletteError):
-    """Another supervisor holds this state directory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.errors import ConfigError, PortTaken
-from cluster.metric_families import MAX_TENANTS, OTHERS, MetricSpec, TenantGauge
+from cluster.metric_families import MAX_NAMED_TENANTS, OTHERS, MetricSpec, TenantGauge
 from cluster.metrics import LABELS, METRICS, Metrics, part_registry, start_metrics_server
 
 
@@ -78,7 +78,7 @@ def test_children_are_kept_and_removed(registry: CollectorRegistry) -> None:
 
 def test_of_many_tenants_the_last_are_shown_together(registry: CollectorRegistry) -> None:
     metrics = Metrics(registry)
-    tenants = [f"t{i}" for i in range(MAX_TENANTS + 5)]
+    tenants = [f"t{i}" for i in range(MAX_NAMED_TENANTS + 5)]
     memory = TenantGauge(metrics.kv_store_used_bytes, "m")
     for tenant in tenants:
         metrics.generated_tokens_total("m", tenant).inc(10)
@@ -90,14 +90,14 @@ def test_of_many_tenants_the_last_are_shown_together(registry: CollectorRegistry
         return registry.get_sample_value(f"briolette_{name}", {"model": "m", "tenant": tenant})
 
     for name, value in (("generated_tokens_total", 10), ("kv_store_used_bytes", 7)):
-        assert shown(name, tenants[0]) == shown(name, tenants[MAX_TENANTS - 1]) == value
-        assert shown(name, tenants[MAX_TENANTS]) is None
+        assert shown(name, tenants[0]) == shown(name, tenants[MAX_NAMED_TENANTS - 1]) == value
+        assert shown(name, tenants[MAX_NAMED_TENANTS]) is None
         assert shown(name, OTHERS) == 5 * value
     labels = {"model": "m", "tenant": OTHERS, "reason": "stop"}  # the same in every family
     assert registry.get_sample_value("briolette_requests_total", labels) == 1
     families = [family for family in registry.collect() if family.name.endswith("tokens")]
     names = [s.labels["tenant"] for f in families for s in f.samples if s.name.endswith("_total")]
-    assert len(names) == MAX_TENANTS + 1
+    assert len(names) == MAX_NAMED_TENANTS + 1
 
 
 def test_a_part_shows_its_own_memory() -> None:

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cluster.tenants.tenancy import Lease
+from cluster.tenants.admission import Lease
 from protos.briolette.v1.inference_pb2 import Generation, Timings, Usage
 
 

@@ -23,7 +23,7 @@ def charged(call: Call, num_prompt_tokens: int) -> Iterator[Callable[[Generation
     def owe(piece: Generation) -> None:
         nonlocal is_begun
         is_begun = True
-        lease.owe(len(piece.token_ids))
+        lease.charge_output(len(piece.token_ids))
 
     if call.time_remaining_s is not None and call.time_remaining_s <= 0:
         raise DeadlineExceeded("The deadline passed before the answer could begin.")
@@ -32,5 +32,5 @@ def charged(call: Call, num_prompt_tokens: int) -> Iterator[Callable[[Generation
         yield owe
     except BrioletteError as error:
         if error.status == "UNAVAILABLE" and not is_begun:
-            lease.owe(-num_prompt_tokens)
+            lease.refund(num_prompt_tokens)
         raise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cluster.errors import BrioletteError
 from cluster.metrics import Metrics
-from cluster.tenants.tenancy import Admission, Lease
+from cluster.tenants.admission import Admission, Lease
 from deployments.gateway.calls.call import Call
 from deployments.gateway.calls.streams import StalledClient
 

@@ -21,12 +21,8 @@ class RequestFailed(BrioletteError):
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.sentence)
-        self.status = failure.status  # type: ignore[misc]  # the class says what is usual
-        self._kind = failure.kind or failure.status.lower()
-
-    @property
-    def kind(self) -> str:
-        return self._kind
+        self.status = failure.status
+        self.kind = failure.kind or failure.status.lower()
 
 
 class Stream:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import BrioletteError, InvalidRequest, Unavailable
-from cluster.tenants.tenancy import Admission
+from cluster.tenants.admission import Admission
 from deployments.gateway.calls.call import Call, key_in
 from deployments.gateway.calls.request_log import RequestLog
 from deployments.gateway.calls.streams import StalledClient

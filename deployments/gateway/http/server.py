@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError, PortTaken
-from cluster.tenants.tenancy import Admission, OpenAdmission
+from cluster.tenants.admission import Admission
 from deployments.gateway.calls.request_log import RequestLog
 from deployments.gateway.http.border import Border, own_names
 from deployments.gateway.http.calls import Calls
@@ -93,8 +93,7 @@ def make_app(
     # The pages that FastAPI offers load scripts from elsewhere.
     app = FastAPI(title="Briolette", docs_url=None, redoc_url=None)
     app.state.calls = Calls(admission, requests, config.max_message_bytes)
-    is_open = isinstance(admission, OpenAdmission)
-    app.add_middleware(Border, own_names=own_names(config.host) if is_open else None)
+    app.add_middleware(Border, own_names=own_names(config.host) if admission.is_open else None)
     handle_errors(app)
     app.include_router(health_router(status))
     for router in routers:

@@ -10,8 +10,8 @@ import grpc
 
 from cluster.errors import ConfigError, InvalidRequest
 from cluster.tenants import tenancy
-from cluster.tenants.admission import KeyAdmission
-from cluster.tenants.records import Record
+from cluster.tenants.followed import FollowedTenants
+from cluster.tenants.records import TenantRecord
 from deployments.gateway.calls.call import Call
 from deployments.gateway.calls.tenant_threads import TenantThreads
 from deployments.gateway.services.rpc import Methods
@@ -56,10 +56,13 @@ class Admin:
     """The methods, on top of the tenants in Redis; without keys there are none to change."""
 
     def __init__(
-        self, status: Callable[[], ClusterStatus], keys: KeyAdmission | None, usage: UsageService
+        self,
+        status: Callable[[], ClusterStatus],
+        tenants: FollowedTenants | None,
+        usage: UsageService,
     ) -> None:
         self._status = status
-        self._keys = keys
+        self._tenants = tenants
         self._usage = usage
         self._threads = TenantThreads("the tenants", num_threads=4, num_each=2, max_waiting=16)
 
@@ -87,18 +90,18 @@ class Admin:
         return status if call.lease.tenant.is_admin else without_others(status, call.tenant)
 
     async def _list(self, _: ListTenantsRequest, call: Call) -> ListTenantsResponse:
-        keys = self._for_admins(call)
-        await self._threads.run(call.tenant, keys.refresh)
-        records = sorted(keys.records().items())
+        tenants = self._for_admins(call)
+        await self._threads.run(call.tenant, tenants.refresh)
+        records = sorted(tenants.snapshot.records.items())
         return ListTenantsResponse(tenants=[to_tenant(record) for _, record in records])
 
     async def _create(self, request: CreateTenantRequest, call: Call) -> NewKey:
-        keys = self._for_admins(call)
+        tenants = self._for_admins(call)
         tenant = with_terms(tenancy.Tenant(request.tenant.name), request.tenant, TERMS)
-        return NewKey(key=await self._changed(call, keys, keys.tenants.create, tenant))
+        return NewKey(key=await self._changed(call, tenants, tenants.directory.create, tenant))
 
     async def _update(self, request: UpdateTenantRequest, call: Call) -> Tenant:
-        keys, new = self._for_admins(call), request.tenant
+        tenants, new = self._for_admins(call), request.tenant
         fields = list(request.update_mask.paths)
         if not fields:
             raise InvalidRequest("update_mask must name the fields to change.")
@@ -106,34 +109,38 @@ class Admin:
         def change(tenant: tenancy.Tenant) -> tenancy.Tenant:
             return with_terms(tenant, new, fields)
 
-        return to_tenant(await self._changed(call, keys, keys.tenants.update, new.name, change))
+        return to_tenant(
+            await self._changed(call, tenants, tenants.directory.update, new.name, change)
+        )
 
     async def _rotate(self, request: RotateKeyRequest, call: Call) -> NewKey:
-        keys = self._for_admins(call)
+        tenants = self._for_admins(call)
         if not 0 <= request.grace_s <= LONGEST_GRACE_S:
             raise InvalidRequest("A grace period is at most a year.")
-        key = await self._changed(call, keys, keys.tenants.rotate, request.name, request.grace_s)
+        key = await self._changed(
+            call, tenants, tenants.directory.rotate, request.name, request.grace_s
+        )
         return NewKey(key=key)
 
     async def _delete(self, request: DeleteTenantRequest, call: Call) -> DeleteTenantResponse:
-        keys = self._for_admins(call)
-        await self._changed(call, keys, keys.tenants.delete, request.name)
+        tenants = self._for_admins(call)
+        await self._changed(call, tenants, tenants.directory.delete, request.name)
         return DeleteTenantResponse()
 
-    def _for_admins(self, call: Call) -> KeyAdmission:
+    def _for_admins(self, call: Call) -> FollowedTenants:
         call.lease.tenant.check_admin()
-        if self._keys is None:
+        if self._tenants is None:
             raise ConfigError("This cluster has no keys; start it with gateway.auth set to keys.")
-        return self._keys
+        return self._tenants
 
     async def _changed(
-        self, call: Call, keys: KeyAdmission, change: Callable[..., T], *args: Any
+        self, call: Call, tenants: FollowedTenants, change: Callable[..., T], *args: Any
     ) -> T:
         """Do it; here it counts when this returns, in other gateways a moment later."""
 
         def change_and_follow() -> T:
             answer = change(*args)
-            keys.follow()
+            tenants.follow()
             return answer
 
         return await self._threads.run(call.tenant, change_and_follow)
@@ -161,7 +168,7 @@ def with_terms(tenant: tenancy.Tenant, new: Tenant, fields: Iterable[str]) -> te
     return replace(tenant, **changes)
 
 
-def to_tenant(record: Record) -> Tenant:
+def to_tenant(record: TenantRecord) -> Tenant:
     """A record as a message."""
     tenant = record.tenant
     return Tenant(

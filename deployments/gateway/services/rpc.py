@@ -15,7 +15,7 @@ from google.rpc.status_pb2 import Status
 from grpc_status.rpc_status import to_status
 
 from cluster.errors import BrioletteError, InvalidRequest
-from cluster.tenants.tenancy import Admission
+from cluster.tenants.admission import Admission
 from deployments.gateway.calls.call import Call, key_in, new_request_id
 from deployments.gateway.calls.request_log import RequestLog
 from deployments.gateway.calls.streams import StalledClient

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from cluster.errors import InvalidRequest, PermissionDenied, QuotaExceeded
+from cluster.tenants.admission import OpenAdmission
 from cluster.tenants.keys import new_key, split_key
 from cluster.tenants.quota import Quota, TokenBucket
-from cluster.tenants.tenancy import OpenAdmission, Tenant
+from cluster.tenants.tenancy import Tenant
 
 
 class Clock:
@@ -80,14 +81,13 @@ def test_another_quota_keeps_what_share_was_used(clock: Clock) -> None:
 
 
 def test_a_limit_that_was_away_comes_back_as_it_was(clock: Clock) -> None:
-    quota = Quota("ann", clock)
-    quota.limit(600, None)
+    quota = Quota(Tenant("ann", tokens_per_minute=600), clock)
     quota.charge(600)
-    quota.owe(300)
-    quota.limit(None, None)
+    quota.charge_output(300)
+    quota.update(Tenant("ann"))
     quota.charge(100_000)  # counts against nothing
     clock.now += 30
-    quota.limit(1200, None)
+    quota.update(Tenant("ann", tokens_per_minute=1200))
     with pytest.raises(QuotaExceeded):
         quota.charge(1)
     clock.now += 0.1
@@ -95,20 +95,18 @@ def test_a_limit_that_was_away_comes_back_as_it_was(clock: Clock) -> None:
 
 
 def test_a_prompt_waits_until_the_bucket_allows_it(clock: Clock) -> None:
-    quota = Quota("ann", clock)
-    quota.limit(600, None)
+    quota = Quota(Tenant("ann", tokens_per_minute=600), clock)
     quota.charge(500)
     sentence, retry_after_s = exceeded(lambda: quota.charge(400))
     assert retry_after_s == pytest.approx(30.0)
-    assert sentence == "The tenant ann has used its 600 tokens a minute; try again in 30.0 s."
+    assert sentence == "The tenant ann has used its 600 tokens a minute; retry after 30.0 s."
     quota.charge(100)  # nothing was taken
     clock.now += 40.0
     quota.charge(400)
 
 
 def test_waiting_as_long_as_was_said_is_enough(clock: Clock) -> None:
-    quota = Quota("ann", clock)
-    quota.limit(7, None)
+    quota = Quota(Tenant("ann", tokens_per_minute=7), clock)
     for num_tokens in (7, 3, 5, 1, 6, 7, 2):
         try:
             quota.charge(num_tokens)
@@ -119,24 +117,22 @@ def test_waiting_as_long_as_was_said_is_enough(clock: Clock) -> None:
 
 
 def test_an_answer_leaves_a_debt_that_the_next_request_waits_for(clock: Clock) -> None:
-    quota = Quota("ann", clock)
-    quota.limit(60, None)
-    quota.begin()
+    quota = Quota(Tenant("ann", tokens_per_minute=60), clock)
+    quota.__enter__()
     quota.charge(50)
-    quota.owe(40)
-    quota.end()
-    _, retry_after_s = exceeded(quota.begin)  # before anything is tokenized
+    quota.charge_output(40)
+    quota.__exit__()
+    _, retry_after_s = exceeded(quota.__enter__)  # before anything is tokenized
     assert retry_after_s == pytest.approx(31.0)
     clock.now += 31.0
-    quota.begin()
-    quota.owe(-50)  # what a refused request had been charged
+    quota.__enter__()
+    quota.refund(50)  # what a refused request had been charged
     clock.now += 10.0
     quota.charge(60)
 
 
 def test_a_prompt_longer_than_a_minute_is_no_matter_of_waiting(clock: Clock) -> None:
-    quota = Quota("ann", clock)
-    quota.limit(100, None)
+    quota = Quota(Tenant("ann", tokens_per_minute=100), clock)
     with pytest.raises(InvalidRequest, match=r"101 tokens.* 100 in a minute") as caught:
         quota.charge(101)
     assert caught.value.retry_after_s is None
@@ -144,19 +140,18 @@ def test_a_prompt_longer_than_a_minute_is_no_matter_of_waiting(clock: Clock) -> 
 
 
 def test_requests_in_flight_are_counted(clock: Clock) -> None:
-    quota = Quota("ann", clock)
-    quota.limit(None, 2)
-    quota.begin()
-    quota.begin()
-    sentence, retry_after_s = exceeded(quota.begin)
-    assert "has 2 requests in flight, as many as it may" in sentence and retry_after_s == 1.0
-    quota.end()
-    quota.begin()
-    quota.limit(None, None)
+    quota = Quota(Tenant("ann", max_in_flight=2), clock)
+    quota.__enter__()
+    quota.__enter__()
+    sentence, retry_after_s = exceeded(quota.__enter__)
+    assert "has 2 requests in flight, its limit" in sentence and retry_after_s == 1.0
+    quota.__exit__()
+    quota.__enter__()
+    quota.update(Tenant("ann"))
     for _ in range(100):
-        quota.begin()
+        quota.__enter__()
     quota.charge(10**9)
-    quota.owe(10**9)
+    quota.charge_output(10**9)
 
 
 # Terms
@@ -206,7 +201,8 @@ def test_without_keys_everybody_is_one_tenant_that_may_all() -> None:
     lease = OpenAdmission().admit(None)
     with lease:
         lease.charge(10**9)
-        lease.owe(10**9)
+        lease.charge_output(10**9)
+        lease.refund(10**9)
     assert lease.tenant.name == "default"
     lease.tenant.check_admin()
     with pytest.raises(PermissionDenied, match="operator's key"):

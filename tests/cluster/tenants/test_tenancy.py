@@ -20,12 +20,14 @@ from cluster.errors import (
     InvalidRequest,
     PermissionDenied,
     QuotaExceeded,
+    TenantExists,
     Unauthenticated,
     Unavailable,
+    UnknownTenant,
 )
 from cluster.store.redis import RedisAddress
 from cluster.tenants.admission import KeyAdmission
-from cluster.tenants.directory import TENANTS, TenantExists, Tenants, UnknownTenant, eviction_policy
+from cluster.tenants.directory import TENANTS, TenantDirectory, eviction_policy
 from cluster.tenants.keys import new_key
 from cluster.tenants.sessions import Sessions
 from cluster.tenants.tenancy import Tenant
@@ -48,8 +50,8 @@ def now() -> Clock:
 
 
 @pytest.fixture
-def tenants(address: RedisAddress, now: Clock) -> Iterator[Tenants]:
-    tenants = Tenants(address, now)
+def tenants(address: RedisAddress, now: Clock) -> Iterator[TenantDirectory]:
+    tenants = TenantDirectory(address, now)
     yield tenants
     tenants.close()
 
@@ -59,7 +61,7 @@ def admitting(
     address: RedisAddress, now: Callable[[], float] = time.time
 ) -> Iterator[KeyAdmission]:
     copy = Path(address.url.removeprefix("unix://")).with_name("tenants.json")
-    admission = KeyAdmission(Tenants(address), copy, LOCAL, clock=now, now=now)
+    admission = KeyAdmission(address, copy, LOCAL, clock=now, now=now)
     try:
         yield admission
     finally:
@@ -89,11 +91,11 @@ def refusal(admission: KeyAdmission, key: str | None) -> BrioletteError:
 # Records
 
 
-def test_a_tenant_is_kept_as_it_was_made(tenants: Tenants, admission: KeyAdmission) -> None:
+def test_a_tenant_is_kept_as_it_was_made(tenants: TenantDirectory, admission: KeyAdmission) -> None:
     key = tenants.create(ANN)
-    admission.refresh()
-    assert admission.records()["ann"].tenant == ANN == admission.admit(key).tenant
-    assert admission.records()["ann"].created == 1000.0
+    admission.tenants.refresh()
+    assert admission.tenants.snapshot.records["ann"].tenant == ANN == admission.admit(key).tenant
+    assert admission.tenants.snapshot.records["ann"].created == 1000.0
     with pytest.raises(TenantExists, match="a tenant ann already"):
         tenants.create(ANN)
     with pytest.raises(InvalidRequest):
@@ -101,10 +103,10 @@ def test_a_tenant_is_kept_as_it_was_made(tenants: Tenants, admission: KeyAdmissi
 
 
 def test_neither_redis_nor_the_copy_has_a_key(
-    tenants: Tenants, admission: KeyAdmission, address: RedisAddress, tmp_path: Path
+    tenants: TenantDirectory, admission: KeyAdmission, address: RedisAddress, tmp_path: Path
 ) -> None:
     secret = tenants.create(ANN).split("_")[2]
-    admission.refresh()
+    admission.tenants.refresh()
     copy = tmp_path / "tenants.json"
     assert secret not in copy.read_text() and "ann" in copy.read_text()
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
@@ -114,18 +116,18 @@ def test_neither_redis_nor_the_copy_has_a_key(
 
 
 def test_terms_change_and_what_cannot_be_changes_nothing(
-    tenants: Tenants, admission: KeyAdmission
+    tenants: TenantDirectory, admission: KeyAdmission
 ) -> None:
     key = tenants.create(ANN)
     tenants.update("ann", lambda tenant: replace(tenant, weight=5.0, tokens_per_minute=None))
-    admission.refresh()
+    admission.tenants.refresh()
     assert admission.admit(key).tenant == replace(ANN, weight=5.0, tokens_per_minute=None)
-    assert admission.kv_bytes("ann") is None is admission.kv_bytes("default")
+    assert admission.tenants.kv_bytes("ann") is None is admission.tenants.kv_bytes("default")
     tenants.update("ann", lambda tenant: replace(tenant, kv_bytes=5 << 20))
-    admission.refresh()
-    assert admission.kv_bytes("ann") == 5 << 20
+    admission.tenants.refresh()
+    assert admission.tenants.kv_bytes("ann") == 5 << 20
     with pytest.raises(PermissionDenied, match="nobody was deleted"):
-        admission.kv_bytes("nobody")
+        admission.tenants.kv_bytes("nobody")
     with pytest.raises(InvalidRequest):
         tenants.update("ann", lambda tenant: replace(tenant, weight=-1.0))
     for call in (
@@ -135,13 +137,13 @@ def test_terms_change_and_what_cannot_be_changes_nothing(
     ):
         with pytest.raises(UnknownTenant, match="no tenant 'bob'"):
             call()
-    assert tenants.read(admission._directory) is None
+    assert tenants.read(admission.tenants.snapshot) is None
 
 
 def test_the_number_of_tenants_is_bounded(
-    tenants: Tenants, admission: KeyAdmission, monkeypatch: pytest.MonkeyPatch
+    tenants: TenantDirectory, admission: KeyAdmission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.tenants.directory.MAX_TENANTS", 2)
+    monkeypatch.setattr("cluster.tenants.directory.MAX_RECORDS", 2)
     tenants.create(ANN)
     tenants.create(Tenant("bob"))
     with pytest.raises(InvalidRequest, match="delete some"):
@@ -149,14 +151,16 @@ def test_the_number_of_tenants_is_bounded(
     tenants.update("ann", lambda tenant: replace(tenant, weight=1.0))
     tenants.delete("bob")
     tenants.create(Tenant("cat"))
-    admission.refresh()
-    assert set(admission.records()) == {"ann", "cat"}
+    admission.tenants.refresh()
+    assert set(admission.tenants.snapshot.records) == {"ann", "cat"}
 
 
-def test_two_who_change_one_tenant_lose_nothing(tenants: Tenants, address: RedisAddress) -> None:
+def test_two_who_change_one_tenant_lose_nothing(
+    tenants: TenantDirectory, address: RedisAddress
+) -> None:
     """The second one sees what the first one has done in between."""
     tenants.create(ANN)
-    other = Tenants(address)
+    other = TenantDirectory(address)
     is_first = [True]
 
     def change(tenant: Tenant) -> Tenant:
@@ -173,7 +177,7 @@ def test_two_who_change_one_tenant_lose_nothing(tenants: Tenants, address: Redis
 
 
 def test_deleting_removes_what_the_tenant_had_kept_and_nothing_else(
-    tenants: Tenants, address: RedisAddress, admission: KeyAdmission
+    tenants: TenantDirectory, address: RedisAddress, admission: KeyAdmission
 ) -> None:
     key = tenants.create(ANN)
     with address.client() as client:
@@ -187,12 +191,12 @@ def test_deleting_removes_what_the_tenant_had_kept_and_nothing_else(
         b"briolette:{anna}:kv:1",
         b"briolette:{anna}:session:trip",
     ]
-    admission.refresh()
+    admission.tenants.refresh()
     assert not is_let_in(admission, key)
 
 
 def test_a_tenant_is_disabled_on_a_full_server_too(
-    tenants: Tenants, address: RedisAddress, admission: KeyAdmission
+    tenants: TenantDirectory, address: RedisAddress, admission: KeyAdmission
 ) -> None:
     key = tenants.create(ANN)
     with address.client() as client:
@@ -200,61 +204,61 @@ def test_a_tenant_is_disabled_on_a_full_server_too(
         with pytest.raises(redis.OutOfMemoryError):
             client.set("x", "y")
         tenants.update("ann", lambda tenant: replace(tenant, is_disabled=True))
-    admission.refresh()
+    admission.tenants.refresh()
     assert not is_let_in(admission, key)
 
 
 # Admission
 
 
-def test_who_is_not_let_in(tenants: Tenants, admission: KeyAdmission, now: Clock) -> None:
+def test_who_is_not_let_in(tenants: TenantDirectory, admission: KeyAdmission, now: Clock) -> None:
     key = tenants.create(ANN)
-    admission.refresh()
+    admission.tenants.refresh()
     for nobody in (None, ""):
         assert isinstance(refusal(admission, nobody), Unauthenticated)
         assert "authorization: Bearer KEY" in str(refusal(admission, nobody))
     for wrong in ("x", key + "0", key[:-1], key.replace("brio", "sk"), "brio_é_\udcff"):
         error = refusal(admission, wrong)
-        assert isinstance(error, Unauthenticated) and str(error) == "This key isn't known here."
+        assert isinstance(error, Unauthenticated) and str(error) == "This key is unknown."
     tenants.update("ann", lambda tenant: replace(tenant, expires=now() + 60))
-    admission.refresh()
+    admission.tenants.refresh()
     assert is_let_in(admission, key)
     now.now += 60
-    assert str(refusal(admission, key)) == "The time of the tenant ann is over."
+    assert str(refusal(admission, key)) == "Tenant ann has expired."
     tenants.update("ann", lambda tenant: replace(tenant, expires=None, is_disabled=True))
-    admission.refresh()
+    admission.tenants.refresh()
     error = refusal(admission, key)
     assert isinstance(error, PermissionDenied) and "ann is disabled" in str(error)
 
 
 def test_a_new_key_replaces_the_old_one_at_once_or_after_a_grace_period(
-    tenants: Tenants, admission: KeyAdmission, now: Clock
+    tenants: TenantDirectory, admission: KeyAdmission, now: Clock
 ) -> None:
     first = tenants.create(ANN)
     second = tenants.rotate("ann")
-    admission.refresh()
+    admission.tenants.refresh()
     assert not is_let_in(admission, first) and is_let_in(admission, second)
     third = tenants.rotate("ann", grace_s=3600)
-    admission.refresh()
+    admission.tenants.refresh()
     now.now += 3599
     assert is_let_in(admission, second) and is_let_in(admission, third)
     fourth = tenants.rotate("ann", grace_s=3600)  # which gives the second one no second grace
-    admission.refresh()
+    admission.tenants.refresh()
     now.now += 1
     assert "has expired" in str(refusal(admission, second))
     assert is_let_in(admission, third) and is_let_in(admission, fourth)
-    assert len(admission.records()["ann"].keys) == 3
+    assert len(admission.tenants.snapshot.records["ann"].keys) == 3
     tenants.rotate("ann")
-    admission.refresh()
-    assert len(admission.records()["ann"].keys) == 1
+    admission.tenants.refresh()
+    assert len(admission.tenants.snapshot.records["ann"].keys) == 1
 
 
 def test_a_lease_counts_against_the_tenant_whatever_its_key(
-    tenants: Tenants, admission: KeyAdmission
+    tenants: TenantDirectory, admission: KeyAdmission
 ) -> None:
     first = tenants.create(ANN)
     second = tenants.rotate("ann", grace_s=60)
-    admission.refresh()
+    admission.tenants.refresh()
     with admission.admit(first) as _, admission.admit(second), admission.admit(second):
         with pytest.raises(QuotaExceeded), admission.admit(first):
             pass
@@ -262,7 +266,7 @@ def test_a_lease_counts_against_the_tenant_whatever_its_key(
     admission.admit(first).charge(600)
     tenants.update("ann", lambda tenant: replace(tenant, is_disabled=True))
     tenants.update("ann", lambda tenant: replace(tenant, is_disabled=False))
-    admission.refresh()
+    admission.tenants.refresh()
     with pytest.raises(QuotaExceeded):  # a change forgives nothing
         admission.admit(second).charge(1)
 
@@ -275,7 +279,7 @@ def test_the_local_key_is_the_operators_and_needs_no_redis(tmp_path: Path) -> No
         assert isinstance(refusal(admission, "brio_ab_cd"), Unavailable)  # who knows?
 
 
-def test_changes_act_within_a_second(address: RedisAddress, tenants: Tenants) -> None:
+def test_changes_act_within_a_second(address: RedisAddress, tenants: TenantDirectory) -> None:
     with admitting(address) as admission:
         key = tenants.create(ANN)
         wait_until(lambda: is_let_in(admission, key), 1.0)
@@ -284,13 +288,17 @@ def test_changes_act_within_a_second(address: RedisAddress, tenants: Tenants) ->
 
 
 def test_nothing_that_is_refused_shows_a_key(
-    tenants: Tenants, admission: KeyAdmission, caplog: pytest.LogCaptureFixture
+    tenants: TenantDirectory, admission: KeyAdmission, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     key = tenants.create(ANN)
-    admission.refresh()
+    admission.tenants.refresh()
     secret = key.split("_")[2]
-    shown = [repr(admission.admit(key)), repr(admission.records()), str(vars(admission))]
+    shown = [
+        repr(admission.admit(key)),
+        repr(admission.tenants.snapshot.records),
+        str(vars(admission)),
+    ]
     for wrong in (key + "0", f"brio_00000000_{secret}", f"Bearer {key}"):
         shown.append(repr(refusal(admission, wrong)))
     assert secret not in "".join(shown) + caplog.text
@@ -304,10 +312,10 @@ def sessions_of_a_late_gateway(
     address: RedisAddress, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Sessions]:
     """It doesn't look for changes by itself while a test runs."""
-    monkeypatch.setattr("cluster.tenants.admission.POLL_S", 60.0)
+    monkeypatch.setattr("cluster.tenants.followed.POLL_S", 60.0)
     with admitting(address) as admission:
-        budget_of = lambda tenant: admission.kv_bytes(tenant) or 1 << 20  # noqa: E731
-        sessions = Sessions(address, 60.0, budget_of, admission.refresh)
+        budget_of = lambda tenant: admission.tenants.kv_bytes(tenant) or 1 << 20  # noqa: E731
+        sessions = Sessions(address, 60.0, budget_of, admission.tenants.refresh)
         yield sessions
         sessions.close()
 
@@ -317,7 +325,7 @@ def keep(sessions: Sessions, tenant: str = "ann") -> None:
 
 
 def test_what_another_gateway_deleted_keeps_no_session(
-    address: RedisAddress, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+    address: RedisAddress, tenants: TenantDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ann", "bob"):
         tenants.create(Tenant(name))
@@ -332,7 +340,7 @@ def test_what_another_gateway_deleted_keeps_no_session(
 
 
 def test_a_session_that_is_kept_while_its_tenant_goes_goes_too(
-    address: RedisAddress, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+    address: RedisAddress, tenants: TenantDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tenants.create(Tenant("ann"))
     with sessions_of_a_late_gateway(address, monkeypatch) as sessions, address.client() as client:
@@ -351,7 +359,7 @@ def test_a_session_that_is_kept_while_its_tenant_goes_goes_too(
 
 
 def test_a_deletion_that_breaks_off_can_be_asked_for_again(
-    address: RedisAddress, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+    address: RedisAddress, tenants: TenantDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tenants.create(Tenant("ann"))
     with sessions_of_a_late_gateway(address, monkeypatch) as sessions, address.client() as client:
@@ -379,7 +387,7 @@ def test_a_deletion_that_breaks_off_can_be_asked_for_again(
 
 
 def test_a_tenant_that_goes_while_a_session_is_kept_is_the_reason(
-    address: RedisAddress, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+    address: RedisAddress, tenants: TenantDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Deleted after the gateway has looked again, and before it writes."""
     tenants.create(Tenant("ann"))
@@ -391,7 +399,7 @@ def test_a_tenant_that_goes_while_a_session_is_kept_is_the_reason(
 
 
 def test_a_loss_of_tenants_costs_nobody_a_session(
-    address: RedisAddress, tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+    address: RedisAddress, tenants: TenantDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tenants.create(Tenant("ann"))
     with sessions_of_a_late_gateway(address, monkeypatch) as sessions, address.client() as client:
@@ -408,43 +416,43 @@ def test_known_keys_work_while_redis_is_away_and_after_a_restart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with redis_server(tmp_path) as address, admitting(address) as admission:
-        key = Tenants(address).create(ANN)
-        admission.refresh()
+        key = TenantDirectory(address).create(ANN)
+        admission.tenants.refresh()
         os.kill(pid_of(address), 9)
-        wait_until(lambda: "known keys work on" in caplog.text)
+        wait_until(lambda: "known keys still work" in caplog.text)
         assert admission.admit(key).tenant == ANN
-        assert "new ones aren't while Redis is away" in str(refusal(admission, key + "0"))
+        assert "new keys aren't read while Redis is away" in str(refusal(admission, key + "0"))
         with pytest.raises(Unavailable):
-            admission.tenants.create(Tenant("bob"))
+            admission.tenants.directory.create(Tenant("bob"))
     with admitting(address) as admission:
         assert admission.admit(key).tenant == ANN
 
 
 def test_a_redis_that_lost_its_data_gets_the_tenants_back(tmp_path: Path) -> None:
     with redis_server(tmp_path) as address, admitting(address) as admission:
-        key = Tenants(address).create(ANN)
-        admission.refresh()
+        key = TenantDirectory(address).create(ANN)
+        admission.tenants.refresh()
         with address.client() as client:
             client.flushall()
-        wait_until(lambda: Tenants(address).read(admission._directory) is None)
+        wait_until(lambda: TenantDirectory(address).read(admission.tenants.snapshot) is None)
         assert is_let_in(admission, key)
     with redis_server(tmp_path) as address, admitting(address) as admission:  # empty again
-        admission.refresh()
+        admission.tenants.refresh()
         assert is_let_in(admission, key)
         with pytest.raises(TenantExists):
-            Tenants(address).create(ANN)
+            TenantDirectory(address).create(ANN)
 
 
 def test_what_redis_lost_last_is_put_back(address: RedisAddress, admission: KeyAdmission) -> None:
     """As after a power failure: a deletion must not be undone by it."""
-    tenants = Tenants(address)
+    tenants = TenantDirectory(address)
     key = tenants.create(ANN)
     with address.client() as client:
         before = client.dump(TENANTS)
         tenants.delete("ann")
-        admission.refresh()
+        admission.tenants.refresh()
         client.restore(TENANTS, 0, before, replace=True)
-    wait_until(lambda: tenants.read(admission._directory) is None)
+    wait_until(lambda: tenants.read(admission.tenants.snapshot) is None)
     assert not is_let_in(admission, key)
 
 
@@ -452,8 +460,8 @@ def test_a_change_right_after_a_loss_first_puts_back_what_was_lost(
     address: RedisAddress, admission: KeyAdmission
 ) -> None:
     """Before the next look, which is a matter of luck."""
-    with admission._refreshing, address.client() as client:
-        tenants = admission.tenants
+    with admission.tenants._refreshing, address.client() as client:
+        tenants = admission.tenants.directory
         key = tenants.create(ANN)
         client.flushall()
         tenants.create(Tenant("bob"))
@@ -463,13 +471,13 @@ def test_a_change_right_after_a_loss_first_puts_back_what_was_lost(
         tenants.update("ann", lambda tenant: replace(tenant, is_disabled=True))
         client.restore(TENANTS, 0, before, replace=True)  # without its last change
         tenants.create(Tenant("cat"))
-    admission.refresh()
-    assert set(admission.records()) == {"ann", "bob", "cat"}
+    admission.tenants.refresh()
+    assert set(admission.tenants.snapshot.records) == {"ann", "bob", "cat"}
     assert isinstance(refusal(admission, key), PermissionDenied)
 
 
 def test_a_loss_in_the_middle_of_a_change_is_put_back_too(
-    address: RedisAddress, tenants: Tenants
+    address: RedisAddress, tenants: TenantDirectory
 ) -> None:
     tenants.create(ANN)
     tenants.create(Tenant("bob"))
@@ -492,16 +500,16 @@ def test_other_tenants_at_the_same_version_are_seen_and_those_before_are_kept(
     tmp_path: Path,
 ) -> None:
     """Changed elsewhere, by one who had not seen what Redis then lost."""
-    first = admission.tenants.create(ANN)
-    admission.refresh()
-    with admission._refreshing, address.client() as client:
+    first = admission.tenants.directory.create(ANN)
+    admission.tenants.refresh()
+    with admission.tenants._refreshing, address.client() as client:
         client.flushall()
-        other = Tenants(address)
+        other = TenantDirectory(address)
         other.create(Tenant("bob"))
         other.close()
-        client.hset(TENANTS, "=lineage", admission._directory.lineage)
-    admission.refresh()
-    assert set(admission.records()) == {"bob"} and not is_let_in(admission, first)
+        client.hset(TENANTS, "=lineage", admission.tenants.snapshot.lineage)
+    admission.tenants.refresh()
+    assert set(admission.tenants.snapshot.records) == {"bob"} and not is_let_in(admission, first)
     assert "the 1 that were known until now are in" in caplog.text
     assert "ann" in (tmp_path / "tenants.json.bak").read_text()
 
@@ -510,14 +518,14 @@ def test_another_clusters_redis_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "new").mkdir()
     with redis_server(tmp_path / "old") as address, admitting(address) as admission:
-        tenants = Tenants(address)
+        tenants = TenantDirectory(address)
         key = tenants.create(ANN)
         for weight in (1.0, 2.0, 3.0):
             tenants.update("ann", lambda tenant, weight=weight: replace(tenant, weight=weight))
-        admission.refresh()
+        admission.tenants.refresh()
     (tmp_path / "old" / "tenants.json").rename(tmp_path / "new" / "tenants.json")
     with redis_server(tmp_path / "new") as address:
-        other = Tenants(address).create(Tenant("bob"))
+        other = TenantDirectory(address).create(Tenant("bob"))
         with admitting(address) as admission:
             assert is_let_in(admission, other) and not is_let_in(admission, key)
     assert "ann" in (tmp_path / "new" / "tenants.json.bak").read_text()
@@ -525,7 +533,7 @@ def test_another_clusters_redis_is_taken_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"lineage": "x"}', '{"records": {"a": "{}"}}'])
 def test_a_damaged_copy_is_ignored(
-    tenants: Tenants, address: RedisAddress, tmp_path: Path, text: str
+    tenants: TenantDirectory, address: RedisAddress, tmp_path: Path, text: str
 ) -> None:
     key = tenants.create(ANN)
     (tmp_path / "tenants.json").write_text(text)
@@ -535,18 +543,18 @@ def test_a_damaged_copy_is_ignored(
 
 
 def test_a_damaged_record_keeps_only_its_tenant_out(
-    tenants: Tenants, address: RedisAddress, admission: KeyAdmission
+    tenants: TenantDirectory, address: RedisAddress, admission: KeyAdmission
 ) -> None:
     ann, bob = tenants.create(ANN), tenants.create(Tenant("bob"))
     with address.client() as client:
         client.hset(TENANTS, "ann", '{"tenant": {"name": "ann"}')
         client.hincrby(TENANTS, "=version", 1)
-    admission.refresh()
+    admission.tenants.refresh()
     assert is_let_in(admission, bob) and not is_let_in(admission, ann)
     with pytest.raises(UnknownTenant):
         tenants.rotate("ann")
     again = tenants.create(ANN)
-    admission.refresh()
+    admission.tenants.refresh()
     assert is_let_in(admission, again)
 
 

@@ -18,7 +18,8 @@ from rich.console import Console
 from cluster.errors import InvalidRequest, PermissionDenied, Unavailable
 from cluster.store.redis import RedisAddress
 from cluster.tenants import usage
-from cluster.tenants.tenancy import OpenLease, Tenant
+from cluster.tenants.admission import OpenLease
+from cluster.tenants.tenancy import Tenant
 from cluster.tenants.usage import KEPT_S, UsageBooks, Used, today
 from deployments.commands import usage as usage_commands
 from deployments.commands.client import Client

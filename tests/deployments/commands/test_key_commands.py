@@ -106,7 +106,7 @@ def test_from_the_first_tenant_to_its_deletion(
     said("keys", "set", "ann", "--no-admin", "--expires", "30d")
     assert re.search(r"ann \w{8} \w{8} .* until \d{4}-\d\d-\d\d", said("keys"))
     assert said("keys", "delete", "ann").startswith("Deleted ann, its sessions")
-    assert "isn't known here. (briolette takes a key from" in said("chat", "--key", new, "hi")
+    assert "is unknown. (briolette takes a key from" in said("chat", "--key", new, "hi")
     said("keys", "delete", "bob")
 
 
@@ -130,7 +130,7 @@ def test_what_a_user_can_get_wrong(said: Callable[..., Said]) -> None:
         ("set", "x"): "What shall be set?",
         ("set", "x", "--weight", "2"): "There is no tenant 'x'",
         ("delete", "x"): "There is no tenant 'x'",
-        ("list", "--key", "brio_wrong_key"): "This key isn't known here.",
+        ("list", "--key", "brio_wrong_key"): "This key is unknown.",
     }  # fmt: skip
     for arguments, words in mistakes.items():
         answer = said("keys", *arguments)

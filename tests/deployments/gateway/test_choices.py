@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from cluster.errors import BrioletteError, InvalidRequest, QuotaExceeded, Unavailable
-from cluster.tenants.admission import KeyLease
 from cluster.tenants.quota import Quota
 from cluster.tenants.tenancy import Tenant
 from deployments.gateway.calls.answers import Prepared
@@ -52,8 +51,8 @@ class Caller:
     """A tenant with 100 tokens a minute, on a clock that stands still."""
 
     def __init__(self) -> None:
-        self.quota = Quota("ann", lambda: 0.0)
-        self.quota.limit(100, 1)
+        tenant = Tenant("ann", tokens_per_minute=100, max_in_flight=1)
+        self.quota = Quota(tenant, lambda: 0.0)
 
     def ask(self, answers: Any, lengths: Sequence[int], num_choices: int) -> list[int]:
         """Whose pieces have come, for prompts of so many tokens."""
@@ -61,7 +60,7 @@ class Caller:
             CompleteRequest(token_ids=TokenIds(ids=[i] * length))
             for i, length in enumerate(lengths)
         ]
-        call = Call(KeyLease(Tenant("ann"), self.quota), request_id="call")
+        call = Call(self.quota, request_id="call")
 
         async def take() -> list[int]:
             pieces = generate_all(answers, requests, call, num_choices)

@@ -31,7 +31,8 @@ from cluster.errors import (
     UnknownModel,
 )
 from cluster.links.connect import Endpoint, connect
-from cluster.tenants.tenancy import OpenLease, Tenant
+from cluster.tenants.admission import OpenLease
+from cluster.tenants.tenancy import Tenant
 from deployments.decoder.link import MAX_OUTBOX
 from deployments.gateway.calls.answers import Answers
 from deployments.gateway.calls.call import Call

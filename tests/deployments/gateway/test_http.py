@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cluster.errors import PortTaken, Unauthenticated
-from cluster.tenants.tenancy import Lease, OpenLease
+from cluster.tenants.admission import Lease, OpenAdmission, OpenLease
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.http.stream import EventStream
 from engine.text.tokenizer import Tokenizer
@@ -200,8 +200,10 @@ def test_only_this_machines_names_are_served_without_keys(gateway: Gateway) -> N
     assert "application/json" in text.json()["error"]["message"]
 
 
-class KeysOnly:
+class KeysOnly(OpenAdmission):
     """An admission with one key."""
+
+    is_open = False
 
     def admit(self, key: str | None) -> Lease:
         if key != "right":

@@ -13,7 +13,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cluster.tenants.admission import KeyAdmission
-from cluster.tenants.directory import Tenants
 from cluster.tenants.keys import new_key
 from cluster.tenants.tenancy import Tenant
 from cluster.tenants.usage import Used, today
@@ -47,7 +46,7 @@ def decoder(tokenizer: Tokenizer) -> Iterator[Decoder]:
 def admission(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyAdmission]:
     directory = tmp_path_factory.mktemp("keys")
     with redis_server(directory) as address:
-        yield KeyAdmission(Tenants(address), directory / "tenants.json", new_key(0.0)[1])
+        yield KeyAdmission(address, directory / "tenants.json", new_key(0.0)[1])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def gateway(
 
 @pytest.fixture
 def tenant(admission: KeyAdmission) -> str:
-    return f"t{len(admission.records())}"
+    return f"t{len(admission.tenants.snapshot.records)}"
 
 
 @pytest.fixture
@@ -74,8 +73,8 @@ def client(
     tenant: str, gateway: Gateway, admission: KeyAdmission, request: pytest.FixtureRequest
 ) -> openai.OpenAI:
     """Of the tenant, as the test's parameter describes it."""
-    key = admission.tenants.create(Tenant(name=tenant, **getattr(request, "param", {})))
-    admission.refresh()
+    key = admission.tenants.directory.create(Tenant(name=tenant, **getattr(request, "param", {})))
+    admission.tenants.refresh()
     return openai.OpenAI(base_url=gateway.base_url, api_key=key, max_retries=0)
 
 
@@ -89,7 +88,7 @@ def ask(client: openai.OpenAI, text: str = "a", n: int = 1) -> str:
 def test_a_key_is_needed(client: openai.OpenAI, registry: CollectorRegistry) -> None:
     assert ask(client) == "bcdefghi"
     assert [model.id for model in client.models.list()] == ["counter"]
-    with pytest.raises(openai.AuthenticationError, match="isn't known") as caught:
+    with pytest.raises(openai.AuthenticationError, match="is unknown") as caught:
         ask(client.with_options(api_key=client.api_key + "0"))
     assert caught.value.code == "invalid_api_key"
     labels = {"tenant": "(none)", "method": "/v1/completions", "status": "UNAUTHENTICATED"}

@@ -26,12 +26,14 @@ from cluster.errors import (
     ConfigError,
     PermissionDenied,
     QuotaExceeded,
+    TenantExists,
     Unauthenticated,
     Unavailable,
+    UnknownTenant,
 )
 from cluster.store.redis import RedisAddress
 from cluster.tenants.admission import KeyAdmission
-from cluster.tenants.directory import TenantExists, Tenants, UnknownTenant
+from cluster.tenants.directory import TenantDirectory
 from cluster.tenants.keys import new_key
 from cluster.tenants.sessions import Sessions
 from deployments.commands.access import Access
@@ -104,8 +106,8 @@ def cluster(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> I
     directory = tmp_path_factory.mktemp("keys")
     decoder, registry = Decoder(tokenizer), CollectorRegistry()
     with redis_server(directory) as address:
-        admission = KeyAdmission(Tenants(address), directory / "tenants.json", LOCAL)
-        kept = Sessions(address, 60.0, lambda tenant: admission.kv_bytes(tenant) or 1 << 20)
+        admission = KeyAdmission(address, directory / "tenants.json", LOCAL)
+        kept = Sessions(address, 60.0, lambda tenant: admission.tenants.kv_bytes(tenant) or 1 << 20)
         with running_gateway(
             tokenizer, decoder.find, kept, registry, admission, auth="keys"
         ) as gateway:
@@ -125,7 +127,7 @@ def test_a_key_opens_what_no_key_does(cluster: Cluster) -> None:
     code, sentence = cluster.refusal(None)
     assert (code, "asks for a key" in sentence) == ("UNAUTHENTICATED", True)
     code, sentence = cluster.refusal(key + "0")
-    assert (code, sentence) == ("UNAUTHENTICATED", "This key isn't known here.")
+    assert (code, sentence) == ("UNAUTHENTICATED", "This key is unknown.")
     stub = InferenceStub(cluster.channel)
     by_header = stub.CompleteOnce(complete("a"), metadata=[("x-api-key", key)])
     assert by_header.text == "bcdefghi"
@@ -241,7 +243,7 @@ def test_over_quota_says_when_to_come_back(cluster: Cluster) -> None:
     assert float(trailing["retry-after-s"]) == pytest.approx(info.retry_delay.seconds, abs=1)
     with Client(f"127.0.0.1:{cluster.gateway.port}", Access(key)) as client:
         message = Message(role="user", content="x" * 20)
-        with pytest.raises(QuotaExceeded, match="try again in") as refused:
+        with pytest.raises(QuotaExceeded, match="retry after") as refused:
             list(client.chat([message], Sampling(max_tokens=1)))
     assert refused.value.retry_after_s is not None and refused.value.retry_after_s > 5
     code, sentence = cluster.refusal(key, "x" * 61)
@@ -254,7 +256,7 @@ def test_an_answer_is_paid_for_and_a_debt_waited_off(cluster: Cluster) -> None:
     key = cluster.create("spender", tokens_per_minute=100)
     assert len(cluster.complete(key, "x" * 10, max_tokens=200)) == 200
     code, sentence = cluster.refusal(key)
-    assert (code, "try again in 6" in sentence) == ("RESOURCE_EXHAUSTED", True)
+    assert (code, "retry after 6" in sentence) == ("RESOURCE_EXHAUSTED", True)
 
 
 def test_what_an_overloaded_cluster_refuses_costs_nothing(cluster: Cluster) -> None:
@@ -358,13 +360,12 @@ def test_one_admins_changes_leave_threads_to_another(
 ) -> None:
     """However long Redis takes for them."""
     key, go_on = cluster.create("slow", admin=True), threading.Event()
-    assert cluster.gateway._keys is not None
 
-    def rotate(name: str, grace_s: float) -> str:
+    def rotate(directory: TenantDirectory, name: str, grace_s: float) -> str:
         go_on.wait(20)
         return "a key"
 
-    monkeypatch.setattr(cluster.gateway._keys.tenants, "rotate", rotate)
+    monkeypatch.setattr(TenantDirectory, "rotate", rotate)
     metadata, admin = [("x-api-key", key)], AdminStub(cluster.channel)
     calls = [
         admin.RotateKey.future(RotateKeyRequest(name="slow"), metadata=metadata) for _ in range(12)

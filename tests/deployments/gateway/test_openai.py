@@ -22,7 +22,7 @@ from cluster.errors import (
     Unauthenticated,
     Unavailable,
 )
-from cluster.tenants.tenancy import Lease, OpenLease
+from cluster.tenants.admission import Lease, OpenAdmission, OpenLease
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.openai.schema import ChatBody, CompletionBody
 from protos.briolette.v1.inference_pb2 import (
@@ -404,8 +404,10 @@ def test_tool_choice(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
 # Errors
 
 
-class Refusing:
+class Refusing(OpenAdmission):
     """An admission by script."""
+
+    is_open = False
 
     def __init__(self) -> None:
         self.error: BrioletteError | None = None

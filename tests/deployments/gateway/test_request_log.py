@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from bench.lib.http_load import post
 from cluster.errors import Unauthenticated
 from cluster.metrics import Metrics
-from cluster.tenants.tenancy import Lease, OpenLease
+from cluster.tenants.admission import Lease, OpenAdmission, OpenLease
 from deployments.gateway.calls import request_log
 from deployments.gateway.calls.call import Call
 from deployments.gateway.calls.request_log import FILE, NOBODY, RequestLog
@@ -199,8 +199,10 @@ def test_a_caller_that_is_not_let_in(tmp_path: Path) -> None:
     assert registry.get_sample_value("briolette_gateway_errors_total", labels) == 1
 
 
-class NobodyAdmission:
-    """Lets nobody in."""
+class NobodyAdmission(OpenAdmission):
+    """Admits no call."""
+
+    is_open = False
 
     def admit(self, key: str | None) -> Lease:
         raise Unauthenticated("Not you.")

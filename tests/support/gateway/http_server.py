@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from cluster.config import GatewayConfig
 from cluster.errors import BrioletteError
 from cluster.metrics import Metrics
-from cluster.tenants.tenancy import Admission, OpenAdmission
+from cluster.tenants.admission import Admission, OpenAdmission
 from deployments.gateway.calls.answers import Prepared
 from deployments.gateway.calls.call import Call
 from deployments.gateway.calls.request_log import RequestLog

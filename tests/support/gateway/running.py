@@ -17,8 +17,8 @@ from cluster.config import GatewayConfig
 from cluster.errors import LinkError
 from cluster.links.connect import Endpoint
 from cluster.metrics import Metrics
+from cluster.tenants.admission import Admission
 from cluster.tenants.sessions import Sessions
-from cluster.tenants.tenancy import Admission
 from deployments.gateway.gateway import Gateway
 from engine.text.tokenizer import Tokenizer
 from tests.support.gateway.fake_decoder import SECRET

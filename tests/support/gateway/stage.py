@@ -7,7 +7,8 @@ from selenium.webdriver.common.keys import Keys
 from torch import Tensor
 
 from cluster.errors import PermissionDenied, Unauthenticated
-from cluster.tenants.tenancy import Lease, OpenLease, Tenant
+from cluster.tenants.admission import Lease, OpenAdmission, OpenLease
+from cluster.tenants.tenancy import Tenant
 from deployments.gateway.gateway import Gateway
 from engine.batch import Batch
 from engine.text.tokenizer import Tokenizer
@@ -59,8 +60,10 @@ class Stage(Decoder):
         status.takes_images = self.takes_images
 
 
-class FewKeys:
+class FewKeys(OpenAdmission):
     """Tenants by their keys; who is disabled is refused."""
+
+    is_open = False
 
     def __init__(self) -> None:
         self.tenants = {KEY: "ann", BOBS_KEY: "bob"}

@@ -7,7 +7,8 @@ import asyncio
 import numpy as np
 
 from cluster.placement import ExpertGroups
-from cluster.tenants.tenancy import OpenLease, Tenant
+from cluster.tenants.admission import OpenLease
+from cluster.tenants.tenancy import Tenant
 from cluster.tenants.usage import UsageBooks
 from deployments.decoder.tenant_loads import TenantLoads
 from deployments.gateway.calls.call import Call
