@@ -1,4 +1,4 @@
-"""How links between processes come to be: endpoints, listeners and connections, by the best way."""
+"""Connecting processes: endpoints, listeners, and links by the fastest transport that works."""
 
 from __future__ import annotations
 
@@ -27,36 +27,31 @@ from cluster.links.shared_memory import (
 __all__ = ["Endpoint", "Link", "Listener", "connect"]
 
 AUTO = handshake.TRANSPORTS  # in order of preference
-HANDSHAKE_S = 5.0
+HANDSHAKE_TIMEOUT_S = 5.0
 TURN_AWAY_S = 0.2  # for telling a peer that this process may open no more files
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a listener can be reached; whether `unix_name` can is found out by trying."""
+    """The addresses of a listener; only a process on its machine can reach `unix_name`."""
 
     host: str
     port: int
     unix_name: str | None = None  # in Linux's abstract namespace: it ends with its process
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the control plane."""
+        """Return plain values, to be sent to other processes."""
         return asdict(self)
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> Endpoint:
-        """The inverse of `to_dict`."""
+        """Return the endpoint that `to_dict` made these values of."""
         unix_name = fields.get("unix_name")
         return Endpoint(str(fields["host"]), int(fields["port"]), unix_name)
 
 
 class Listener:
-    """Accepts links on a TCP port and, for this machine, on a Unix socket.
-
-    `verify(hello)` returns the welcome for a peer, or raises LinkError with the reason to refuse
-    it. Raises PortTaken when another process listens on the port, ConfigError for an address that
-    this machine doesn't have.
-    """
+    """Accepts links on a TCP port and, from this machine, on a Unix socket."""
 
     def __init__(
         self,
@@ -66,6 +61,20 @@ class Listener:
         port: int = 0,
         transports: Sequence[str] = AUTO,
     ) -> None:
+        """Bind and listen.
+
+        Args:
+            secret: The cluster's secret, which peers must know.
+            verify: Returns the welcome for a peer's hello, or raises LinkError with the reason to
+                refuse it.
+            host: The address to listen on.
+            port: The TCP port; 0 takes a free one.
+            transports: The transports that peers may ask for.
+
+        Raises:
+            PortTaken: If another process listens on the port.
+            ConfigError: If this machine doesn't have the address.
+        """
         self._secret, self._verify = secret, verify
         self._transports = transports
         self._sockets = [_listen_tcp(host, port)]
@@ -87,41 +96,50 @@ class Listener:
         self._lock = threading.Lock()
         self.endpoint = Endpoint(host, self._sockets[0].getsockname()[1], unix_name)
 
-    def accept(self, deadline_s: float | None = None) -> Link:
-        """The next link whose handshake succeeds. A server that must not wait for a slow stranger
-        calls `accept_socket`, and `welcome` in a thread. Raises LinkTimeout, or LinkError once the
-        listener is closed.
+    def accept(self, timeout_s: float | None = None) -> Link:
+        """Return the next link whose handshake succeeds.
+
+        A server that must not wait for a slow peer calls `accept_socket`, and `welcome` in a
+        thread.
+
+        Raises:
+            LinkTimeout: If there was none within `timeout_s`.
+            LinkError: If the listener is closed.
         """
-        end = end_of(deadline_s)
+        end_at = end_of(timeout_s)
         while True:
-            sock = self.accept_socket(left_until(end))
+            sock = self.accept_socket(left_until(end_at))
             with contextlib.suppress(LinkError):
                 return self.welcome(sock)
 
-    def accept_socket(self, deadline_s: float | None = None) -> socket.socket:
-        """The next connection, before any handshake; errors as in `accept`."""
-        end = end_of(deadline_s)
+    def accept_socket(self, timeout_s: float | None = None) -> socket.socket:
+        """Return the next connection, before any handshake. Raises as `accept` does."""
+        end_at = end_of(timeout_s)
         with self._lock:
             while not self._is_closed:
-                left_s = left_until(end)
+                left_s = left_until(end_at)
                 self._poll.poll(None if left_s is None else left_s * 1000)
                 for sock in self._sockets:
                     try:
                         return sock.accept()[0]
-                    except OSError as error:  # nobody there, or gone again
+                    except OSError as error:  # no peer, or it is gone again
                         if error.errno in (errno.EMFILE, errno.ENFILE):
                             self._turn_away(sock)
                 if left_s == 0:
-                    raise LinkTimeout("No link within the deadline.")
+                    raise LinkTimeout("No link within the timeout.")
         raise LinkError("The listener is closed.")
 
-    def welcome(self, sock: socket.socket, deadline_s: float = HANDSHAKE_S) -> Link:
-        """Shake hands on a connection; takes the socket over. Raises LinkError when refused."""
+    def welcome(self, sock: socket.socket, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> Link:
+        """Shake hands on a connection and return its link; takes over the socket.
+
+        Raises:
+            LinkError: If the handshake fails or the peer is refused.
+        """
         is_unix = sock.family == socket.AF_UNIX
         try:
-            transport, hello = handshake.answer(sock, self._secret, self._verify, deadline_s)
+            transport, hello = handshake.answer(sock, self._secret, self._verify, timeout_s)
             if (transport == "tcp") == is_unix or transport not in self._transports:
-                raise LinkError(f"The peer asked for {transport} in the wrong place.")
+                raise LinkError(f"The peer asked for {transport}, which this socket doesn't offer.")
             if transport == "shm":
                 return Link(self._share_memory(sock), hello)
             _set_options(sock)
@@ -131,7 +149,7 @@ class Listener:
             raise error if isinstance(error, LinkError) else LinkError(str(error)) from None
 
     def close(self) -> None:
-        """Stop listening; a thread in `accept` gets LinkError. Links live on."""
+        """Stop listening; a thread in `accept` gets LinkError. Accepted links stay open."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -145,8 +163,8 @@ class Listener:
             self._sockets.clear()
 
     def _turn_away(self, listening: socket.socket) -> None:
-        """This process may open no more files: give up the spare one for as long as it takes to
-        tell the next peer so, who would wait in vain otherwise.
+        """Tell the next peer that this process may open no more files, with the spare one: it would
+        wait in vain otherwise.
         """
         if self._spare_fd is not None:
             os.close(self._spare_fd)
@@ -158,10 +176,10 @@ class Listener:
             self._spare_fd = _open_spare()
         except OSError:  # another thread was faster
             self._spare_fd = None
-            time.sleep(TURN_AWAY_S)  # who waits stays readable: don't spin
+            time.sleep(TURN_AWAY_S)  # the waiting peer keeps the socket readable: don't spin
 
     def _share_memory(self, sock: socket.socket) -> SharedMemoryPipe:
-        """Only now, for a peer that has proved itself: memory is made for nobody else."""
+        """Share new memory with a peer; only after its handshake, so that strangers cost none."""
         fds: list[int] = []
         with contextlib.suppress(OSError):  # no memory, or no more files: the peer tries a socket
             fds = create_shared_fds() if HAS_SHARED_MEMORY else []
@@ -180,16 +198,26 @@ def connect(
     endpoint: Endpoint,
     secret: bytes,
     hello: bytes,
-    deadline_s: float = HANDSHAKE_S,
+    timeout_s: float = HANDSHAKE_TIMEOUT_S,
     transports: Sequence[str] = AUTO,
 ) -> Link:
-    """Link to a listener by the first transport whose handshake succeeds; `link.hello` is the
-    listener's welcome.
+    """Connect to a listener by the first transport whose handshake succeeds.
 
-    `deadline_s` is for all attempts together. Raises LinkRefused with the other side's reason, or
-    LinkError with what went wrong on each transport.
+    Args:
+        endpoint: The listener's addresses.
+        secret: The cluster's secret.
+        hello: What the listener is told.
+        timeout_s: Seconds for all attempts together.
+        transports: The transports to try, in this order.
+
+    Returns:
+        The link; its `hello` is the listener's welcome.
+
+    Raises:
+        LinkRefused: If the listener refuses, with its reason.
+        LinkError: If no transport works, with what went wrong on each.
     """
-    end = time.monotonic() + deadline_s
+    end_at = time.monotonic() + timeout_s
     problems: list[str] = []
     for transport in transports:
         if transport != "tcp" and endpoint.unix_name is None:
@@ -197,7 +225,7 @@ def connect(
         if transport == "shm" and not HAS_SHARED_MEMORY:
             continue
         try:
-            return _connect_by(transport, endpoint, secret, hello, end)
+            return _connect_by(transport, endpoint, secret, hello, end_at)
         except LinkRefused:
             raise
         except (LinkError, OSError) as error:
@@ -206,9 +234,9 @@ def connect(
 
 
 def _connect_by(
-    transport: str, endpoint: Endpoint, secret: bytes, hello: bytes, end: float
+    transport: str, endpoint: Endpoint, secret: bytes, hello: bytes, end_at: float
 ) -> Link:
-    left_s = max(0.001, end - time.monotonic())
+    left_s = max(0.001, end_at - time.monotonic())
     if transport == "tcp":
         sock = socket.create_connection((endpoint.host, endpoint.port), timeout=left_s)
     else:
@@ -217,7 +245,7 @@ def _connect_by(
         if transport != "tcp":
             sock.settimeout(left_s)
             sock.connect(f"\0{endpoint.unix_name}")
-        left_s = max(0.001, end - time.monotonic())
+        left_s = max(0.001, end_at - time.monotonic())
         welcome = handshake.offer(sock, transport, secret, hello, left_s)
         if transport == "shm":
             fds = _receive_fds(sock)
@@ -235,12 +263,12 @@ def _receive_fds(sock: socket.socket) -> list[int]:
     if len(fds) != NUM_SHARED_FDS:
         for fd in fds:
             os.close(fd)
-        raise LinkError("the other side shares no memory")
+        raise LinkError("the other side has no shared memory for links")
     return list(fds)
 
 
 def _refuse_for_files(hello: bytes) -> bytes:
-    raise LinkError("The process has as many files open as it may (ulimit -n).")
+    raise LinkError("The process has reached its limit of open files (ulimit -n).")
 
 
 def _open_spare() -> int:

@@ -34,15 +34,26 @@ _VERDICT = struct.Struct(f"<B{PROOF_BYTES}sI")
 
 
 def offer(
-    sock: socket.socket, transport: str, secret: bytes, hello: bytes, deadline_s: float
+    sock: socket.socket, transport: str, secret: bytes, hello: bytes, timeout_s: float
 ) -> bytes:
-    """The connector's side, on a fresh socket; returns the acceptor's welcome.
+    """Shake hands as the connector, on a fresh socket.
 
-    `deadline_s`: seconds from now. Raises LinkRefused with the reason when either side says no,
-    LinkError when the other side is silent, gone, or speaks something else.
+    Args:
+        sock: The connected socket; the caller keeps it.
+        transport: The transport to ask for, one of TRANSPORTS.
+        secret: The cluster's secret.
+        hello: What the acceptor is told, at most MAX_HELLO_BYTES.
+        timeout_s: Seconds for the whole handshake.
+
+    Returns:
+        The acceptor's welcome.
+
+    Raises:
+        LinkRefused: If either side refuses the other, with the reason.
+        LinkError: If the other side is silent, gone, or speaks another protocol.
     """
     assert len(hello) <= MAX_HELLO_BYTES
-    stream = _Timed(sock, deadline_s)
+    stream = _Timed(sock, timeout_s)
     nonce = os.urandom(NONCE_BYTES)
     stream.send(_OPENING.pack(MAGIC, VERSION, TRANSPORTS.index(transport), nonce))
     magic, version, peer_nonce, proof = _CHALLENGE.unpack(stream.receive(_CHALLENGE.size))
@@ -61,14 +72,23 @@ def offer(
 
 
 def answer(
-    sock: socket.socket, secret: bytes, verify: Callable[[bytes], bytes], deadline_s: float
+    sock: socket.socket, secret: bytes, verify: Callable[[bytes], bytes], timeout_s: float
 ) -> tuple[str, bytes]:
-    """The acceptor's side; returns the transport asked for and the connector's hello.
+    """Shake hands as the acceptor, on an accepted socket.
 
-    `verify(hello)` returns the welcome or raises LinkError with the reason, which the connector is
-    told. Raises LinkError when the peer fails any step.
+    Args:
+        sock: The accepted socket; the caller keeps it.
+        secret: The cluster's secret.
+        verify: Returns the welcome for a hello, or raises LinkError with the reason to refuse it.
+        timeout_s: Seconds for the whole handshake.
+
+    Returns:
+        The transport that the connector asked for, and its hello.
+
+    Raises:
+        LinkError: If the connector fails any step, or is refused.
     """
-    stream = _Timed(sock, deadline_s)
+    stream = _Timed(sock, timeout_s)
     magic, version, transport_id, peer_nonce = _OPENING.unpack(stream.receive(_OPENING.size))
     _check_protocol(magic, version)
     if transport_id >= len(TRANSPORTS):
@@ -93,10 +113,10 @@ def answer(
 
 
 class _Timed:
-    """Exact reads and writes on a socket, all within one deadline."""
+    """Reads and writes of exact lengths on a socket, all within one timeout."""
 
-    def __init__(self, sock: socket.socket, deadline_s: float) -> None:
-        self._sock, self._end = sock, time.monotonic() + deadline_s
+    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
+        self._sock, self._end_at = sock, time.monotonic() + timeout_s
 
     def send(self, data: bytes) -> None:
         self._arm()
@@ -119,9 +139,9 @@ class _Timed:
         return bytes(data)
 
     def _arm(self) -> None:
-        left_s = self._end - time.monotonic()
+        left_s = self._end_at - time.monotonic()
         if left_s <= 0:
-            raise LinkError("The handshake took too long.")
+            raise LinkError("The handshake timed out.")
         self._sock.settimeout(left_s)
 
 
@@ -138,5 +158,5 @@ def _check_protocol(magic: bytes, version: int) -> None:
 
 def _check_size(size: int) -> int:
     if size > MAX_HELLO_BYTES:
-        raise LinkError(f"The peer announced a hello of {size} bytes; {MAX_HELLO_BYTES} is most.")
+        raise LinkError(f"Hello of {size} bytes exceeds the limit of {MAX_HELLO_BYTES}.")
     return size

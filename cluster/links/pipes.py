@@ -14,31 +14,46 @@ from cluster.errors import LinkError
 
 
 class Pipe(Protocol):
-    """Bytes both ways. One thread may read while another writes; never two of a kind.
+    """A pipe of bytes both ways. One thread may read while another writes.
 
-    `read_into` and `write` never block; they return the bytes moved, 0 when nothing can move now,
-    and raise LinkError once the other side is gone. `wait` returns when something may move, `spin`
-    tells without sleeping whether something can be read within the time. `close` may come twice.
+    Attributes:
+        kind: The transport: "shm", "unix" or "tcp".
+        prefers_wait: True if a read that finds nothing costs more than a wait.
     """
 
     kind: str
-    prefers_wait: bool  # a read that finds nothing is dearer than asking first
+    prefers_wait: bool
 
-    def read_into(self, target: memoryview) -> int: ...
-    def write(self, parts: Sequence[memoryview]) -> int: ...
-    def wait(self, timeout_s: float | None, *, read: bool, write: bool) -> None: ...
-    def spin(self, limit_s: float) -> bool: ...
-    def shutdown(self) -> None: ...  # wakes both sides; any thread may call it
-    def close(self) -> None: ...
+    def read_into(self, target: memoryview) -> int:
+        """Read what has come, without blocking; return the number of bytes. Raises LinkError once
+        the other side is gone.
+        """
+
+    def write(self, parts: Sequence[memoryview]) -> int:
+        """Write what there is room for, without blocking; return the number of bytes. Raises
+        LinkError once the other side is gone.
+        """
+
+    def wait(self, timeout_s: float | None, *, read: bool, write: bool) -> None:
+        """Sleep until something may be read or written; it may wake for nothing."""
+
+    def spin(self, limit_s: float) -> bool:
+        """Poll without sleeping, at most so long; return whether something can be read."""
+
+    def shutdown(self) -> None:
+        """Wake both sides, which then find the pipe closed. Any thread may call."""
+
+    def close(self) -> None:
+        """Free everything. May be called twice."""
 
 
 class SocketPipe:
-    """A connected stream socket, Unix or TCP."""
+    """A pipe over a connected stream socket, Unix or TCP."""
 
     prefers_wait = True
 
     def __init__(self, sock: socket.socket) -> None:
-        """Takes the socket over."""
+        """Take over a connected socket."""
         self.kind = "unix" if sock.family == socket.AF_UNIX else "tcp"
         sock.setblocking(False)
         self._sock = sock
@@ -71,9 +86,9 @@ class SocketPipe:
         self._polls[mask].poll(to_ms(timeout_s))
 
     def spin(self, limit_s: float) -> bool:
-        poll, end_s = self._polls[select.POLLIN].poll, time.monotonic() + limit_s
+        poll, end_at = self._polls[select.POLLIN].poll, time.monotonic() + limit_s
         while not poll(0):
-            if time.monotonic() >= end_s:
+            if time.monotonic() >= end_at:
                 return False
         return True
 
@@ -86,7 +101,7 @@ class SocketPipe:
 
 
 def poll_on(fd_to_mask: dict[int, int]) -> select.poll:
-    """A poll of these descriptors."""
+    """Return a poll object for these descriptors, each with its event mask."""
     poll = select.poll()
     for fd, mask in fd_to_mask.items():
         poll.register(fd, mask)
@@ -94,5 +109,5 @@ def poll_on(fd_to_mask: dict[int, int]) -> select.poll:
 
 
 def to_ms(timeout_s: float | None) -> int | None:
-    """As `poll` wants it, rounded up, so that it doesn't return too early."""
+    """Return a timeout in milliseconds, as `poll` takes it, rounded up: never too short."""
     return None if timeout_s is None else max(0, math.ceil(timeout_s * 1000))

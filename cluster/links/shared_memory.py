@@ -25,7 +25,7 @@ HAS_SHARED_MEMORY = platform.machine() in ("x86_64", "AMD64") and hasattr(os, "m
 
 
 class SharedMemoryPipe:
-    """Two rings in one memfd, with a doorbell for data and one for space on each side.
+    """A pipe through two rings in one memfd; each side has a doorbell for data and one for space.
 
     The Unix socket that carried the descriptors stays open and silent: the kernel closes it when
     the other process dies, however it dies, and nothing has a name that could be left behind.
@@ -39,9 +39,15 @@ class SharedMemoryPipe:
     prefers_wait = False
 
     def __init__(self, sock: socket.socket, fds: Sequence[int], *, is_acceptor: bool) -> None:
-        """Takes over the socket and the descriptors of `create_shared_fds`, whatever happens.
+        """Map the memory; takes over the socket and the descriptors, also when it raises.
 
-        Raises LinkError when the memory can't be mapped.
+        Args:
+            sock: The Unix socket that carried the descriptors.
+            fds: The descriptors that `create_shared_fds` made.
+            is_acceptor: True on the side that made them.
+
+        Raises:
+            LinkError: If the memory can't be mapped.
         """
         memory_fd, *bells = fds
         mine, theirs = (bells[:2], bells[2:]) if is_acceptor else (bells[2:], bells[:2])
@@ -84,7 +90,7 @@ class SharedMemoryPipe:
                 raise LinkError("The other side closed the link.")
             return 0
         if not 0 < available <= self._capacity:
-            raise LinkError("The other side wrote nonsense into the shared memory.")
+            raise LinkError("The counters in the shared memory are out of range.")
         count = min(available, len(target))
         start = self._read % self._capacity
         first = min(count, self._capacity - start)
@@ -101,7 +107,7 @@ class SharedMemoryPipe:
     def write(self, parts: Sequence[memoryview]) -> int:
         space = self._capacity - (self._written - self._tx_words[TAIL])
         if not 0 <= space <= self._capacity:
-            raise LinkError("The other side wrote nonsense into the shared memory.")
+            raise LinkError("The counters in the shared memory are out of range.")
         total = 0
         for part in parts:
             total += self._copy_in(part[: space - total], self._written + total)
@@ -124,9 +130,9 @@ class SharedMemoryPipe:
                     os.eventfd_read(fd)
 
     def spin(self, limit_s: float) -> bool:
-        words, read, end_s = self._rx_words, self._read, time.monotonic() + limit_s
+        words, read, end_at = self._rx_words, self._read, time.monotonic() + limit_s
         while words[HEAD] == read:  # the bell that follows isn't waited for: it wakes a later wait
-            if time.monotonic() >= end_s:
+            if time.monotonic() >= end_at:
                 return False
         return True
 
@@ -153,8 +159,14 @@ class SharedMemoryPipe:
 
 
 def create_shared_fds(ring_bytes: int = RING_BYTES) -> list[int]:
-    """A sealed memfd with two rings, then the acceptor's data and space doorbells, then the
-    connector's. The caller owns them; the seal keeps the other side from shrinking the memory.
+    """Create the descriptors of a pipe; the caller owns them.
+
+    Returns:
+        A memfd with two rings, sealed so that the other side can't shrink it, then the acceptor's
+        data and space doorbells, then the connector's.
+
+    Raises:
+        OSError: If there is no memory, or the process may open no more files.
     """
     fds: list[int] = []
     try:

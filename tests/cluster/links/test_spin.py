@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.links.spin import LOOK_S, MEMORY, SPIN_S, Spinner, count_runnable
+from cluster.links.spin import LOOK_S, NUM_WAITS, SPIN_S, Spinner, count_runnable
 
 
 class Machine:
@@ -17,7 +17,7 @@ class Machine:
 
 
 def taught(spinner: Spinner, waited_s: float) -> Spinner:
-    for _ in range(MEMORY):
+    for _ in range(NUM_WAITS):
         spinner.learn(waited_s)
     return spinner
 
