@@ -153,7 +153,7 @@ def test_spinning_finds_what_comes(transport: str) -> None:
 def test_a_peer_that_never_reads_is_an_error_in_time(transport: str) -> None:
     with linked(transport) as (near, _):
         start = time.monotonic()
-        with pytest.raises(LinkError, match="deadline"):
+        with pytest.raises(LinkError, match="timeout"):
             near.send([bytes(64 << 20)], 0.1)
         assert time.monotonic() - start < 1
         with pytest.raises(LinkError):
