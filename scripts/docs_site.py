@@ -28,6 +28,9 @@ TEXTS = {
     "demo-model.md": "demo/gemma4-moe-demo/README.md",
 }
 PACKAGES = ("engine", "experts", "cluster")
+STYLE = """.md-grid { max-width: 74rem }
+.md-typeset td code { word-break: normal }
+"""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -57,7 +60,10 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
 def _pages() -> Iterator[tuple[str, str]]:
     for name, source in TEXTS.items():
         yield name, _text(source)
-    yield "gem.svg", (ROOT / "deployments/gateway/page/gem.svg").read_text()
+    gem = (ROOT / "deployments/gateway/page/gem.svg").read_text()
+    yield "gem.svg", gem
+    yield "logo.svg", gem.replace("#1f9488", "#fff")  # on the header's own teal
+    yield "site.css", STYLE
     yield "reference/configuration.md", _configuration()
     yield "reference/cli.md", _commands()
     yield "reference/grpc.md", _grpc()
@@ -78,7 +84,7 @@ def _configuration() -> str:
     rows: dict[str, list[str]] = {}
     for key, default, about in settings():
         section = key.rpartition(".")[0]
-        row = (f"`{key}`", _shown(default), about["unit"], _range(about), about["help"])
+        row = (f"`{key}`", _shown(default), _allowed(about), about["help"])
         rows.setdefault(section, []).append(_row(row))
     lines = [
         "# Configuration",
@@ -89,7 +95,7 @@ def _configuration() -> str:
     ]
     for section, table in rows.items():
         lines += ["", f"## {section or 'The whole cluster'}", ""]
-        lines += [_row(("key", "default", "unit", "range", "meaning")), "|---|---|---|---|---|"]
+        lines += [_row(("key", "default", "range", "meaning")), "|---|---|---|---|"]
         lines += table
     return "\n".join(lines)
 
@@ -106,9 +112,11 @@ def _shown(default: object) -> str:
     return f"`{list(default) if isinstance(default, tuple) else default}`"
 
 
-def _range(about: Mapping[str, Any]) -> str:
-    least, most = about["least"], about["most"]
-    return "" if least is None else f"≥ {least:,}" if most is None else f"{least:,} to {most:,}"
+def _allowed(about: Mapping[str, Any]) -> str:
+    least, most, unit = about["least"], about["most"], about["unit"]
+    if least is None:
+        return str(unit)
+    return f"at least {least:,} {unit}" if most is None else f"{least:,} to {most:,} {unit}"
 
 
 def _row(cells: tuple[str, ...]) -> str:
@@ -183,7 +191,7 @@ def _proto(text: str) -> Iterator[str]:
 
 def _folders() -> list[Path]:
     """The packages whose modules have a page of reference, by their path from the root."""
-    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("[a-z]*.py")]
     return sorted({path.parent.relative_to(ROOT) for path in files})
 
 
@@ -192,7 +200,7 @@ def _python_page(folder: Path) -> str:
 
 
 def _python(folder: Path) -> str:
-    names = sorted(path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__")
+    names = sorted(path.stem for path in (ROOT / folder).glob("[a-z]*.py"))
     package = ".".join(folder.parts)
     modules = "\n\n".join(
         f"::: {package}.{name}\n    options: {{heading_level: 2}}" for name in names
