@@ -37,7 +37,7 @@ from bench.lib.injected_host import injected_router
 from bench.lib.models import BenchModel, load_models, random_prompts
 from bench.lib.ours import bench_config
 from cluster.config import Config
-from deployments.loading import Source, load_engine
+from deployments.loading import ModelSource, load_engine
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
 from experts.router import ExpertRouter, Handle
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     pin(2)
     torch.set_num_threads(1)
     real, light = load_models(["moe-50m", "light-experts"])
-    num_layers = Source.open(bench_config(light, {})).spec.num_layers
+    num_layers = ModelSource.open(bench_config(light, {})).spec.num_layers
     half_s = measure(light, args)["ping-pong"].work_s / (2 * num_layers)
     steps = {
         "at once": measure(real, args),
@@ -140,7 +140,7 @@ def measure(
         os.sched_setaffinity(0, {our_core})
         engine = load_engine(
             config := bench_config(model, {"engine.max_num_seqs": args.streams}),
-            Source.open(config),
+            ModelSource.open(config),
             router,
         )
         assert isinstance(engine.runner, ModelRunner)

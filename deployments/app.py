@@ -1,4 +1,4 @@
-"""The only wiring: which parts there are, what each is given, what each asks of Ray."""
+"""The application: the Serve deployments of a cluster, their arguments and their resources."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 5.0}
 
 
 def build(config: Config, spec: ModelSpec, secret: bytes, num_gpus: float = 0.0) -> Any:
-    """The Serve application: a gateway, a decoder and a deployment for each expert host.
+    """Bind the Serve application: a gateway, a decoder and a deployment for each expert host.
 
-    `num_gpus` is what Ray has; the parts share it unless the configuration says otherwise.
+    Args:
+        config: the configuration of the cluster.
+        spec: the model, by which the experts are placed.
+        secret: known to these processes only; links prove it in their handshake.
+        num_gpus: the GPUs that Ray has; the parts share them unless the configuration says how.
     """
     settings = config.to_dict()
     placement = place_experts(config, spec)
@@ -33,7 +37,7 @@ def build(config: Config, spec: ModelSpec, secret: bytes, num_gpus: float = 0.0)
             graceful_shutdown_timeout_s=2.0,
             ray_actor_options=resources(host_gpus(config, num_gpus, len(host_ids))),
             **HEALTH,
-        ).bind(settings, host_id, secret)
+        ).bind(settings, placement, host_id, secret)
         for host_id in host_ids
     ]
     decoder = serve.deployment(
@@ -44,7 +48,7 @@ def build(config: Config, spec: ModelSpec, secret: bytes, num_gpus: float = 0.0)
         graceful_shutdown_timeout_s=5.0,
         ray_actor_options=resources(decoder_gpus(config, num_gpus, len(host_ids))),
         **HEALTH,
-    ).bind(settings, secret, *hosts)
+    ).bind(settings, placement, secret, *hosts)
     return serve.deployment(
         GatewayReplica,
         name="gateway",
@@ -57,5 +61,5 @@ def build(config: Config, spec: ModelSpec, secret: bytes, num_gpus: float = 0.0)
 
 
 def resources(num_gpus: float) -> dict[str, float]:
-    """What a part asks of Ray. Cores are shared out by threads: Ray would count them whole."""
+    """Return a part's `ray_actor_options`. Cores are shared by threads: Ray counts whole ones."""
     return {"num_cpus": 0, "num_gpus": num_gpus}

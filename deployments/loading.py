@@ -1,4 +1,4 @@
-"""From a configuration to an engine in this process, with whatever experts it is given."""
+"""From a configuration to an engine in this process."""
 
 from __future__ import annotations
 
@@ -34,17 +34,15 @@ from experts.local import LocalExperts
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-# What names the layouts of the KV cache in the keys of stored values.
+OnProgress = Callable[[int, int], None]  # called with (num_done, num_total)
+# The names of KV cache layouts in the keys of stored values.
 STORED_LAYOUTS: dict[KVLayout, str] = {"values": "v", "projection": "raw", "separate": "split"}
-NUMERICS = 1  # of our own code: raise it with a change of any bit of keys or values
-
-Connect = Callable[[ModelRunner, PrefillMeter], BlockStore | None]
+NUMERICS = 1  # part of `fingerprint`: raise it with a change of any bit of keys or values
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """The model as every part opens it: without reading a weight."""
+class ModelSource:
+    """A model that is found and described, of which no weight is read yet."""
 
     model_dir: Path
     spec: ModelSpec
@@ -53,35 +51,56 @@ class Source:
     dtype: torch.dtype
 
     @staticmethod
-    def open(config: Config) -> Source:
-        """Raises CheckpointError, or ConfigError for a device that isn't there."""
+    def open(config: Config) -> ModelSource:
+        """Find the model of a configuration and choose the device and the dtype for it.
+
+        Raises:
+            CheckpointError: the model is missing or not supported.
+            ConfigError: the device is not available.
+        """
         model_dir = resolve_model(config.model_source)
         device = pick_device(config)
-        return Source(
-            model_dir,
-            ModelSpec.load(model_dir),
-            Checkpoint(model_dir),
-            device,
-            pick_dtype(config, device),
+        return ModelSource(
+            model_dir=model_dir,
+            spec=ModelSpec.load(model_dir),
+            checkpoint=Checkpoint(model_dir),
+            device=device,
+            dtype=pick_dtype(config, device),
         )
 
     @property
     def kernels(self) -> str:
-        """Whose kernels compute it here: "native" or "PyTorch"."""
+        """The kernels that compute the model here: "native" or "PyTorch"."""
         return kernels_for(self.device, self.dtype).name
 
 
-def load_engine(
-    config: Config,
-    source: Source,
-    experts: Experts | None,
-    on_progress: Progress | None = None,
-    connect: Connect | None = None,
-) -> EngineCore:
-    """Load the attention side, size the KV cache, and put the engine together. `connect` gives the
-    store of its blocks.
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory with its KV cache: all that an engine is built on."""
 
-    Raises CheckpointError or NotEnoughMemory.
+    runner: ModelRunner
+    kv: KVCacheConfig
+    limits: SpecLimits
+    tokenizer: Tokenizer
+
+
+def load_model(
+    config: Config,
+    source: ModelSource,
+    experts: Experts | None,
+    on_progress: OnProgress | None = None,
+) -> LoadedModel:
+    """Load everything of a model but the experts, and allocate its KV cache.
+
+    Args:
+        config: gives the sizes of the KV cache and of micro-batches.
+        source: the model.
+        experts: computes the routed experts; None for a dense model.
+        on_progress: called while weights are read.
+
+    Raises:
+        CheckpointError: the weights can't be read.
+        NotEnoughMemory: weights or KV cache don't fit.
     """
     try:
         model = GemmaDecoder.load(
@@ -96,34 +115,65 @@ def load_engine(
         raise NotEnoughMemory(f"The model doesn't fit on {source.device}: {error}") from None
     tokenizer = Tokenizer.load(source.model_dir)
     limits = SpecLimits.from_spec(source.spec, pick_context(config, source))
-    limits = with_turn_end(limits, tokenizer)
     kv = size_cache(config, source, limits.max_model_len)
-    runner = ModelRunner(model, kv, experts, num_micro_batches=config.experts.micro_batches)
-    meter = PrefillMeter()
-    return EngineCore(
-        runner,
-        kv,
-        spec_limits=limits,
-        hasher=make_hasher(config, source),
-        checkpoint_blocks=config.engine.checkpoint_blocks,
-        max_num_batched_tokens=config.engine.max_num_batched_tokens,
-        max_num_seqs=config.engine.max_num_seqs,
-        policy=FairShare(TokenCosts.from_spec(source.spec)) if config.engine.fair_share else None,
-        load_shedding=LoadShedding(
-            config.engine.max_queue,
-            config.engine.max_queue_per_tenant,
-            config.engine.max_queue_wait_s,
-        ),
+    return LoadedModel(
+        runner=ModelRunner(model, kv, experts, num_micro_batches=config.experts.micro_batches),
+        kv=kv,
+        limits=with_turn_end(limits, tokenizer),
         tokenizer=tokenizer,
-        store=None if connect is None else connect(runner, meter),
-        prefill_meter=meter,
     )
 
 
+def make_engine(
+    config: Config,
+    source: ModelSource,
+    model: LoadedModel,
+    *,
+    store: BlockStore | None = None,
+    prefill_meter: PrefillMeter | None = None,
+) -> EngineCore:
+    """Build the engine that the configuration describes.
+
+    Args:
+        config: the configuration.
+        source: where the model was loaded from.
+        model: the loaded model; one engine at a time may use it.
+        store: the slower tier of KV blocks; None keeps them in memory only.
+        prefill_meter: learns how long prefill takes; the store asks it.
+    """
+    engine = config.engine
+    return EngineCore(
+        model.runner,
+        model.kv,
+        spec_limits=model.limits,
+        hasher=make_hasher(config, source),
+        checkpoint_blocks=engine.checkpoint_blocks,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_num_seqs=engine.max_num_seqs,
+        policy=FairShare(TokenCosts.from_spec(source.spec)) if engine.fair_share else None,
+        load_shedding=LoadShedding(
+            engine.max_queue, engine.max_queue_per_tenant, engine.max_queue_wait_s
+        ),
+        tokenizer=model.tokenizer,
+        store=store,
+        prefill_meter=prefill_meter,
+    )
+
+
+def load_engine(config: Config, source: ModelSource, experts: Experts | None) -> EngineCore:
+    """Load a model and build its engine, without a store. Raises as `load_model` does."""
+    return make_engine(config, source, load_model(config, source, experts))
+
+
 def load_local_experts(
-    config: Config, source: Source, on_progress: Progress | None = None
+    config: Config, source: ModelSource, on_progress: OnProgress | None = None
 ) -> LocalExperts | None:
-    """The experts in this process; None for a dense model."""
+    """Load all experts into this process; None for a dense model.
+
+    Raises:
+        CheckpointError: the weights can't be read.
+        NotEnoughMemory: they don't fit.
+    """
     if not source.spec.is_moe:
         return None
     return LocalExperts(
@@ -138,7 +188,7 @@ def load_local_experts(
 
 
 def warm_up(engine: EngineCore) -> None:
-    """Produce two tokens. Raises Unavailable when that fails: the engine can't serve."""
+    """Produce two tokens. Raises Unavailable if that fails."""
     engine.add(
         request_id="warm-up",
         prompt_ids=[engine.limits.eos_token_ids[0] if engine.limits.eos_token_ids else 0],
@@ -151,28 +201,34 @@ def warm_up(engine: EngineCore) -> None:
 
 
 def pick_device(config: Config) -> torch.device:
-    """`device` of the configuration, where auto is the card that this process sees, if any."""
+    """Resolve `device`: auto is this process's GPU, or the CPU if it has none.
+
+    Raises:
+        ConfigError: torch doesn't know the device, or sees none of its kind.
+    """
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(config.device)
     except RuntimeError:
-        raise ConfigError(f"device {config.device!r} is none that torch knows.") from None
+        raise ConfigError(f"device {config.device!r} is not known to torch.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but this process sees no card.")
+        raise ConfigError("device is cuda, but this process sees no GPU.")
     return device
 
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """`dtype` of the configuration; auto is float32 on a CPU, bfloat16 on a card."""
+    """Resolve `dtype`: auto is float32 on a CPU, bfloat16 on a GPU."""
     if config.dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype: torch.dtype = getattr(torch, config.dtype)
     return dtype
 
 
-def pick_context(config: Config, source: Source) -> int:
-    """`engine.max_model_len`; null is the model's context, or what of it fits in the KV cache."""
+def pick_context(config: Config, source: ModelSource) -> int:
+    """Resolve `engine.max_model_len`, in tokens: null is the model's context, or the longest that
+    fits in the KV cache if that is shorter.
+    """
     engine, whole = config.engine, source.spec.max_position_embeddings
     if engine.max_model_len is not None:
         return engine.max_model_len
@@ -188,16 +244,20 @@ def pick_context(config: Config, source: Source) -> int:
     )
     if longest < whole:
         logger.warning(
-            "engine.kv_bytes holds a context of %d tokens, the model's is %d; raise engine.kv_bytes"
-            " for a longer one.",
+            "engine.kv_bytes holds a context of %d tokens; the model supports %d. Raise "
+            "engine.kv_bytes for a longer context.",
             longest,
             whole,
         )
     return longest
 
 
-def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheConfig:
-    """Blocks of each KV cache group, from the bytes or the number of blocks that are configured."""
+def size_cache(config: Config, source: ModelSource, max_model_len: int) -> KVCacheConfig:
+    """Size the KV cache by `engine.num_blocks` if it is set, else by `engine.kv_bytes`.
+
+    Raises:
+        NotEnoughMemory: a request of `max_model_len` tokens doesn't fit.
+    """
     engine = config.engine
     if engine.num_blocks is not None:
         kinds = {layer.kind for layer in source.spec.layers if layer.owns_kv}
@@ -221,16 +281,19 @@ def size_cache(config: Config, source: Source, max_model_len: int) -> KVCacheCon
     )
 
 
-def make_hasher(config: Config, source: Source) -> BlockHasher | None:
-    """What names KV blocks; None without prefix caching."""
+def make_hasher(config: Config, source: ModelSource) -> BlockHasher | None:
+    """Return what hashes KV blocks; None without prefix caching."""
     if not config.engine.prefix_caching:
         return None
     engine = config.engine
     return BlockHasher(engine.block_size, fingerprint(config, source), engine.shared_tenants)
 
 
-def fingerprint(config: Config, source: Source) -> str:
-    """Names all that the bits of keys and values depend on beside the tokens."""
+def fingerprint(config: Config, source: ModelSource) -> str:
+    """Return a text of everything that the bits of keys and values depend on beside the tokens.
+
+    Blocks are only exchanged between engines with the same fingerprint.
+    """
     facts = (
         NUMERICS,
         source.checkpoint.fingerprint,
@@ -245,6 +308,9 @@ def fingerprint(config: Config, source: Source) -> str:
 
 
 def with_turn_end(limits: SpecLimits, tokenizer: Tokenizer) -> SpecLimits:
-    """The end-of-turn token ends an answer too, also where generation_config.json is missing."""
+    """Let the tokenizer's end-of-turn tokens end an answer too.
+
+    A model without generation_config.json would never stop.
+    """
     ends = dict.fromkeys((*limits.eos_token_ids, *tokenizer.eos_ids))
     return replace(limits, eos_token_ids=tuple(ends))

@@ -104,22 +104,23 @@ def doubt_about_tenants(address: RedisAddress) -> str | None:
     return None
 
 
-class Budgets:
-    """What each tenant may keep, as the gateways say with every request."""
+class TenantBudgets:
+    """Bytes that each tenant may keep in the store, as gateways send them with every request."""
 
     def __init__(self, usual_bytes: int) -> None:
+        """Start without exceptions; `usual_bytes` is the budget of every tenant."""
         self._usual_bytes = usual_bytes
         self._own_bytes: dict[str, int] = {}
 
     def set(self, tenant: str, num_bytes: int | None) -> None:
-        """None: what is usual."""
+        """Set a tenant's budget; None sets the usual one."""
         if num_bytes is None:
             self._own_bytes.pop(tenant, None)
         else:
             self._own_bytes[tenant] = num_bytes
 
-    def of(self, tenant: str) -> int:
-        """In bytes. Any thread may call."""
+    def get(self, tenant: str) -> int:
+        """Return a tenant's budget in bytes. Any thread may call."""
         return self._own_bytes.get(tenant, self._usual_bytes)
 
 

@@ -25,12 +25,12 @@ class InProcess:
     def __init__(
         self, model: BenchModel, num_threads: int, *, batch_invariant: bool = False
     ) -> None:
-        from deployments.loading import Source, load_engine, load_local_experts
+        from deployments.loading import ModelSource, load_engine, load_local_experts
 
         torch.set_num_threads(num_threads)
         self.name = "in-process, invariant" if batch_invariant else "in-process"
         config = bench_config(model, {"experts.mode": "local", "batch_invariant": batch_invariant})
-        source = Source.open(config)
+        source = ModelSource.open(config)
         self._engine = load_engine(config, source, load_local_experts(config, source))
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:

@@ -23,7 +23,7 @@ from bench.lib.card import Check, pin, report, table
 from bench.lib.drive import drive
 from bench.lib.models import DEMO_DIR, REPO_ROOT
 from cluster.config import Config
-from deployments.loading import Source, load_engine, load_local_experts
+from deployments.loading import ModelSource, load_engine, load_local_experts
 from engine.text.tokenizer import Tokenizer
 
 PAGES = ("README.md", "docs/architecture.md", "CONTRIBUTING.md", "docs/LOG.md")
@@ -65,7 +65,7 @@ def cache_contents(dtype: str) -> list[bytes]:
     """K and V of each layer that has any, after a prompt of real text."""
     torch.set_num_threads(2)
     config = Config.load(None, {"dtype": dtype, "experts.mode": "local"})
-    source = Source.open(config)
+    source = ModelSource.open(config)
     engine: Any = load_engine(config, source, load_local_experts(config, source))
     text = "\n".join((REPO_ROOT / page).read_text() for page in PAGES)
     prompt = Tokenizer.load(DEMO_DIR).encode(text)[:NUM_TOKENS]

@@ -31,7 +31,7 @@ from cluster.spec import KVLayout
 from cluster.store.kv_store import KVStore
 from cluster.store.redis_server import RedisServer
 from deployments.decoder.kv.block_store import KVBlockStore, kv_tensors
-from deployments.loading import Source, load_local_experts
+from deployments.loading import ModelSource, load_local_experts
 from deployments.verify.random_cases import RandomCases
 from engine.cache.kv_cache import KVCacheConfig
 from engine.model.model import GemmaDecoder
@@ -65,7 +65,7 @@ def run(model: BenchModel, kv_layout: KVLayout, num_cases: int) -> dict[str, Any
     torch.set_num_threads(1)
     overrides = {"model": str(model.model_dir), "device": "cpu", "batch_invariant": True}
     config = Config.load(None, overrides)
-    source = Source.open(config)
+    source = ModelSource.open(config)
     experts = load_local_experts(config, source)
     decoder = GemmaDecoder.load(
         source.spec, source.checkpoint, source.device, source.dtype, config.batch_invariant

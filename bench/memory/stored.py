@@ -17,11 +17,16 @@ from cluster.metrics import Metrics
 from cluster.spec import AttentionKind
 from cluster.store.redis import RedisAddress
 from deployments.decoder.kv.block_store import KVBlockStore, kv_tensors
-from deployments.loading import Source, fingerprint, load_engine, load_local_experts
+from deployments.loading import (
+    ModelSource,
+    fingerprint,
+    load_local_experts,
+    load_model,
+    make_engine,
+)
 from deployments.redis_store import open_kv_store
 from engine.core import EngineCore
 from engine.prefill_meter import PrefillMeter
-from engine.runner import ModelRunner
 
 FLUSH_S = 60.0
 
@@ -67,24 +72,20 @@ def stored_engine(
     """
     torch.set_num_threads(num_threads)
     config = bench_config(model, {"experts.mode": "local", **(options or {})})
-    source, registry = Source.open(config), CollectorRegistry()
+    source, registry = ModelSource.open(config), CollectorRegistry()
     metrics, block_size = Metrics(registry), config.engine.block_size
+    loaded, meter = load_model(config, source, load_local_experts(config, source)), PrefillMeter()
     blocks: KVBlockStore | None = None
-
-    def connect(runner: ModelRunner, meter: PrefillMeter) -> KVBlockStore | None:
-        nonlocal blocks
-        if address is not None:
-            blocks = KVBlockStore(
-                padded(kv_tensors(runner), block_size, token_bytes or {}),
-                block_size,
-                source.spec.sliding_window,
-                fingerprint(config, source),
-                lambda whole: open_kv_store(config, address, whole, metrics),
-                meter.seconds if knows_rates else lambda start, stop: None,
-            )
-        return blocks
-
-    engine = load_engine(config, source, load_local_experts(config, source), connect=connect)
+    if address is not None:
+        blocks = KVBlockStore(
+            padded(kv_tensors(loaded.runner), block_size, token_bytes or {}),
+            block_size,
+            source.spec.sliding_window,
+            fingerprint(config, source),
+            lambda whole: open_kv_store(config, address, whole, metrics),
+            meter.seconds if knows_rates else lambda start, stop: None,
+        )
+    engine = make_engine(config, source, loaded, store=blocks, prefill_meter=meter)
     try:
         yield Stored(engine, blocks, registry)
     finally:

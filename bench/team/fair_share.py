@@ -22,7 +22,7 @@ from bench.lib.card import Check, pin, report, table
 from bench.team.served import Record
 from cluster.config import Config
 from cluster.errors import Overloaded
-from deployments.loading import Source, load_engine, load_local_experts
+from deployments.loading import ModelSource, load_engine, load_local_experts
 from engine.request import Request, RequestState, SamplingParams
 from engine.scheduling.fair_share import FairShare
 from engine.scheduling.policy import Policy, Work
@@ -100,7 +100,7 @@ class Bench:
                 "engine.kv_bytes": 256 << 20,
             },
         )
-        source = Source.open(config)
+        source = ModelSource.open(config)
         self.costs = TokenCosts.from_spec(source.spec)
         self.engine = load_engine(config, source, load_local_experts(config, source))
         self._ids = itertools.count()

@@ -43,7 +43,7 @@ from deployments.decoder.step_loop import StepLoop
 from deployments.gateway.calls.call import Call
 from deployments.gateway.calls.request_log import RequestLog
 from deployments.gateway.services.usage import UsageService
-from deployments.loading import Source, load_engine, load_local_experts
+from deployments.loading import ModelSource, load_engine, load_local_experts
 from engine.core import EngineCore
 from experts.host import ExpertHost
 from experts.host_process import serve_host
@@ -119,7 +119,11 @@ class Decoder:
         registry = CollectorRegistry()
         metrics = Metrics(registry)
         gateway = Gateway(num_streams, RequestLog(metrics, folder))
-        loop = StepLoop(self.engine, EngineMeter(metrics, "m"), lambda status: self._fill(status))
+        loop = StepLoop(
+            engine=self.engine,
+            meter=EngineMeter(metrics, "m"),
+            fill_status=lambda status: self._fill(status),
+        )
         prompts = random_prompts(self.model, num_streams, PROMPT_LEN, seed=time.monotonic_ns())
         sampling = Sampling(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
         adds = [
@@ -166,7 +170,7 @@ class Gateway:
 @contextlib.contextmanager
 def local_engine(model: BenchModel) -> Iterator[Decoder]:
     config = bench_config(model, {"experts.mode": "local"})
-    source = Source.open(config)
+    source = ModelSource.open(config)
     engine = load_engine(config, source, load_local_experts(config, source))
     yield Decoder(model, engine, lambda: None)
 
@@ -190,7 +194,7 @@ def remote_engine(model: BenchModel) -> Iterator[Decoder]:
         )
         router.wait_ready(START_S)
         config = bench_config(model, {})
-        engine = load_engine(config, Source.open(config), router)
+        engine = load_engine(config, ModelSource.open(config), router)
         yield Decoder(model, engine, lambda: meter.update(placement, router.stats(), {}))
 
 

@@ -1,4 +1,4 @@
-"""The decoder's side of the expert hosts: the router and where it finds them, through losses."""
+"""The decoder's side of the expert hosts: the router, and the search for hosts that move."""
 
 from __future__ import annotations
 
@@ -11,30 +11,41 @@ from cluster.placement import ExpertPlacement
 from deployments.decoder.host_directory import HostDirectory, HostInfo
 from deployments.decoder.meters import ExpertMeter
 from deployments.layout import transports
-from deployments.loading import Source
+from deployments.loading import ModelSource
 from experts.fallback import Fallback
 from experts.router import ExpertRouter
 from protos.briolette.v1.admin_pb2 import ClusterStatus, ExpertCalls, ExpertHost, Part
 
 POLL_S = 0.2  # while hosts are missing at the start
-LATE_HOST_S = 10.0  # for a host whose groups others hold too; then the decoder starts without it
+LATE_HOST_S = 10.0  # for a host that has copies elsewhere; then the decoder starts without it
 
 
 class RemoteExperts:
-    """The hosts and the router to them, kept together through losses.
+    """The expert hosts and the router to them; finds a host again that Serve has replaced.
 
     `router` knows no host before `wait_ready`, so the decoder's own weights can load meanwhile.
     """
 
     def __init__(
         self,
+        *,
         config: Config,
-        source: Source,
+        source: ModelSource,
         placement: ExpertPlacement,
         directory: HostDirectory,
         secret: bytes,
         meter: ExpertMeter,
     ) -> None:
+        """Create the router; it connects to no host yet.
+
+        Args:
+            config: gives timeouts, transports and whether there is a fallback.
+            source: the model, from which the fallback reads experts.
+            placement: which host holds which groups.
+            directory: finds the hosts.
+            secret: the cluster's, for the handshake of links.
+            meter: observes every expert call.
+        """
         self._placement = placement
         self._directory = directory
         self._meter = meter
@@ -62,9 +73,10 @@ class RemoteExperts:
         )
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Until every host is linked, or a copy of each group is and the others are late.
+        """Wait until every host is linked, but for late ones whose groups others hold too.
 
-        Raises Unavailable with the reasons when a group is still without a host after `timeout_s`.
+        Raises:
+            Unavailable: a group has no host after `timeout_s`; names the hosts and the reasons.
         """
         give_up_at = time.monotonic() + timeout_s
         go_on_at: float | None = None  # since each group has a copy
@@ -82,8 +94,12 @@ class RemoteExperts:
                 time.sleep(POLL_S)
 
     def watch(self, on_change: Callable[[], None], on_wait: Callable[[], None]) -> None:
-        """Follow hosts that Serve replaces. `on_wait` is called once a second, in the thread that
-        dispatches, while that waits for weights.
+        """Start to follow hosts that Serve replaces.
+
+        Args:
+            on_change: called in a background thread after a host was found in a new place.
+            on_wait: called once a second, in the thread that dispatches, while an expert call
+                waits for the fallback to load weights.
         """
         self._on_wait = on_wait
 
@@ -94,7 +110,7 @@ class RemoteExperts:
         self._directory.watch(self.router.problems, moved)
 
     def fill_status(self, status: ClusterStatus) -> None:
-        """Write what the experts know; in the thread that dispatches, and never waits."""
+        """Write the state of hosts and calls. Never waits; runs in the thread that dispatches."""
         problems = self.router.problems()
         status.expert_hosts.extend(
             self._host_status(host, problems) for host in self._directory.hosts
@@ -113,18 +129,19 @@ class RemoteExperts:
         )
 
     def close(self) -> None:
+        """Stop looking for hosts and close all links."""
         self._directory.close()
         self.router.close()
 
     def _look_for(self, missing: Mapping[str, str]) -> bool:
-        """True when one was found somewhere new."""
+        """Ask for these hosts; True if one was found in a new place."""
         if not any([self._directory.look(host_id) for host_id in missing]):
             return False
         self.router.use(self._placement, self._directory.endpoints)
         return True
 
     def _dead_groups(self, problems: Mapping[str, str]) -> list[int]:
-        """The groups that no linked host holds."""
+        """Return the groups that no linked host holds."""
         return [
             group_id
             for group_id, hosts in enumerate(self._placement.group_to_hosts)
@@ -132,7 +149,7 @@ class RemoteExperts:
         ]
 
     def _fill_health(self, status: ClusterStatus, dead_groups: list[int]) -> None:
-        """Groups without a host end the service, unless the decoder can compute them itself."""
+        """Set readiness: a group without a host is left to the fallback, or ends the service."""
         if dead_groups:
             status.reason = f"No expert host is alive for groups {', '.join(map(str, dead_groups))}"
             if self._fallback is not None and self._fallback.can_hold(dead_groups):

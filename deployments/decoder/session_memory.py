@@ -1,4 +1,4 @@
-"""The decoder's side of kept sessions: what memory holds for them, and its release."""
+"""The decoder's side of sessions: the tokens that memory holds for them, and parking."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from engine.core import EngineCore
 from engine.request import Request
 from protos.briolette.v1.stream_pb2 import (
     Failure,
@@ -15,73 +16,72 @@ from protos.briolette.v1.stream_pb2 import (
     SessionTrace,
 )
 
-FLUSH_S = 30.0  # for all that waits to be written to the store
+FLUSH_S = 30.0  # for the values that wait to be written to the store
 
 Task = Callable[[], None]
 
 
-class SessionEngine(Protocol):
-    """What is needed of engine.core.EngineCore."""
-
-    def drop_session(self, tenant: str, session: str) -> int: ...
-    def session_tokens(self, tenant: str) -> dict[str, int]: ...
-
-
-class KeptValues(Protocol):
-    """What is needed of the store that the engine saves its blocks in."""
+class SessionStore(Protocol):
+    """The part of `KVBlockStore` that sessions need; tests have a store in memory."""
 
     @property
     def fingerprint(self) -> bytes:
-        """Of all that a value depends on but the tokens."""
+        """A hash of all that a value depends on but the tokens."""
 
     def keys_of(self, request: Request) -> tuple[bytes, ...]:
-        """Of the values from which a conversation resumes that goes on after this request."""
+        """Return the keys of the values from which the next turn resumes."""
 
     def traces_of(self, request: Request) -> tuple[bytes, ...]:
-        """Of all values that this request may have left in the store."""
+        """Return the keys of all values that this request may have left in the store."""
 
     def forget(self, tenant: str, keys: Iterable[bytes]) -> None:
-        """These values aren't there: save them again when they come by."""
+        """Assume that these values are not in the store: they are saved again when computed."""
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that was saved is written or given up; whether that came in time."""
+        """Wait until all that was saved is written or given up; False if that takes longer."""
 
 
 class SessionMemory:
-    """Answers session calls between two steps; what has to wait does so in a thread of its own."""
+    """Answers the gateways' session calls between two steps; waits for the store in a thread."""
 
     def __init__(
         self,
-        engine: SessionEngine,
-        store: KeptValues | None,
+        engine: EngineCore,
+        store: SessionStore | None,
         between_steps: Callable[[Task], None],
     ) -> None:
-        """Without a store sessions are messages only, and each turn may have to be computed."""
+        """Take the engine that holds sessions in memory.
+
+        Args:
+            engine: used in the step thread only.
+            store: the engine's store; None means that a turn may be computed anew from its text.
+            between_steps: runs a task in the step thread, soon. Any thread may call it.
+        """
         self._engine = engine
         self._store = store
         self._between_steps = between_steps
         self.fingerprint = "" if store is None else store.fingerprint.hex()
 
     def trace(self, request: Request) -> SessionTrace | None:
-        """What a turn that has ended, in whatever way, has left in the store."""
+        """Return the keys that an ended turn has left in the store; None outside of sessions."""
         if request.session is None or self._store is None:
             return None
         keys = self._store.traces_of(request)
         return SessionTrace(tenant=request.tenant, session=request.session, keys=keys)
 
     def keys_of(self, request: Request) -> tuple[bytes, ...]:
-        """Of the values that the request's session needs after this turn."""
+        """Return the keys of the values that the request's session needs after this turn."""
         if request.session is None or self._store is None:
             return ()
         return self._store.keys_of(request)
 
     def forget(self, missing: Missing) -> None:
-        """What a gateway has found missing in the store, or has removed."""
+        """Assume that values are gone which a gateway has missed in the store, or removed."""
         if self._store is not None:
             self._store.forget(missing.tenant, missing.keys)
 
     def answer(self, call: SessionCall, reply: Callable[[SessionAnswer], None]) -> None:
-        """Between two steps; so is `reply` called, at once or later."""
+        """Answer a call; `reply` runs in the step thread, at once or after a flush of the store."""
         if not call.park:
             reply(self._in_memory(call))
         elif self._store is None:
@@ -95,7 +95,7 @@ class SessionMemory:
             ).start()
 
     def _park_written(
-        self, store: KeptValues, call: SessionCall, reply: Callable[[SessionAnswer], None]
+        self, store: SessionStore, call: SessionCall, reply: Callable[[SessionAnswer], None]
     ) -> None:
         is_written = store.flush(FLUSH_S)
         self._between_steps(lambda: reply(self._parked(call) if is_written else _not_written(call)))
@@ -114,6 +114,6 @@ class SessionMemory:
 def _not_written(call: SessionCall) -> SessionAnswer:
     failure = Failure(
         status="UNAVAILABLE",
-        sentence=f"The store took more than {FLUSH_S:g} s for what waits to be written; try again.",
+        sentence=f"Writing the session to the store takes more than {FLUSH_S:g} s; try again.",
     )
     return SessionAnswer(call_id=call.call_id, failure=failure)

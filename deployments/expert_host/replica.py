@@ -9,27 +9,40 @@ from typing import Any
 from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.metrics import start_metrics_server
+from cluster.placement import ExpertPlacement
 from deployments.expert_host.meter import HostMeter
-from deployments.layout import host_threads, place_experts, transports
-from deployments.loading import Source
+from deployments.layout import host_threads, transports
+from deployments.loading import ModelSource
 from deployments.process.priority import go_first
 from deployments.process.report import reporting
 from experts.host import ExpertHost
 
 
 class ExpertHostReplica:
-    """One host slot: a process of its own with the groups that the placement gives to `host_id`.
+    """The Serve deployment of one expert host: a process with the groups that are placed on it.
 
-    Ray keeps exactly one alive and gives it its card; the data plane goes past Ray.
+    Ray keeps exactly one alive and gives it its GPU; expert calls don't pass through Ray.
     """
 
-    def __init__(self, settings: Mapping[str, Any], host_id: str, secret: bytes) -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        placement: ExpertPlacement,
+        host_id: str,
+        secret: bytes,
+    ) -> None:
+        """Load the experts of `host_id` and listen.
+
+        Args:
+            settings: the configuration in plain values.
+            placement: the experts of each host.
+            host_id: this host in the placement.
+            secret: the cluster's, for the handshake of links.
+        """
         config = Config.from_dict(settings)
         go_first()
         with reporting(config.state_dir, host_id) as reporter:
-            source = Source.open(config)
-            placement = place_experts(config, source.spec)
-            assert placement is not None
+            source = ModelSource.open(config)
             self._groups = placement.groups_of(host_id)
             self._host = ExpertHost(
                 host_id,
@@ -52,7 +65,7 @@ class ExpertHostReplica:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Who and where this is, in plain values; see `deployments.decoder.host_directory`."""
+        """Return the fields of `deployments.decoder.host_directory.HostInfo`, in plain values."""
         return {
             "host_id": self._host.host_id,
             "pid": os.getpid(),
@@ -65,7 +78,7 @@ class ExpertHostReplica:
         }
 
     def check_health(self) -> None:
-        """Serve replaces the replica when this raises."""
+        """Raise Unavailable with the reason when Serve should replace the replica."""
         if (problem := self._host.problem()) is not None:
             raise Unavailable(problem)
 

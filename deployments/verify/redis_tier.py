@@ -20,7 +20,7 @@ from cluster.store.redis import REDIS_ERRORS, RedisAddress
 from cluster.store.redis_server import RedisServer
 from cluster.store.scripts import tenant_prefix
 from deployments.decoder.kv.block_store import KVBlockStore, kv_tensors
-from deployments.loading import Source, fingerprint
+from deployments.loading import ModelSource, fingerprint
 from deployments.redis_store import problem_of
 from engine.cache.block_store import BlockStore
 from engine.runner import ModelRunner
@@ -37,7 +37,7 @@ class RedisTier:
 
     address: RedisAddress
     config: Config
-    source: Source
+    source: ModelSource
     tenant: str
 
     @contextmanager
@@ -69,7 +69,7 @@ class RedisTier:
 
 
 @contextmanager
-def redis_tier(config: Config, source: Source) -> Iterator[RedisTier]:
+def redis_tier(config: Config, source: ModelSource) -> Iterator[RedisTier]:
     """The configured server, or one of its own where none is configured, in a temporary directory.
 
     Raises Unavailable when it doesn't answer.

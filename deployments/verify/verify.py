@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +20,12 @@ from cluster.config import Config
 from cluster.errors import BrioletteError, InvalidRequest
 from deployments.layout import decoder_threads
 from deployments.loading import (
-    Progress,
-    Source,
-    load_engine,
+    LoadedModel,
+    ModelSource,
+    OnProgress,
     load_local_experts,
+    load_model,
     make_hasher,
-    size_cache,
 )
 from deployments.start.preflight import check_memory
 from deployments.verify.logits import LogitsRecorder, difference
@@ -70,16 +70,15 @@ def verify(config: Config, prompts: Path | None, show: Callable[[dict[str, Any]]
         engine=replace(config.engine, prefix_caching=True),
         experts=replace(config.experts, mode="local"),
     )
-    source = Source.open(config)
+    source = ModelSource.open(config)
     check_memory(config, source.spec, source.model_dir)
     torch.set_num_threads(decoder_threads(config, num_hosts=0))
     show({"phase": "Reaching Redis"})
     with redis_tier(config, source) as tier:
         show({"phase": "Loading the model"})
         experts = load_local_experts(config, source, _bar(show, "experts"))
-        loaded = load_engine(config, source, experts, _bar(show, "attention"))
+        loaded = load_model(config, source, experts, _bar(show, "attention"))
         tokenizer = loaded.tokenizer
-        assert tokenizer is not None
         if prompts is not None:
             cases = read_cases(prompts, tokenizer)
         else:
@@ -179,19 +178,14 @@ class Verdict:
         return all(num_tokens == self.num_warm_tokens for num_tokens in found)
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Verifier:
     """Runs cases through engines that share one loaded model and its KV cache's memory."""
 
     config: Config
-    source: Source
-    loaded: EngineCore
+    source: ModelSource
+    loaded: LoadedModel
     tier: Tier
-    runner: ModelRunner = field(init=False)
-
-    def __post_init__(self) -> None:
-        assert isinstance(self.loaded.runner, ModelRunner)
-        self.runner = self.loaded.runner
 
     def check(self, case: Case) -> list[Verdict]:
         """Each prompt of the case cold, from memory, and from the tier.
@@ -219,7 +213,6 @@ class Verifier:
     def _cold(self, case: Case) -> Iterator[Answer]:
         """By an engine that keeps nothing."""
         engine, tokenizer = self._engine(None, None), self.loaded.tokenizer
-        assert tokenizer is not None
         for conversation in case.conversations:
             answers: list[str] = []
             for _ in range(conversation.num_prompts):
@@ -238,7 +231,7 @@ class Verifier:
         """Each prompt in an engine that has seen nothing but what the tier gives back."""
         for answer in cold:
             # The memory still has what the last engine left there, perhaps in the right places.
-            for tensors in self.runner.kv_tensors.values():
+            for tensors in self.loaded.runner.kv_tensors.values():
                 for tensor in tensors.stored:
                     tensor.fill_(GARBAGE)
             with self._warm_engine() as engine:
@@ -246,16 +239,16 @@ class Verifier:
 
     @contextmanager
     def _warm_engine(self) -> Iterator[EngineCore]:
-        with self.tier.connect(self.runner) as store:
+        with self.tier.connect(self.loaded.runner) as store:
             yield self._engine(make_hasher(self.config, self.source), store)
 
     def _engine(self, hasher: BlockHasher | None, store: BlockStore | None) -> EngineCore:
-        """As `load_engine` makes it, but for what it remembers."""
-        engine, limits = self.config.engine, self.loaded.limits
+        """Build an engine that caches prefixes with `hasher`, if any, and saves them in `store`."""
+        engine = self.config.engine
         return EngineCore(
-            self.runner,
-            size_cache(self.config, self.source, limits.max_model_len),
-            spec_limits=limits,
+            self.loaded.runner,
+            self.loaded.kv,
+            spec_limits=self.loaded.limits,
             sampler=LogitsRecorder(),
             store=store,
             hasher=hasher,
@@ -283,5 +276,5 @@ class Verifier:
         return Answer(prompt_ids, request.output_ids, logits, request.num_cached_tokens)
 
 
-def _bar(show: Callable[[dict[str, Any]], None], part: str) -> Progress:
+def _bar(show: Callable[[dict[str, Any]], None], part: str) -> OnProgress:
     return lambda done, total: show({"parts": {part: done / total}})

@@ -303,7 +303,7 @@ def test_who_gets_what(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_broken_checkpoint_is_said_with_its_tensor(tmp_path: Path) -> None:
-    from deployments.loading import Source, load_local_experts
+    from deployments.loading import ModelSource, load_local_experts
 
     model = tmp_path / "model"
     shutil.copytree(DEMO_MODEL_DIR, model)
@@ -312,4 +312,4 @@ def test_a_broken_checkpoint_is_said_with_its_tensor(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(config))
     changed = settings(tmp_path, model=str(model))
     with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj"):
-        load_local_experts(changed, Source.open(changed))
+        load_local_experts(changed, ModelSource.open(changed))

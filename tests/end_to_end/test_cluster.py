@@ -24,7 +24,7 @@ from cluster.errors import InvalidRequest, Unavailable
 from deployments import cli
 from deployments.commands.client import Client
 from deployments.gateway.scrape_targets import FILE
-from deployments.loading import Source, load_engine, load_local_experts
+from deployments.loading import ModelSource, load_engine, load_local_experts
 from deployments.start import lifecycle
 from deployments.start.lifecycle import Running
 from engine.request import SamplingParams
@@ -149,7 +149,7 @@ def test_a_host_that_finds_a_tensor_missing_ends_the_start(
 
 def test_the_cluster_says_what_the_engine_alone_says(config: Config, client: Client) -> None:
     torch.set_num_threads(1)  # the cluster's processes want the cores
-    source = Source.open(config)
+    source = ModelSource.open(config)
     engine = load_engine(config, source, load_local_experts(config, source))
     assert engine.tokenizer is not None
     turns = [{"role": message.role, "content": message.content} for message in QUESTION]

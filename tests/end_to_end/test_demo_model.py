@@ -12,7 +12,7 @@ from demo_model.lessons.turns import Turn
 from demo_model.shape import WINDOW
 
 from cluster.config import DEMO_MODEL_DIR, Config
-from deployments.loading import Source, load_engine, load_local_experts
+from deployments.loading import ModelSource, load_engine, load_local_experts
 from engine.core import EngineCore
 from engine.request import SamplingParams
 
@@ -25,7 +25,7 @@ def engine() -> EngineCore:
         "engine": {"kv_bytes": 64 << 20, "max_model_len": 1024},
     }
     config = Config.load(None, settings)
-    source = Source.open(config)
+    source = ModelSource.open(config)
     return load_engine(config, source, load_local_experts(config, source))
 
 

@@ -15,7 +15,7 @@ from demo_model.batches import Batches
 from demo_model.lessons.recall import recall_document
 from demo_model.scores import Score
 from demo_model.shape import WINDOW
-from deployments.loading import Source, load_engine, load_local_experts
+from deployments.loading import ModelSource, load_engine, load_local_experts
 from engine.core import EngineCore
 from engine.request import SamplingParams
 
@@ -25,7 +25,7 @@ NUM_DOCUMENTS = {4096: 10, 8192: 10, 16384: 8, 32768: 8}  # by tokens of the pro
 def long_recall_scores(model_dir: Path, batches: Batches) -> Iterator[tuple[int, Score]]:
     """The score of each length, one by one."""
     config = Config.load(None, {"model": str(model_dir), "experts.mode": "local"})
-    source = Source.open(config)
+    source = ModelSource.open(config)
     engine = load_engine(config, source, load_local_experts(config, source))
     rng = random.Random(2027)
     for length, num_documents in NUM_DOCUMENTS.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -12,9 +14,11 @@ import torch
 from torch import Tensor
 
 from cluster.errors import InvalidRequest, Overloaded
-from deployments.decoder.formats import Arrival, FormatQueue
+from deployments.decoder.formats import FormatQueue, GatewayMessage
 from engine.batch import Batch
+from engine.request import Request
 from engine.text.grammar import Grammar
+from engine.text.grammars import Grammars
 from protos.briolette.v1.inference_pb2 import Sampling
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 from protos.briolette.v1.stream_pb2 import Add, ToDecoder
@@ -49,13 +53,13 @@ class SlowCompiler:
 class Waiting(SimpleNamespace):
     compiler: SlowCompiler
     formats: FormatQueue
-    ready: list[Arrival]
+    ready: list[GatewayMessage]
 
 
 @pytest.fixture
 def waiting() -> Iterator[Waiting]:
-    compiler, ready = SlowCompiler(), list[Arrival]()
-    formats = FormatQueue(compiler, ready.append)
+    compiler, ready = SlowCompiler(), list[GatewayMessage]()
+    formats = FormatQueue(cast(Grammars, compiler), ready.append)
     formats.start()
     yield Waiting(compiler=compiler, formats=formats, ready=ready)
     formats.close()
@@ -63,42 +67,44 @@ def waiting() -> Iterator[Waiting]:
     wait_for(lambda: not formats.is_alive)
 
 
-def arrival(regex: str | None, *request_ids: str, tenant: str = "ann", gateway: int = 0) -> Arrival:
+def adding(
+    regex: str | None, *request_ids: str, tenant: str = "ann", gateway: int = 0
+) -> GatewayMessage:
     sampling = Sampling() if regex is None else Sampling(regex=regex)
     adds = [Add(request_id=rid, tenant=tenant, sampling=sampling) for rid in request_ids]
-    return Arrival(gateway, ToDecoder(adds=adds))
+    return GatewayMessage(gateway, ToDecoder(adds=adds))
 
 
-def taken_in(ready: list[Arrival]) -> list[str]:
+def taken_in(ready: list[GatewayMessage]) -> list[str]:
     return [
         add.request_id
-        for arrived in ready
-        for add in arrived.message.adds
-        if add.request_id not in arrived.dropped
+        for message in ready
+        for add in message.content.adds
+        if add.request_id not in message.dropped
     ]
 
 
 def test_only_formats_that_are_not_compiled_wait(waiting: Waiting) -> None:
-    assert not waiting.formats.hold(arrival(None, "plain"))
-    assert not waiting.formats.hold(Arrival(0, ToDecoder(aborts=["x"])))
-    assert waiting.formats.hold(arrival("a", "1"))
+    assert not waiting.formats.hold(adding(None, "plain"))
+    assert not waiting.formats.hold(GatewayMessage(0, ToDecoder(aborts=["x"])))
+    assert waiting.formats.hold(adding("a", "1"))
     waiting.compiler.may_end.release()
     wait_for(lambda: taken_in(waiting.ready) == ["1"])
-    assert not waiting.formats.hold(arrival("a", "2"))
+    assert not waiting.formats.hold(adding("a", "2"))
 
 
 def test_tenants_take_turns(waiting: Waiting) -> None:
     for i in range(3):
-        waiting.formats.hold(arrival(f"a{i}", f"ann {i}"))
-    waiting.formats.hold(arrival("b", "bob", tenant="bob"))
+        waiting.formats.hold(adding(f"a{i}", f"ann {i}"))
+    waiting.formats.hold(adding("b", "bob", tenant="bob"))
     waiting.compiler.may_end.release(4)
     wait_for(lambda: len(waiting.ready) == 4)
     assert taken_in(waiting.ready).index("bob") <= 2
 
 
 def test_a_wrong_format_is_taken_in_to_be_refused(waiting: Waiting) -> None:
-    waiting.formats.hold(arrival("wrong", "1"))
-    waiting.formats.hold(arrival("a", "2"))
+    waiting.formats.hold(adding("wrong", "1"))
+    waiting.formats.hold(adding("a", "2"))
     waiting.compiler.may_end.release(2)
     wait_for(lambda: taken_in(waiting.ready) == ["1", "2"])
 
@@ -108,13 +114,13 @@ def test_a_format_that_cannot_be_looked_at_is_taken_in_to_be_refused(
 ) -> None:
     """And the thread that reads from a gateway goes on."""
     monkeypatch.setattr(waiting.compiler, "is_compiled", None)
-    assert not waiting.formats.hold(arrival("a", "1"))
+    assert not waiting.formats.hold(adding("a", "1"))
 
 
 def test_what_is_dropped_is_neither_compiled_nor_taken_in(waiting: Waiting) -> None:
-    waiting.formats.hold(arrival("a", "1"))
-    waiting.formats.hold(arrival("b", "2", "3"))
-    waiting.formats.hold(arrival("c", "4", gateway=7))
+    waiting.formats.hold(adding("a", "1"))
+    waiting.formats.hold(adding("b", "2", "3"))
+    waiting.formats.hold(adding("c", "4", gateway=7))
     wait_for(lambda: waiting.compiler.begun == ["a"])
     waiting.formats.drop(["1", "2", "other"])
     waiting.formats.drop_gateway(7)
@@ -128,13 +134,13 @@ def test_a_tenant_may_not_have_endless_formats_wait(
     waiting: Waiting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.decoder.formats.MAX_WAITING", 2)
-    waiting.formats.hold(arrival("a", "1"))
+    waiting.formats.hold(adding("a", "1"))
     wait_for(lambda: waiting.compiler.begun == ["a"])
-    waiting.formats.hold(arrival("b", "2"))
-    waiting.formats.hold(arrival("c", "3"))
+    waiting.formats.hold(adding("b", "2"))
+    waiting.formats.hold(adding("c", "3"))
     with pytest.raises(Overloaded, match="2 of your calls"):
-        waiting.formats.hold(arrival("d", "4"))
-    assert waiting.formats.hold(arrival("d", "5", tenant="bob"))
+        waiting.formats.hold(adding("d", "4"))
+    assert waiting.formats.hold(adding("d", "5", tenant="bob"))
 
 
 # In a decoder
@@ -183,17 +189,31 @@ def test_adds_and_aborts_do_not_wait_for_a_format(monkeypatch: pytest.MonkeyPatc
     decoder.close()
 
 
-def test_times_count_from_the_arrival() -> None:
-    """Of a request that has waited for its format, too."""
-    times: list[tuple[float, float | None]] = []
-
-    class Engine:
-        def add(self, arrived_at: float, deadline_at: float | None, **_: object) -> None:
-            times.append((arrived_at, deadline_at))
-            raise InvalidRequest("Enough is known.")
-
+def test_times_count_from_the_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that has waited for its format keeps its deadline."""
     decoder = Decoder(TOKENIZER)
+    grammars, add = decoder.engine.grammars, decoder.engine.add
+    assert grammars is not None
+    times: list[tuple[float, float | None]] = []
+    may_end, compile_now = threading.Event(), grammars.compile
+
+    def compile_later(grammar: Grammar) -> None:
+        assert may_end.wait(10)
+        compile_now(grammar)
+
+    def add_timed(*, arrived_at: float, deadline_at: float | None, **options: Any) -> Request:
+        times.append((arrived_at, deadline_at))
+        return add(arrived_at=arrived_at, deadline_at=deadline_at, **options)
+
+    monkeypatch.setattr(grammars, "compile", compile_later)
+    monkeypatch.setattr(decoder.engine, "add", add_timed)
+    sampling = Sampling(regex="a{6}")
+    request = Add(request_id="r", prompt_ids=[1], sampling=sampling, timeout_s=20.0)
+    before = time.monotonic()
+    decoder.loop.on_message(0, ToDecoder(adds=[request]))
+    after = time.monotonic()
+    may_end.set()
+    wait_for(lambda: bool(times))
     decoder.close()
-    decoder.loop._engine = Engine()  # type: ignore[assignment]
-    decoder.loop._take(Arrival(0, ToDecoder(adds=[Add(timeout_s=2.0)]), arrived_s=100.0))
-    assert times == [(100.0, 102.0)]
+    [(arrived_at, deadline_at)] = times
+    assert before <= arrived_at <= after and deadline_at == arrived_at + 20.0

@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from deployments.expert_host.meter import HostMeter
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
-from tests.deployments.decoder.test_remote_experts import cluster
 from tests.support.engine.tiny_models import make_tiny
+from tests.support.experts.hosted_experts import hosted_experts
 from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
 from tests.support.gateway.requests import complete
 from tests.support.gateway.running import running_gateway, serving
@@ -129,7 +129,7 @@ def test_a_preemption(parts: Parts) -> None:
 
 
 def test_an_expert_call_and_a_retry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with cluster(make_tiny("26b", tmp_path / "model"), num_copies=2) as experts:
+    with hosted_experts(make_tiny("26b", tmp_path / "model"), num_copies=2) as experts:
         hosts = [experts.start("host0"), experts.start("host1")]
         meters = [HostMeter(host, experts.placement.groups, "m") for host in hosts]
         host_shown = [Shown(meter.registry, model="m", layer="0") for meter in meters]

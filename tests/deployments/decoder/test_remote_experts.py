@@ -2,106 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from prometheus_client import CollectorRegistry
 
-from cluster.config import Config
 from cluster.errors import Unavailable
-from cluster.metrics import Metrics
 from deployments.decoder import host_directory, remote_experts
-from deployments.decoder.host_directory import HostDirectory
-from deployments.decoder.meters import ExpertMeter
-from deployments.decoder.remote_experts import RemoteExperts
-from deployments.layout import place_experts
-from deployments.loading import Source
 from experts import fallback
-from experts.host import ExpertHost
-from protos.briolette.v1.admin_pb2 import ClusterStatus
+from experts.weights import load_experts
 from tests.support.engine.tiny_models import tiny_model
-from tests.support.experts.tiny_experts import random_topk
-
-SECRET = b"between us"
-
-
-class Handle:
-    """What Serve's handle of a host says: nothing before `host` is set."""
-
-    host: ExpertHost | None = None
-
-    def broadcast(self, method: str) -> Handle:
-        assert method == "describe"
-        return self
-
-    def results(self, **_: Any) -> list[Any]:
-        if self.host is None:
-            return [RuntimeError("no replica")]
-        return [
-            {
-                "host_id": self.host.host_id,
-                "pid": os.getpid(),
-                "device": "cpu",
-                "kernels": "native",
-                "visible_devices": "",
-                "metrics_port": 1,
-                "group_ids": [0, 1],
-                "endpoint": self.host.endpoint.to_dict(),
-            }
-        ]
-
-
-class Cluster:
-    """Handles of two hosts, the hosts that were started, and the decoder's side of them."""
-
-    def __init__(self, model_dir: Path, **experts: Any) -> None:
-        self.config = Config.load(None, {"model": str(model_dir), "experts": experts})
-        self.source = Source.open(self.config)
-        placement = place_experts(self.config, self.source.spec)
-        assert placement is not None
-        self.placement = placement
-        self.handles = {host_id: Handle() for host_id in placement.host_ids}
-        self.registry = CollectorRegistry()
-        meter = ExpertMeter(Metrics(self.registry), "m")
-        directory = HostDirectory(self.handles)
-        self.experts = RemoteExperts(self.config, self.source, placement, directory, SECRET, meter)
-
-    def start(self, host_id: str) -> ExpertHost:
-        source = self.source
-        host = ExpertHost(
-            host_id, source.spec, source.checkpoint, self.placement, source.dtype, "cpu", SECRET
-        )
-        host.start()
-        self.handles[host_id].host = host
-        return host
-
-    def status(self) -> ClusterStatus:
-        status = ClusterStatus(ready=True)
-        self.experts.fill_status(status)
-        return status
-
-    def call(self) -> torch.Tensor:
-        router = self.experts.router
-        return router.combine(router.dispatch(0, *random_topk(self.source.spec, 20)))
-
-    def close(self) -> None:
-        self.experts.close()
-        for handle in self.handles.values():
-            if handle.host is not None:
-                handle.host.close()
-
-
-@contextlib.contextmanager
-def cluster(model_dir: Path, **experts: Any) -> Iterator[Cluster]:
-    with contextlib.closing(Cluster(model_dir, **experts)) as made:
-        yield made
+from tests.support.experts.hosted_experts import hosted_experts
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +29,7 @@ def test_a_late_copy_holds_the_start_up_only_for_a_while(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_experts, "LATE_HOST_S", 0.6)
-    with cluster(model_dir, num_copies=2) as parts:
+    with hosted_experts(model_dir, num_copies=2) as parts:
         parts.start("host0")
         start = time.monotonic()
         parts.experts.wait_ready(30)
@@ -126,7 +40,7 @@ def test_a_late_copy_holds_the_start_up_only_for_a_while(
 
 
 def test_a_copy_that_comes_in_time_is_waited_for(model_dir: Path) -> None:
-    with cluster(model_dir, num_copies=2) as parts:
+    with hosted_experts(model_dir, num_copies=2) as parts:
         parts.start("host0")
         timer = threading.Timer(0.5, parts.start, ["host1"])
         timer.start()
@@ -138,7 +52,7 @@ def test_a_copy_that_comes_in_time_is_waited_for(model_dir: Path) -> None:
 
 
 def test_a_group_without_any_host_fails_the_start_up(model_dir: Path) -> None:
-    with cluster(model_dir) as parts:
+    with hosted_experts(model_dir) as parts:
         parts.start("host0")
         with pytest.raises(Unavailable, match=r"host1.*not started"):
             parts.experts.wait_ready(0.5)
@@ -149,7 +63,7 @@ def test_one_bad_round_does_not_end_the_watch(
 ) -> None:
     """Neither an answer that can't be read nor a router that breaks on a good one."""
     monkeypatch.setattr(host_directory, "WATCH_S", 0.05)
-    with cluster(model_dir) as parts:
+    with hosted_experts(model_dir) as parts:
         router = parts.experts.router
         use, breaks = router.use, [RuntimeError("unforeseen")]
 
@@ -171,7 +85,7 @@ def test_one_bad_round_does_not_end_the_watch(
 
 
 def test_health_says_who_computes_what_lost_its_host(model_dir: Path) -> None:
-    with cluster(model_dir) as parts:
+    with hosted_experts(model_dir) as parts:
         parts.start("host0")
         lost = parts.start("host1")
         parts.experts.wait_ready(30)
@@ -194,7 +108,7 @@ def test_status_says_that_weights_are_loading(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_read = threading.Event()
-    load = fallback.load_experts
+    load = load_experts
 
     def load_later(*args: Any, **options: Any) -> Any:
         assert may_read.wait(10)
@@ -207,7 +121,7 @@ def test_status_says_that_weights_are_loading(
         reasons.append(parts.status().reason)
         may_read.set()
 
-    with cluster(model_dir) as parts:
+    with hosted_experts(model_dir) as parts:
         parts.start("host0")
         lost = parts.start("host1")
         parts.experts.wait_ready(30)
@@ -219,7 +133,7 @@ def test_status_says_that_weights_are_loading(
 
 
 def test_health_without_fallback(model_dir: Path) -> None:
-    with cluster(model_dir, fallback="off") as parts:
+    with hosted_experts(model_dir, fallback="off") as parts:
         parts.start("host0")
         lost = parts.start("host1")
         parts.experts.wait_ready(30)

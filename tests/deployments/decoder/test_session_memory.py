@@ -6,11 +6,11 @@ import pytest
 
 from cluster.spec import AttentionKind
 from engine.core import EngineCore
-from tests.engine.cache.test_prefix_caching import DOCUMENT
 from tests.support.engine.fake_engine import GREEDY, drain, make_core
 from tests.support.engine.schedulers import evict_all, make_request, make_scheduler, run_step
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
+DOCUMENT = [(7 * i * i + 3 * i) % 60 for i in range(40)]  # ten blocks; a window needs two
 
 
 def turn(
@@ -43,7 +43,7 @@ def test_dropping_the_only_session_frees_all_that_memory_held() -> None:
 def test_what_another_session_or_prompt_resumes_from_stays() -> None:
     core = make_core()
     shared = DOCUMENT[:24]
-    ends = {}
+    ends: dict[str | None, list[int]] = {}
     for name in ("first", "second", None):
         ends[name], _ = turn(core, name, [*shared, len(ends), 1, 2])
     before = num_cached(core)

@@ -348,7 +348,7 @@ def test_a_deadline_aborts(stub: InferenceStub, decoder: Decoder) -> None:
 def test_a_full_queue_refuses_at_once(stub: InferenceStub, decoder: Decoder) -> None:
     decoder.runner.step_s = 0.02
     calls = [stub.Complete(complete(max_tokens=400)) for _ in range(12)]  # 4 run, 8 wait
-    wait_for(lambda: len(decoder.loop._served) == 12)
+    wait_for(lambda: decoder.loop.num_active == 12)
     for _ in range(5):
         started = time.monotonic()
         assert failure(lambda: stub.CompleteOnce(complete()))[0] == "UNAVAILABLE"
@@ -501,7 +501,7 @@ def test_health_follows_the_decoder(
 
 def test_a_hanging_step_is_no_health(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.gateway.decoder_link.SILENCE_S", 0.5)
-    monkeypatch.setattr("deployments.decoder.loop_status.PERIOD_S", 0.1)
+    monkeypatch.setattr("deployments.decoder.status.PERIOD_S", 0.1)
     monkeypatch.setattr("deployments.decoder.step_loop.LONGEST_STEP_S", 0.5)
     decoder = Decoder(tokenizer)
     with running_gateway(tokenizer, decoder.find) as gateway:

@@ -17,13 +17,12 @@ from cluster.spec import AttentionKind
 from cluster.store.scripts import value_name
 from cluster.store.value import HEADER_BYTES, header_of
 from deployments import cli
-from deployments.loading import Source, load_engine, load_local_experts
+from deployments.loading import LoadedModel, ModelSource, load_local_experts, load_model
 from deployments.verify.card import conclusion, problems
 from deployments.verify.prompts import Case, Conversation, read_cases, shipped_cases
 from deployments.verify.redis_tier import RedisTier
 from deployments.verify.verify import Answer, Comparison, Verifier
 from engine.cache.block_store import BlockStore, StoredBlock
-from engine.core import EngineCore
 from engine.request import Request
 from engine.runner import ModelRunner
 from tests.support.engine.memory_store import MemoryStore, TensorBlocks
@@ -67,19 +66,18 @@ class MemoryTier:
 @dataclass
 class Loaded:
     config: Config
-    source: Source
-    engine: EngineCore
+    source: ModelSource
+    model: LoadedModel
 
     def verifier(self, flipped: AttentionKind | None = None) -> Verifier:
         tier = MemoryTier([layer.kind for layer in self.source.spec.layers])
         tier.store.flipped = flipped
-        return Verifier(self.config, self.source, self.engine, tier)
+        return Verifier(self.config, self.source, self.model, tier)
 
     def cases(self) -> dict[str, Case]:
         engine = self.config.engine
-        assert self.engine.tokenizer is not None
         cases = shipped_cases(
-            self.engine.tokenizer,
+            self.model.tokenizer,
             window=self.source.spec.sliding_window,
             block_size=engine.block_size,
             chunk=engine.max_num_batched_tokens,
@@ -98,8 +96,8 @@ def demo() -> Iterator[Loaded]:
         "engine.max_num_batched_tokens": 128,
     }
     config = Config.load(None, settings)
-    source = Source.open(config)
-    yield Loaded(config, source, load_engine(config, source, load_local_experts(config, source)))
+    source = ModelSource.open(config)
+    yield Loaded(config, source, load_model(config, source, load_local_experts(config, source)))
 
 
 def test_the_shipped_prompts_are_warm_and_equal(demo: Loaded) -> None:
@@ -159,7 +157,7 @@ def test_what_compares_as_equal_or_not_at_all_is_a_difference_of_bits(value: flo
 
 
 def test_a_file_of_prompts(demo: Loaded, tmp_path: Path) -> None:
-    tokenizer: Any = demo.engine.tokenizer
+    tokenizer: Any = demo.model.tokenizer
     file = tmp_path / "prompts.jsonl"
     file.write_text(
         '{"turns": ["Hello", "And?"], "system": "Be brief."}\n\n{"prompt": "One two"}\n'
@@ -183,7 +181,7 @@ def test_a_file_of_prompts(demo: Loaded, tmp_path: Path) -> None:
 def test_a_wrong_file_of_prompts_is_said(
     demo: Loaded, tmp_path: Path, content: str, said: str
 ) -> None:
-    tokenizer: Any = demo.engine.tokenizer
+    tokenizer: Any = demo.model.tokenizer
     file = tmp_path / "prompts.jsonl"
     file.write_text(content)
     with pytest.raises(ConfigError, match=said):
@@ -193,7 +191,7 @@ def test_a_wrong_file_of_prompts_is_said(
 
 
 def test_a_prompt_that_is_too_long_is_said_by_its_name(demo: Loaded) -> None:
-    token_ids = [9] * (demo.engine.limits.max_model_len + 1)
+    token_ids = [9] * (demo.model.limits.max_model_len + 1)
     case = Case("line 7", [Conversation(token_ids=token_ids)])
     with pytest.raises(ContextTooLong, match="line 7: The prompt has"):
         demo.verifier().check(case)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cluster.config import Config
 from cluster.spec import AttentionKind, KVLayout
-from deployments.loading import Source, make_hasher
+from deployments.loading import ModelSource, make_hasher
 from deployments.verify.random_cases import ConnectStore, RandomCases
 from engine.batch import Batch
 from engine.cache.block_hash import BlockHasher, block_hash
@@ -193,7 +193,7 @@ def test_a_hash_is_computed_once_and_follows_the_output() -> None:
 def test_the_configuration_says_what_changes_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     def last_hash(**overrides: Any) -> bytes | None:
         config = Config.load(None, overrides)
-        hasher = make_hasher(config, Source.open(config))
+        hasher = make_hasher(config, ModelSource.open(config))
         if hasher is None:
             return None
         request = Request("r", [1] * 16, SamplingParams(), 0, max_tokens=1)
@@ -211,7 +211,7 @@ def test_the_configuration_says_what_changes_the_bits(monkeypatch: pytest.Monkey
     assert len({last_hash(), *(last_hash(**other) for other in others)}) == 6
     assert last_hash(engine={"prefix_caching": False}) is None
     with_these_kernels = last_hash()
-    monkeypatch.setattr(Source, "kernels", "others")
+    monkeypatch.setattr(ModelSource, "kernels", "others")
     assert last_hash() != with_these_kernels
 
 

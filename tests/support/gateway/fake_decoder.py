@@ -94,7 +94,9 @@ class Decoder:
             tokenizer=tokenizer,
         )
         meter = EngineMeter(Metrics(self.registry), "counter")
-        self.loop = StepLoop(self.engine, meter, self._fill_status, store)
+        self.loop = StepLoop(
+            engine=self.engine, meter=meter, fill_status=self._fill_status, store=store
+        )
         self.open()
 
     def open(self) -> None:

@@ -10,7 +10,7 @@ from cluster.placement import ExpertGroups
 from cluster.tenants.admission import OpenLease
 from cluster.tenants.tenancy import Tenant
 from cluster.tenants.usage import UsageBooks
-from deployments.decoder.tenant_loads import TenantLoads
+from deployments.decoder.status import TenantLoads
 from deployments.gateway.calls.call import Call
 from deployments.gateway.http.page_api import to_json
 from deployments.gateway.services.admin import Admin
@@ -59,8 +59,8 @@ def test_what_a_tenant_asks_for_is_counted() -> None:
     requests[1].state = RequestState.RUNNING
     requests[2].state = RequestState.WAITING_FOR_BLOCKS
     loads.generated(requests[1], 7)
-    ann, bob = loads.of(requests)
+    ann, bob = loads.measure(requests)
     assert (ann.tenant, ann.num_running, ann.num_waiting) == ("ann", 1, 1)
     assert (ann.prompt_tokens, ann.output_tokens, ann.kv_bytes) == (20, 7, 100)
     assert (bob.num_running, bob.num_waiting, bob.prompt_tokens, bob.kv_bytes) == (0, 1, 10, 0)
-    assert [load.num_running for load in loads.of([])] == [0, 0]
+    assert [load.num_running for load in loads.measure([])] == [0, 0]
