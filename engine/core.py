@@ -1,4 +1,4 @@
-"""EngineCore: requests in, tokens out, one step at a time; knows no network, no processes."""
+"""EngineCore: requests in, tokens out, one step at a time. It knows no network and no processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine.cache.block_hash import BlockHasher
 from engine.cache.block_store import BlockStore
 from engine.cache.kv_cache import KVCache, KVCacheConfig
 from engine.limits import RequestLimits, SpecLimits
-from engine.outputs import EngineStats, RequestOutput, output_of
+from engine.outputs import EngineStats, NewTokens, RequestOutput, make_output
 from engine.prefill_meter import PrefillMeter
 from engine.request import FinishReason, Request, SamplingParams
 from engine.sampler import Sampler, SamplerOutput, TokenLogprobs
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """Computes a batch; `engine.runner.ModelRunner`, or a stand-in in a test."""
+    """Computes batches: `engine.runner.ModelRunner`, or a stand-in in a test."""
 
     def execute(self, batch: Batch) -> Tensor:
-        """Logits [num_logits, vocab_size] fp32 of the rows in batch.logits_indices."""
+        """Return logits [num_logits, vocab_size] fp32 of the rows in batch.logits_indices."""
 
 
 class EngineCore:
@@ -67,10 +67,26 @@ class EngineCore:
         tokenizer: Tokenizer | None = None,
         prefill_meter: PrefillMeter | None = None,
     ) -> None:
-        """With a hasher prefixes are cached; windows are kept at the ends of prompts and turns,
-        where prompts part, and every `checkpoint_blocks` blocks (0: not there).
+        """Put an engine together.
 
-        Raises NotEnoughMemory when `kv` is too small for any request.
+        Args:
+            runner: Computes the batches.
+            kv: Sizes of the KV cache.
+            spec_limits: What the engine must know of the model.
+            sampler: Chooses the tokens; None: a `Sampler`.
+            policy: Ranks the requests; None: first come, first served.
+            store: A slower tier of KV blocks; None: there is none.
+            hasher: Names the content of blocks; None: no prefix is cached.
+            checkpoint_blocks: Sliding windows are checkpointed at the ends of prompts and turns,
+                where prompts part, and every so many blocks (0: not there).
+            max_num_batched_tokens: Tokens of one step.
+            max_num_seqs: Requests of one step.
+            load_shedding: Refuses requests at arrival; None: a `LoadShedding`.
+            tokenizer: Without one, answers are token ids only.
+            prefill_meter: Measures prefills; None: a `PrefillMeter`.
+
+        Raises:
+            NotEnoughMemory: `kv` is too small for any request.
         """
         self.runner = runner
         self.sampler = sampler or Sampler()
@@ -100,39 +116,25 @@ class EngineCore:
         eos_token_ids = spec_limits.eos_token_ids
         self.grammars = None if tokenizer is None else Grammars(tokenizer, eos_token_ids)
         self._answers = AnswerStreams(tokenizer, self.grammars, eos_token_ids)
-        self._outputs: list[RequestOutput] = []  # of the step under way, and of aborts before it
+        self._outputs: list[RequestOutput] = []  # what the next `step` returns
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; [] when idle.
-
-        Whatever goes wrong while computing ends the requests of this step with
-        FinishReason.ERROR and no others.
-        """
+        """Compute one step and return what is new of its requests; [] when idle."""
         self._expire()
         output = self.scheduler.schedule()
         if output.scheduled:
-            started_s = time.perf_counter()
-            try:
-                batch = build_batch(output, self.kv)
-                logits = self.runner.execute(batch)
-                sampled = self.sampler.sample(logits, output.sampling)
-                self._update(output, sampled, time.perf_counter() - started_s)
-            except Exception as error:  # the border of the engine loop
-                self._fail(output, error)
-        outputs, self._outputs = self._outputs, []
-        if not self.has_work:
-            self._check_idle()
-        return outputs
+            self._compute(output)
+        return self._collect()
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do or return something."""
+        """True if a step would do or return something."""
         return bool(self.scheduler.running or self.scheduler.waiting or self._outputs)
 
     @property
     def waits_for_blocks(self) -> bool:
-        """Whether a step now would only ask the block store whether it is ready."""
+        """True if a step would only ask the block store whether it is ready."""
         return self.scheduler.waits_for_blocks and not self._outputs
 
     def add(
@@ -152,20 +154,32 @@ class EngineCore:
         deadline_at: float | None = None,
         chat: bool = False,
     ) -> Request:
-        """Accept a request; `arrived_at`, for which now is taken, and `deadline_at` are on
-        time.monotonic's clock. A turn of a kept `session`
-        leaves checkpoints that `drop_session` finds. `spans` are the embeddings that stand in the
-        prompt in place of its tokens. `weight` is the tenant's in the fair share, a higher
-        `priority` goes before the tenant's other requests. In a `chat` the answer has parts:
-        thought, text, tool calls; otherwise all of it is text.
+        """Accept a request. Whatever this raises, nothing of the request stays.
 
-        With `output_ids` a request goes on where another engine left it: positions, penalties,
-        seed and text continue as if those tokens had been generated here (pass the seed of the
-        first engine's Request); they count towards max_tokens and aren't returned again.
+        Args:
+            request_id: Unique among the requests that have not ended.
+            prompt_ids: The prompt's tokens, at least one.
+            sampling: How to choose tokens, and what ends the answer.
+            output_ids: Tokens that another engine has generated for this request. Positions,
+                penalties, seed and text continue as if they had been generated here; they count
+                towards max_tokens and aren't returned again.
+            seed: Of the sampler; None: `sampling.seed`, or a new one. A request that goes on here
+                needs the one of its first engine's `Request`.
+            tenant: Whose request this is, for fair share and the prefix cache.
+            session: A kept session of which this is a turn: its checkpoints are found by
+                `drop_session`.
+            spans: Embeddings of media, which take the place of prompt tokens.
+            weight: The tenant's weight in the fair share, above 0.
+            priority: Higher ones go before the tenant's other requests.
+            arrived_at: When it arrived, on time.monotonic's clock; None: now.
+            deadline_at: When it expires, on time.monotonic's clock; None: never.
+            chat: The answer has parts (thought, text, tool calls); otherwise all of it is text.
 
-        Raises InvalidRequest or ContextTooLong for what can never be answered, DeadlineExceeded
-        where that is past, Overloaded when too many wait, or it would wait too long. Whatever it
-        raises, nothing of the request stays.
+        Raises:
+            InvalidRequest: The request can never be answered.
+            ContextTooLong: Prompt and max_tokens exceed the context or the KV cache.
+            DeadlineExceeded: The deadline has expired.
+            Overloaded: Too many requests are queued, or this one would wait too long.
         """
         if request_id in self._requests:
             raise InvalidRequest(f"A request with the id {request_id!r} is already running.")
@@ -175,14 +189,16 @@ class EngineCore:
         if not (0 < weight < math.inf):
             raise InvalidRequest(f"weight must be a number above 0, not {weight}.")
         spans = self._request_limits.check_spans(spans, len(prompt_ids))
-        now_s = time.monotonic()
-        if deadline_at is not None and deadline_at <= now_s:
-            raise DeadlineExceeded("The deadline passed before the request could begin.")
+        now = time.monotonic()
+        if deadline_at is not None and deadline_at <= now:
+            raise DeadlineExceeded("The deadline expired before the request was accepted.")
+        if seed is None:
+            seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
         request = Request(
             request_id=request_id,
             prompt_ids=list(prompt_ids),
             sampling=sampling,
-            seed=_first(seed, sampling.seed, random.getrandbits(63)),
+            seed=seed,
             max_tokens=self._request_limits.max_tokens(len(prompt_ids), sampling.max_tokens),
             tenant=tenant,
             session=session,
@@ -190,7 +206,7 @@ class EngineCore:
             weight=weight,
             priority=priority,
             output_ids=list(output_ids),
-            arrived_at=now_s if arrived_at is None else arrived_at,
+            arrived_at=now if arrived_at is None else arrived_at,
             deadline_at=deadline_at,
         )
         with ExitStack() as undo:
@@ -202,7 +218,7 @@ class EngineCore:
         return request
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
-        """End a request between two steps and free its blocks at once; unknown ids are ignored.
+        """End a request between two steps and free its blocks; unknown ids are ignored.
 
         The next step returns its last output.
         """
@@ -211,13 +227,11 @@ class EngineCore:
             self._finish(request, reason)
 
     def drop_session(self, tenant: str, session: str) -> int:
-        """Free between two steps what memory holds for this session alone; the bytes freed."""
+        """Free the KV blocks that are cached for this session alone; returns the bytes freed."""
         return self.kv.drop((tenant, session))
 
     def session_tokens(self, tenant: str) -> dict[str, int]:
-        """The tenant's sessions that memory holds something for, and from how many tokens on each
-        could go on.
-        """
+        """Return for each of the tenant's sessions how many of its first tokens are cached."""
         return {
             owner[1]: num_blocks * self.kv.block_size
             for owner, num_blocks in self.kv.index.kept_blocks().items()
@@ -225,10 +239,11 @@ class EngineCore:
         }
 
     def held_bytes(self, request: Request) -> int:
-        """Of the KV cache that a request reads; 0 while it waits."""
+        """Bytes of KV blocks referenced by the request; 0 while it waits."""
         return self.kv.held_bytes(request)
 
     def stats(self) -> EngineStats:
+        """Return the gauges of now and the counters since the start."""
         groups = self.kv.groups.items()
         return EngineStats(
             num_waiting=len(self.scheduler.waiting),
@@ -253,9 +268,7 @@ class EngineCore:
         assert self._answers.request_ids <= live, "a text stream is leaked"
 
     def _check_idle(self) -> None:
-        """Report what is leaked, which shows when nothing runs; unlike `check_integrity`, this
-        costs nothing and disturbs nobody.
-        """
+        """Log what is leaked, which shows when the engine is idle; costs next to nothing."""
         leaked = {k.value: g.pool.num_used for k, g in self.kv.groups.items() if g.pool.num_used}
         if leaked or self.kv.requests or self._requests or self._answers.request_ids:
             logger.error(
@@ -266,7 +279,33 @@ class EngineCore:
                 len(self._answers.request_ids),
             )
 
-    # After a step
+    # The beats of a step
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for request in list(self._requests.values()):
+            if request.deadline_at is not None and request.deadline_at <= now:
+                self._finish(request, FinishReason.DEADLINE)
+
+    def _compute(self, output: SchedulerOutput) -> None:
+        """Run the model over a planned step and take in the sampled tokens.
+
+        Whatever goes wrong ends the requests of this step with FinishReason.ERROR, and no others.
+        """
+        started_at = time.perf_counter()
+        try:
+            batch = build_batch(output, self.kv)
+            logits = self.runner.execute(batch)
+            sampled = self.sampler.sample(logits, output.sampling)
+            self._update(output, sampled, time.perf_counter() - started_at)
+        except Exception as error:  # border: the engine loop
+            self._fail(output, error)
+
+    def _collect(self) -> list[RequestOutput]:
+        outputs, self._outputs = self._outputs, []
+        if not self.has_work:
+            self._check_idle()
+        return outputs
 
     def _update(self, output: SchedulerOutput, sampled: SamplerOutput, seconds: float) -> None:
         failed = {output.sampling[row] for row in sampled.errors}
@@ -275,7 +314,7 @@ class EngineCore:
         self._num_steps += 1
         self._num_decode_tokens += num_decode
         self._num_prefill_tokens += output.num_tokens - num_decode
-        self.prefill_meter.saw_step(output.prefill_chunks, num_decode, seconds)
+        self.prefill_meter.record_step(output.prefill_chunks, num_decode, seconds)
         rows = zip(output.sampling, sampled.token_ids, sampled.logprobs, strict=True)
         for row, (request, token_id, logprobs) in enumerate(rows):
             if row in sampled.errors:
@@ -287,35 +326,36 @@ class EngineCore:
                 self._append(request, token_id, logprobs)
 
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """Take a sampled token; end the request where that makes it complete."""
-        parts, end = self._answers.append(request, token_id)
-        tokens = [token_id], None if logprobs is None else [logprobs]
+        """Take in a sampled token; end the request if that completes its answer."""
+        delta, end = self._answers.append(request, token_id)
+        new = NewTokens([token_id], None if logprobs is None else [logprobs])
         if end is None:
-            self._outputs.append(output_of(request, *tokens, parts))
+            self._outputs.append(make_output(request, new=new, delta=delta))
         else:
-            stop = end.matched_stop
-            self._finish(request, end.reason, tokens=tokens, parts=parts, matched_stop=stop)
+            self._finish(request, end.reason, new=new, delta=delta, matched_stop=end.matched_stop)
 
     def _finish(
         self,
         request: Request,
         reason: FinishReason,
         *,
-        tokens: tuple[list[int], list[TokenLogprobs] | None] = ([], None),
-        parts: AnswerDelta | None = None,
+        new: NewTokens | None = None,
+        delta: AnswerDelta | None = None,
         matched_stop: str | int | None = None,
         error: BrioletteError | None = None,
         is_sound: bool = True,
     ) -> None:
-        """The one way out of the engine, for every reason.
+        """End a request: the one way out of the engine, for every reason.
 
-        Not `is_sound`: others must not resume from what it has computed.
+        Unless it `is_sound`, others must not resume from what it has computed.
         """
         self.scheduler.finish(request, reason, is_sound=is_sound)
         del self._requests[request.request_id]
-        parts = parts or AnswerDelta()
-        parts.add(self._answers.finish(request))
-        self._outputs.append(output_of(request, *tokens, parts, matched_stop, error))
+        delta = delta or AnswerDelta()
+        delta.add(self._answers.finish(request))
+        self._outputs.append(
+            make_output(request, new=new, delta=delta, matched_stop=matched_stop, error=error)
+        )
 
     def _fail(self, output: SchedulerOutput, error: Exception) -> None:
         ids = " ".join(f"request_id={item.request.request_id}" for item in output.scheduled)
@@ -327,26 +367,16 @@ class EngineCore:
             if not item.request.is_finished:
                 self._finish(item.request, FinishReason.ERROR, error=error)
 
-    def _expire(self) -> None:
-        now_s = time.monotonic()
-        for request in list(self._requests.values()):
-            if request.deadline_at is not None and request.deadline_at <= now_s:
-                self._finish(request, FinishReason.DEADLINE)
-
     # At arrival
 
     def _withdraw(self, request: Request) -> None:
-        """Drop what a failed `add` has left."""
+        """Drop what a failed `add` has left behind."""
         self._requests.pop(request.request_id, None)
         self._answers.withdraw(request)
         self.scheduler.withdraw(request)
 
     def _resume(self, request: Request, chat: bool) -> None:
-        """Begin its answer, or go on with it; end it where it was complete already."""
+        """Open its answer, with the output it came with; end it if that is complete already."""
         end = self._answers.begin(request, chat)
         if end is not None:
             self._finish(request, end.reason, matched_stop=end.matched_stop)
-
-
-def _first(*values: int | None) -> int:
-    return next(value for value in values if value is not None)

@@ -1,9 +1,9 @@
-"""What the engine tells: of a request after each step, and of itself."""
+"""What the engine returns: a RequestOutput for each request after each step, and EngineStats."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.errors import BrioletteError
 from cluster.spec import AttentionKind
@@ -17,12 +17,12 @@ from engine.text.tool_calls import ToolCallDelta
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one step brought for one request. The one with a finish_reason is its last."""
+    """What is new of one request after a step. The one with a finish_reason is its last."""
 
     request_id: str
     new_token_ids: list[int]
     text: str  # what the new tokens add to the text; empty without a tokenizer
-    thought: str  # the same
+    thought: str  # what they add to the thought
     tool_calls: list[ToolCallDelta]
     logprobs: list[TokenLogprobs] | None  # one per new token where the request asked for them
     finish_reason: FinishReason | None
@@ -38,7 +38,7 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges of now, and counters since the start."""
+    """The engine's gauges of now, and its counters since the start."""
 
     num_waiting: int
     num_running: int
@@ -54,22 +54,39 @@ class EngineStats:
     fair_share: Mapping[str, TenantShare]  # by tenant; empty without fair share
 
 
-def output_of(
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """The tokens that a step sampled for one request."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None  # one per token where the request asked for them
+
+
+def make_output(
     request: Request,
-    new_token_ids: list[int],
-    logprobs: list[TokenLogprobs] | None,
+    *,
+    new: NewTokens | None = None,
     delta: AnswerDelta,
     matched_stop: str | int | None = None,
     error: BrioletteError | None = None,
 ) -> RequestOutput:
-    """What is new of a request, with what is known of it by now."""
+    """Put what is new of a request together with what is known of it by now.
+
+    Args:
+        request: The request, in its present state.
+        new: Its new tokens; None: no new ones.
+        delta: What they add to the answer.
+        matched_stop: The stop string or stop token id that ended it.
+        error: What ended it.
+    """
+    new = new or NewTokens()
     return RequestOutput(
         request_id=request.request_id,
-        new_token_ids=new_token_ids,
+        new_token_ids=new.token_ids,
         text=delta.text,
         thought=delta.thought,
         tool_calls=delta.tool_calls,
-        logprobs=logprobs,
+        logprobs=new.logprobs,
         finish_reason=request.finish_reason,
         error=None if error is None else str(error),
         error_status=None if error is None else error.status,

@@ -28,7 +28,9 @@ class PrefillMeter:
         per_token, per_pair = self._fit()
         return per_token * (stop - start) + per_pair * _num_pairs(start, stop)
 
-    def saw_step(self, chunks: Sequence[tuple[int, int]], num_decode: int, seconds: float) -> None:
+    def record_step(
+        self, chunks: Sequence[tuple[int, int]], num_decode: int, seconds: float
+    ) -> None:
         """A step computed these [start, stop) of prompts, and so many other tokens."""
         num_prefill = sum(stop - start for start, stop in chunks)
         num_tokens = num_prefill + num_decode

@@ -13,17 +13,18 @@ import itertools
 import random
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from bench.lib.by_arrival import ByArrival
 from bench.lib.card import Check, pin, report, table
 from bench.team.served import Record
 from cluster.config import Config
 from cluster.errors import Overloaded
 from deployments.loading import ModelSource, load_engine, load_local_experts
-from engine.request import Request, RequestState, SamplingParams
+from engine.request import SamplingParams
 from engine.scheduling.fair_share import FairShare
 from engine.scheduling.policy import Policy, Work
 from engine.scheduling.token_costs import TokenCosts
@@ -66,20 +67,6 @@ def run(seconds: float = 25.0) -> tuple[dict[str, Any], list[Check]]:
         Check("light tenant's p99 TTFT, above alone", late_steps, "p99 steps", 2.0, False),
     ]
     return results, checks
-
-
-class ByArrival(FairShare):
-    """Fair share that is off, but counts."""
-
-    def order(self, requests: Collection[Request]) -> list[Request]:
-        super().order(requests)
-        return sorted(requests, key=lambda r: (r.state is not RequestState.RUNNING, r.arrived_at))
-
-    def gives_way(self, *_: object) -> None:
-        return None
-
-    def may_overtake(self, *_: object) -> bool:
-        return False
 
 
 POLICIES: dict[str, Callable[[TokenCosts], Policy]] = {"on": FairShare, "off": ByArrival}

@@ -17,77 +17,77 @@ from engine.scheduling.token_costs import TokenCosts
 
 @dataclass(slots=True)
 class _Account:
-    """What a tenant has received."""
+    """What one tenant has received so far."""
 
     counter: float = 0.0
     service: float = 0.0
     weight: float = 1.0
-    num_begun: int = 0  # requests that ran when the step began, or had given way
+    num_started: int = 0  # requests that ran when the step began, or had been preempted
 
 
 class FairShare:
-    """The tenant with the lowest counter goes first; within it priority, then arrival.
+    """Serves the tenant with the lowest counter first; within a tenant by priority, then arrival.
 
     A counter grows by the cost of the tenant's tokens over its weight. Each position of a request
-    is charged once: that it had to give way and is computed again is not its tenant's fault.
+    is charged once: a tenant doesn't pay for what is recomputed after a preemption.
     """
 
     def __init__(self, costs: TokenCosts | None = None) -> None:
         self._costs = costs or TokenCosts()
         self._accounts: defaultdict[str, _Account] = defaultdict(_Account)
-        self._backlogged: set[str] = set()  # of the last step
+        self._backlogged: set[str] = set()  # tenants in the last step
 
     def order(self, requests: Collection[Request]) -> list[Request]:
-        """By the counter that each request's tenant has when those before it are served."""
+        """Rank by the counter that a request's tenant has once those before it are served."""
         by_tenant: defaultdict[str, list[Request]] = defaultdict(list)
         for request in requests:
             by_tenant[request.tenant].append(request)
         for tenant, own in by_tenant.items():
             account = self._accounts[tenant]
             account.weight = own[0].weight
-            account.num_begun = sum(_has_begun(request) for request in own)
+            account.num_started = sum(_has_started(request) for request in own)
         self._lift({request.tenant for request in requests if _is_backlogged(request)})
         keyed = []
         for tenant, own in by_tenant.items():
-            counter, begun = self._standing(tenant)
+            counter, num_started = self._standing(tenant)
             for request in sorted(own, key=lambda r: (-r.priority, r.arrived_at)):
-                keyed.append(((counter, begun), request))
+                keyed.append(((counter, num_started), request))
                 counter += request.num_pending_tokens / request.weight  # about what it will cost
         return [request for _, request in sorted(keyed, key=lambda pair: pair[0])]
 
-    def gives_way(
+    def select_victim(
         self,
         waiting: Request,
         running: Sequence[Request],
-        places: Mapping[Request, float],
-        num_places: int,
+        seats: Mapping[Request, float],
+        num_seats: int,
     ) -> Request | None:
-        """For a tenant that has nothing running, or less than half its share of places: the last
-        one of a tenant that is further ahead and has more than its share. Else one of the same
-        tenant's lower priorities.
+        """Choose a victim for a tenant that runs nothing, or has at most half its share of seats.
 
-        From half its share on, a tenant that is behind gets the places that others leave.
+        It is the last request of a tenant that has a higher counter and more than its share of
+        seats; else the last of the same tenant with a lower priority. From half its share on, a
+        tenant takes only seats that others leave.
         """
         held: defaultdict[str, float] = defaultdict(float)
-        for request, num in places.items():
+        for request, num in seats.items():
             held[request.tenant] += num
         weights = {tenant: self._accounts[tenant].weight for tenant in held}
-        each = num_places / sum(weights.values())
+        each = num_seats / sum(weights.values())
         share = {tenant: max(1.0, each * weight) for tenant, weight in weights.items()}
-        own = share[waiting.tenant]
-        is_first = held[waiting.tenant] == places[waiting]
-        if held[waiting.tenant] <= (own if is_first else own / 2):
-            standing = self._standing(waiting.tenant)
+
+        own, standing = waiting.tenant, self._standing(waiting.tenant)
+        runs_nothing = held[own] == seats[waiting]
+        if held[own] <= (share[own] if runs_nothing else share[own] / 2):
             for request in reversed(running):
                 tenant = request.tenant
                 if held[tenant] > share[tenant] and self._standing(tenant) > standing:
                     return request
-        lower = [r for r in running if r.tenant == waiting.tenant and r.priority < waiting.priority]
+        lower = [r for r in running if r.tenant == own and r.priority < waiting.priority]
         return lower[-1] if lower else None
 
-    def may_overtake(self, request: Request, held_up: Sequence[Request]) -> bool:
-        """Other tenants' requests; a tenant's own keep their order."""
-        return all(other.tenant != request.tenant for other in held_up)
+    def may_backfill(self, request: Request, blocked: Sequence[Request]) -> bool:
+        """True if no request of its tenant is blocked: a tenant's requests keep their order."""
+        return all(other.tenant != request.tenant for other in blocked)
 
     def charge(self, request: Request, stop: int, work: Work) -> None:
         start = request.num_charged_tokens
@@ -112,29 +112,33 @@ class FairShare:
         }
 
     def _lift(self, backlogged: set[str]) -> None:
-        """Who was idle comes back at the lowest counter of those that have been waiting, or, where
-        nobody has, at the highest of all: what one didn't ask for is no credit.
+        """Lift the counters of tenants that return from idling (the counter lift of VTC).
+
+        A returning tenant starts at the minimum of the backlogged tenants' counters, or at the
+        maximum of all if none is backlogged, so that idle time earns no credit.
         """
-        standing = [self._accounts[tenant].counter for tenant in self._backlogged & backlogged]
+        waited = [self._accounts[tenant].counter for tenant in self._backlogged & backlogged]
         every = [account.counter for account in self._accounts.values()]
-        level = min(standing) if standing else max(every, default=0.0)
+        level = min(waited) if waited else max(every, default=0.0)
         for tenant in backlogged - self._backlogged:
             account = self._accounts[tenant]
             account.counter = max(account.counter, level)
         self._backlogged = backlogged
 
     def _standing(self, tenant: str) -> tuple[float, float]:
-        """The lowest goes first; of equals, as after a lift, who has less begun. If who gave way
-        went before equals that run, they would take turns without end: nothing is charged twice.
+        """Return the tenant's rank: lowest counter first, then fewest started requests by weight.
+
+        Preempted requests count as started: recomputed tokens aren't charged, so that two equal
+        tenants would otherwise preempt each other for ever.
         """
         account = self._accounts[tenant]
-        return account.counter, account.num_begun / account.weight
+        return account.counter, account.num_started / account.weight
 
 
 def _is_backlogged(request: Request) -> bool:
-    """A decoding request gets its token in each step; all others compete for the budget."""
+    """True for requests that compete for the budget; a decode gets its token in each step."""
     return request.state is RequestState.WAITING or request.num_pending_tokens > 1
 
 
-def _has_begun(request: Request) -> bool:
+def _has_started(request: Request) -> bool:
     return request.state is RequestState.RUNNING or request.num_preemptions > 0

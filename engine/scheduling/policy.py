@@ -1,4 +1,4 @@
-"""Who goes first: what the scheduler asks of a policy, and first come, first served."""
+"""Policy: what the scheduler asks about the order of requests; and first come, first served."""
 
 from __future__ import annotations
 
@@ -20,72 +20,82 @@ class Work(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TenantShare:
-    """How a tenant stands; a policy that shares by tenant tells it."""
+    """A tenant's standing under a policy that shares by tenant."""
 
     weight: float
     service: float  # counter, in the cost of a prompt's first token
-    counter: float  # service over weight, lifted where it was idle; the lowest goes first
+    counter: float  # service over weight, lifted after idle times; the lowest goes first
 
 
 class Policy(Protocol):
-    """Decides from the requests and from what it was charged; knows neither blocks nor budgets."""
+    """Ranks requests by what they are and what it was charged; knows neither blocks nor budgets."""
 
     def order(self, requests: Collection[Request]) -> list[Request]:
-        """All that run or wait, the most urgent first; asked once a step. The last one running is
-        preempted first.
+        """Return all running and startable requests, the most urgent first; asked once a step.
 
-        Must bring every request to the front at last: the front one always makes progress.
+        Every request must come to the front at last, since only the front one is sure to make
+        progress: the last running one is preempted first.
         """
 
-    def gives_way(
+    def select_victim(
         self,
         waiting: Request,
         running: Sequence[Request],
-        places: Mapping[Request, float],
-        num_places: int,
+        seats: Mapping[Request, float],
+        num_seats: int,
     ) -> Request | None:
-        """Which of the `running` ones, in the order, is preempted for one that finds no room;
-        None: it waits.
+        """Choose the request to preempt for a waiting one that finds no room.
 
-        `places` says how many of the engine's `num_places` each of them and this one take.
+        Args:
+            waiting: The request without room.
+            running: The candidates, in order.
+            seats: How many of the engine's seats (`max_num_seqs`) each of these requests takes:
+                one, or more if it has a larger share of the KV cache.
+            num_seats: All of the engine's seats.
+
+        Returns:
+            One of `running`; None if `waiting` has to wait.
         """
 
-    def may_overtake(self, request: Request, held_up: Sequence[Request]) -> bool:
-        """Whether one may start before these, which go first but find no room. It gives its place
-        back as soon as one of them would fit.
+    def may_backfill(self, request: Request, blocked: Sequence[Request]) -> bool:
+        """True if the request may start before the `blocked` ones, which rank higher but find no
+        room. It is preempted as soon as one of them would fit in its place.
         """
 
     def charge(self, request: Request, stop: int, work: Work) -> None:
-        """This was done for the request's tokens up to position `stop`; each counts once."""
+        """Charge for work on the request's tokens up to position `stop`, each position once."""
 
     def queue_of(self, request: Request) -> str:
-        """A name for those that start one after the other, whatever else starts meanwhile."""
+        """Name the queue of the request: a queue's requests start one after the other, whatever
+        starts from other queues meanwhile.
+        """
 
     def num_ahead(self, request: Request, waiting: Sequence[Request]) -> int:
-        """How many of these start before it in its queue."""
+        """Count the `waiting` requests that start before this one in its queue."""
 
     def shares(self) -> dict[str, TenantShare]:
-        """By tenant; empty where tenants make no difference."""
+        """Each tenant's standing; empty if the policy doesn't share by tenant."""
 
 
 class FirstComeFirstServed:
-    """By arrival, those that run before those that wait; nobody gives way to a newcomer. A
-    preempted request keeps its place before those that came later.
+    """Ranks by arrival, running requests first. Waiting requests neither preempt nor overtake.
+
+    A preempted request keeps its rank before those that came later.
     """
 
     def order(self, requests: Collection[Request]) -> list[Request]:
         return sorted(requests, key=lambda r: (r.state is not RequestState.RUNNING, r.arrived_at))
 
-    def gives_way(
+    def select_victim(
         self,
         waiting: Request,
         running: Sequence[Request],
-        places: Mapping[Request, float],
-        num_places: int,
+        seats: Mapping[Request, float],
+        num_seats: int,
     ) -> Request | None:
         return None
 
-    def may_overtake(self, request: Request, held_up: Sequence[Request]) -> bool:
+    def may_backfill(self, request: Request, blocked: Sequence[Request]) -> bool:
         return False
 
     def charge(self, request: Request, stop: int, work: Work) -> None:

@@ -1,14 +1,14 @@
-"""Starting a request: behind the longest prefix of it that is cached or that the store brings."""
+"""PrefixLoader: starts requests behind the longest prefix that is cached or that a store brings."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.cache.block_store import BlockStore
 from engine.cache.kv_cache import KVCache
-from engine.cache.prefix import NOTHING_FETCHED, Fetched
+from engine.cache.prefix import Prefix
 from engine.request import Request, RequestState
 
 
@@ -26,74 +26,61 @@ class PrefixLoader:
 
     def __init__(self, kv: KVCache, store: BlockStore) -> None:
         self._kv, self._store = kv, store
-        self.prefix_stats: defaultdict[str, PrefixCacheStats] = defaultdict(
-            PrefixCacheStats
-        )  # by tenant
+        self.stats: defaultdict[str, PrefixCacheStats] = defaultdict(PrefixCacheStats)  # by tenant
 
-    def ask_store(self, request: Request) -> bool:
-        """Let it wait if the store brings more than what is cached."""
-        cached = self._kv.find_prefix(request)
+    def fetch(self, request: Request, cached: Prefix) -> bool:
+        """Ask the store for more than the `cached` prefix; True if the request has to wait."""
+        request.asks_store = False
         if self._store.fetch(request, cached.num_blocks * self._kv.block_size):
             request.state = RequestState.WAITING_FOR_BLOCKS
         return request.state is RequestState.WAITING_FOR_BLOCKS
 
-    def look_for_blocks(self, waiting: Iterable[Request]) -> None:
-        """Ask the store how far it is, also while there is no room: it goes on when asked."""
+    def poll(self, waiting: Iterable[Request]) -> None:
+        """Let the requests whose blocks have come start.
+
+        Also while the engine is full: a store goes on fetching when it is asked.
+        """
         for request in waiting:
-            is_waiting = request.state is RequestState.WAITING_FOR_BLOCKS
-            if is_waiting and self._store.fetched(request) is not None:
+            is_fetching = request.state is RequestState.WAITING_FOR_BLOCKS
+            if is_fetching and self._store.fetched(request) is not None:
                 request.state = RequestState.WAITING
 
-    def fits(self, request: Request, without: Collection[Request] = ()) -> bool:
-        """Whether all its known tokens fit beside those of the running requests, or `without`
-        some of these.
+    def find(self, request: Request) -> list[Prefix]:
+        """Return the prefixes that the request could start behind, the longest first.
 
-        Asking for the first chunk only would admit prompts that preempt each other halfway.
+        They are the one that counts the blocks that the store has fetched, if there are any, and
+        the one in memory. Valid until a request starts, grows or is preempted.
         """
-        fetched = self._fetched(request)
-        return self._fits(request, fetched, without) or (
-            bool(fetched) and self._fits(request, NOTHING_FETCHED, without)
-        )
-
-    def start(self, request: Request) -> bool:
-        """Give it the blocks of its prefix, those that are cached and those that were fetched, or
-        only the former; false if it doesn't fit.
-        """
-        fetched = self._fetched(request)
         in_memory = self._kv.find_prefix(request)
-        if not (
-            self._start(request, fetched) or (fetched and self._start(request, NOTHING_FETCHED))
-        ):
-            return False
+        fetched = self._store.fetched(request)
+        return [self._kv.find_prefix(request, fetched), in_memory] if fetched else [in_memory]
+
+    def start(self, request: Request, prefix: Prefix, found: Sequence[Prefix]) -> bool:
+        """Give a request the blocks of a prefix, one of those `found`, behind which it fits.
+
+        Where the store fails to load them, it starts behind what is in memory by now; False if
+        it doesn't fit like that.
+        """
+        missing = self._kv.add(request, prefix)
+        is_complete = not missing or self._store.load(request, missing)
         self._store.release(request)
-        if request.num_preemptions == 0:
-            self._count_prefix(request, in_memory.num_blocks * self._kv.block_size)
-        return True
-
-    def _fetched(self, request: Request) -> Fetched:
-        return self._store.fetched(request) or NOTHING_FETCHED
-
-    def _fits(self, request: Request, fetched: Fetched, without: Collection[Request]) -> bool:
-        return self._kv.can_hold(request, self._kv.find_prefix(request, fetched), without)
-
-    def _start(self, request: Request, fetched: Fetched) -> bool:
-        if not self._fits(request, fetched, ()):
-            return False
-        prefix = self._kv.find_prefix(request, fetched)
-        lacking = self._kv.add(request, prefix)
-        if lacking:
-            if not self._store.load(request, lacking):
-                self._kv.free(request)
-                self._store.release(request)
+        if not is_complete:
+            self._kv.free(request)
+            prefix = self._kv.find_prefix(request)
+            if not self._kv.can_hold(request, prefix):
                 return False
+            self._kv.add(request, prefix)
+        elif missing:
             self._kv.loaded(request, prefix.num_blocks)
         request.num_computed_tokens = prefix.num_blocks * self._kv.block_size
+        if request.num_preemptions == 0:
+            self._count(request, found[-1].num_blocks * self._kv.block_size)
         return True
 
-    def _count_prefix(self, request: Request, num_in_memory: int) -> None:
+    def _count(self, request: Request, num_tokens_in_memory: int) -> None:
         request.num_cached_tokens = request.num_computed_tokens
-        request.num_fetched_tokens = max(0, request.num_cached_tokens - num_in_memory)
-        use = self.prefix_stats[request.tenant]
-        use.num_queries += 1
-        use.num_hits += request.num_cached_tokens > 0
-        use.num_cached_tokens += request.num_cached_tokens
+        request.num_fetched_tokens = max(0, request.num_cached_tokens - num_tokens_in_memory)
+        stats = self.stats[request.tenant]
+        stats.num_queries += 1
+        stats.num_hits += request.num_cached_tokens > 0
+        stats.num_cached_tokens += request.num_cached_tokens

@@ -1,4 +1,4 @@
-"""SchedulerOutput: what one step computes, and for whom."""
+"""SchedulerOutput: one step as the scheduler plans it."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: what to compute, in the batch's order, and who had to give way."""
+    """One step: what to compute, in the batch's order, and which requests were preempted for it."""
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that the step computes."""
         return sum(item.num_new_tokens for item in self.scheduled)
 
     @property
     def prefill_chunks(self) -> list[tuple[int, int]]:
-        """The positions [start, stop) of prompts."""
+        """Positions [start, stop) of each prompt chunk."""
         return [(item.start, item.stop) for item in self.scheduled if not item.is_decode]
 
     @property
     def sampling(self) -> list[Request]:
-        """The requests that get a token, in the order of the batch's logits."""
+        """Requests that get a new token, in the order of the batch's logits."""
         return [item.request for item in self.scheduled if item.samples]

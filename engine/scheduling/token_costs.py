@@ -1,4 +1,4 @@
-"""What tokens cost: the work of a prompt's first token is 1."""
+"""TokenCosts: prices of tokens, in the work of a prompt's first token."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ from dataclasses import dataclass
 from cluster.spec import AttentionKind, ModelSpec
 from engine.scheduling.policy import Work
 
-CACHED = 0.1  # found, not computed: it passes no expert, but takes memory and was kept for it
-DECODE = 2.0  # a token alone uses weights that a chunk reads once for many
+CACHED = 0.1  # a cached token passes no expert, but it took memory until now
+DECODE = 2.0  # a decoded token reads weights alone that a chunk reads once for many tokens
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCosts:
-    """Prices of tokens. What a token's weights cost, its experts' included, is 1 for each that is
-    computed; attention adds to it with every position that the token looks back at.
+    """Prices of tokens: 1 for the multiplications with weights, and attention's on top.
+
+    Attention costs more with every position that a token attends to.
     """
 
-    per_position: float = 0.0  # of the whole context: global layers
-    per_near_position: float = 0.0  # of the last `window` positions: sliding layers
+    per_position: float = 0.0  # in global layers, for each position of the context
+    per_near_position: float = 0.0  # in sliding layers, for each of the last `window` positions
     window: int = 1
 
     @staticmethod
     def from_spec(spec: ModelSpec) -> TokenCosts:
-        """Prices in proportion to the multiplications that the model does for a token."""
+        """Derive the prices from the numbers of multiplications that the model does for a token."""
         weights = sum(_layer_weights(spec, index) for index in range(spec.num_layers))
-        looks = dict.fromkeys(AttentionKind, 0)
+        attended = dict.fromkeys(AttentionKind, 0)
         for layer in spec.layers:  # a query times a key, and its weight times the value
-            looks[layer.kind] += 2 * spec.num_attention_heads * layer.head_dim
+            attended[layer.kind] += 2 * spec.num_attention_heads * layer.head_dim
         return TokenCosts(
-            looks[AttentionKind.GLOBAL] / weights,
-            looks[AttentionKind.SLIDING] / weights,
+            attended[AttentionKind.GLOBAL] / weights,
+            attended[AttentionKind.SLIDING] / weights,
             spec.sliding_window,
         )
 
     def cost(self, work: Work, start: int, stop: int) -> float:
-        """Of the positions [start, stop) of one request."""
+        """Return the cost of the positions [start, stop) of one request."""
         num_tokens = stop - start
         if work is Work.CACHED:
             return CACHED * num_tokens
@@ -49,7 +50,7 @@ class TokenCosts:
 
 
 def _layer_weights(spec: ModelSpec, index: int) -> int:
-    """Weights of a layer that one token is multiplied with: those of its experts only."""
+    """Count a layer's weights that one token is multiplied with; of the experts, its top k."""
     layer = spec.layers[index]
     queries = spec.num_attention_heads * layer.head_dim
     num_kv = (1 if layer.k_eq_v else 2) * layer.num_kv_heads * layer.head_dim
@@ -60,6 +61,6 @@ def _layer_weights(spec: ModelSpec, index: int) -> int:
 
 
 def _sum_to(stop: int, window: int) -> int:
-    """Positions that the tokens [0, stop) look back at, of at most the last `window` each."""
+    """Count the positions that the tokens [0, stop) attend to, at most the last `window` each."""
     whole = min(stop, window)
     return whole * (whole - 1) // 2 + max(0, stop - window) * window

@@ -13,7 +13,7 @@ PER_TOKEN, PER_PAIR = 1e-4, 2e-8  # seconds; at 5,000 positions attention takes 
 def read_prompt(meter: PrefillMeter, num_tokens: int, slowness: float = 1.0) -> None:
     for start in range(0, num_tokens, CHUNK):
         stop = min(start + CHUNK, num_tokens)
-        meter.saw_step([(start, stop)], 0, slowness * true_s(start, stop))
+        meter.record_step([(start, stop)], 0, slowness * true_s(start, stop))
 
 
 def true_s(start: int, stop: int) -> float:
@@ -22,11 +22,11 @@ def true_s(start: int, stop: int) -> float:
 
 def test_only_steps_that_mostly_computed_prompts_count() -> None:
     meter = PrefillMeter()
-    meter.saw_step([], 8, 1.0)
-    meter.saw_step([(0, LEAST_TOKENS - 1)], 0, 1.0)
-    meter.saw_step([(0, 60), (10, 50)], 50, 1.0)
+    meter.record_step([], 8, 1.0)
+    meter.record_step([(0, LEAST_TOKENS - 1)], 0, 1.0)
+    meter.record_step([(0, 60), (10, 50)], 50, 1.0)
     assert meter.seconds(0, 100) is None
-    meter.saw_step([(0, 400)], 100, 2.0)
+    meter.record_step([(0, 400)], 100, 2.0)
     assert meter.seconds(0, 500) == pytest.approx(2.0)
 
 
@@ -40,17 +40,17 @@ def test_a_long_prompt_is_foreseen_from_short_ones_and_a_continuation_from_its_b
 def test_one_depth_says_nothing_of_others() -> None:
     meter = PrefillMeter()
     for _ in range(3):
-        meter.saw_step([(0, CHUNK)], 0, 0.1)
+        meter.record_step([(0, CHUNK)], 0, 0.1)
     assert meter.seconds(0, 4 * CHUNK) == pytest.approx(0.4)
 
 
 def test_no_part_is_negative() -> None:
     slower_when_short = PrefillMeter()
     for start, seconds in ((0, 0.2), (CHUNK, 0.1), (8 * CHUNK, 0.05)):
-        slower_when_short.saw_step([(start, start + CHUNK)], 0, seconds)
+        slower_when_short.record_step([(start, start + CHUNK)], 0, seconds)
     all_attention = PrefillMeter()
     for start, seconds in ((0, 0.001), (CHUNK, 0.1), (8 * CHUNK, 2.0)):
-        all_attention.saw_step([(start, start + CHUNK)], 0, seconds)
+        all_attention.record_step([(start, start + CHUNK)], 0, seconds)
     for meter in (slower_when_short, all_attention):
         for start, stop in ((0, 1), (0, CHUNK), (100_000, 100_001)):
             seconds = meter.seconds(start, stop)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.lib.by_arrival import ByArrival
 from engine.request import FinishReason, Request, RequestState
 from engine.scheduling.fair_share import FairShare
 from engine.scheduling.policy import Policy, Work
@@ -98,20 +99,6 @@ class Traffic:
             for t in self.tenants
         ]
         return sum(rates) ** 2 / (len(rates) * sum(rate**2 for rate in rates))
-
-
-class ByArrival(FairShare):
-    """Counts as fair share does, and orders as if it were off."""
-
-    def order(self, requests):  # type: ignore[no-untyped-def]
-        super().order(requests)
-        return sorted(requests, key=lambda r: (r.state is not RequestState.RUNNING, r.arrived_at))
-
-    def gives_way(self, *_: object) -> None:
-        return None
-
-    def may_overtake(self, *_: object) -> bool:
-        return False
 
 
 def traffic(
@@ -384,7 +371,7 @@ def test_cached_tokens_cost_less_and_no_position_is_charged_twice() -> None:
     again = a_request("again", 20, max_tokens=3)
     scheduler.add(again)
     run_step(scheduler)
-    scheduler._preempt(again, SchedulerOutput())
+    scheduler.preempt(again)
     scheduler.kv.drop(None)
     while not again.is_finished:
         run_step(scheduler)

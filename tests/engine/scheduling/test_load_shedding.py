@@ -11,7 +11,6 @@ from engine.request import FinishReason, Request, RequestState
 from engine.scheduling.fair_share import FairShare
 from engine.scheduling.load_shedding import FORGOTTEN_S, LoadShedding, StartRate
 from engine.scheduling.policy import FirstComeFirstServed
-from engine.scheduling.scheduler_output import SchedulerOutput
 from tests.support.engine.schedulers import make_request, make_scheduler, run_step
 
 
@@ -51,7 +50,7 @@ def test_a_full_queue_refuses_only_who_has_their_share_of_it() -> None:
 def test_each_tenant_has_a_bound_of_its_own() -> None:
     shedding = LoadShedding(max_queue=10, max_queue_per_tenant=3)
     waiting = [a_request("a") for _ in range(3)]
-    with pytest.raises(Overloaded, match="3 of your requests are waiting"):
+    with pytest.raises(Overloaded, match="3 of your requests are queued"):
         shedding.check(a_request("a"), waiting, 0, FairShare())
     shedding.check(a_request("a"), waiting, 1, FairShare())  # the next step takes one on
     shedding.check(a_request("b"), waiting, 0, FairShare())
@@ -63,22 +62,22 @@ def test_what_would_wait_too_long_is_refused_at_once(monkeypatch: pytest.MonkeyP
     waiting = [a_request("a") for _ in range(20)]
     assert not is_refused(shedding, a_request("a"), waiting)  # nothing is known yet
     for _ in range(5):
-        shedding.saw_step(["a"], {"a"})
+        shedding.record_step(["a"], {"a"})
         clock.now_s += 1.0
-    shedding.saw_step(["a"], set())  # five starts in five seconds
+    shedding.record_step(["a"], set())  # five starts in five seconds
     assert shedding.wait_s("a", 20) == 20
-    with pytest.raises(Overloaded, match=r"About 20 s of waiting .* may wait 10 s"):
+    with pytest.raises(Overloaded, match=r"wait about 20 s, and may wait 10 s"):
         shedding.check(a_request("a"), waiting, 0, FairShare())
     assert not is_refused(shedding, a_request("a"), waiting[:8])
     assert not is_refused(shedding, a_request("b"), waiting)  # it goes before them
     shedding.check(a_request("a"), waiting, 15, FairShare())  # the next step takes on fifteen
 
     clock.now_s += FORGOTTEN_S  # nobody waited: the rate stays for a while
-    shedding.saw_step(["a"], set())
+    shedding.record_step(["a"], set())
     assert shedding.wait_s("a", 20) == 20
     clock.now_s += 1.0
     assert shedding.wait_s("a", 20) == LoadShedding().wait_s("a", 20) == 0
-    shedding.saw_step([], {"a"})
+    shedding.record_step([], {"a"})
     assert shedding.wait_s("a", 20) == 0
 
 
@@ -86,19 +85,19 @@ def test_slow_starts_are_measured_as_slow_as_they_are(monkeypatch: pytest.Monkey
     clock = Clock(monkeypatch)
     rate = StartRate()
     for second in range(601):
-        rate.saw_step(second % 100 == 0 and second > 0, True)
+        rate.record_step(second % 100 == 0 and second > 0, True)
         clock.now_s += 1.0
     assert rate.wait_s(3) == 300
 
     for _ in range(100):
-        rate.saw_step(10, True)
+        rate.record_step(10, True)
         clock.now_s += 1.0
     assert 0.1 <= rate.wait_s(1) < 0.2  # what was slow is past
     for _ in range(60):
-        rate.saw_step(0, True)
+        rate.record_step(0, True)
         clock.now_s += 1.0
     assert rate.wait_s(1) == pytest.approx(60)  # no start for so long
-    rate.saw_step(0, False)
+    rate.record_step(0, False)
     assert rate.wait_s(1) < 5  # nobody waits for it
 
 
@@ -135,11 +134,11 @@ def test_no_wait_looks_shorter_for_what_others_start_meanwhile(
 def test_coming_back_after_giving_way_is_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = make_scheduler(max_num_seqs=2)
     steps: list[list[str]] = []
-    monkeypatch.setattr(scheduler.load_shedding, "saw_step", lambda *step: steps.append(step[0]))
+    monkeypatch.setattr(scheduler.load_shedding, "record_step", lambda *step: steps.append(step[0]))
     request = make_request("a", 4)
     scheduler.add(request)
     run_step(scheduler)
-    scheduler._preempt(request, SchedulerOutput())
+    scheduler.preempt(request)
     run_step(scheduler)
     assert request.state is RequestState.RUNNING and steps == [["all"], []]
 
@@ -170,7 +169,7 @@ def test_places_without_blocks_are_not_idle() -> None:
         scheduler.add(make_request(f"r{index}", 50, max_tokens=70, arrival=index))
         run_step(scheduler)
     assert (len(scheduler.running), len(scheduler.waiting)) == (2, 3)
-    with pytest.raises(Overloaded, match="3 requests are waiting"):
+    with pytest.raises(Overloaded, match="3 requests are queued"):
         scheduler.add(make_request("refused", 50))
     for request in list(scheduler.waiting):
         scheduler.finish(request, FinishReason.ABORT)

@@ -61,10 +61,10 @@ def test_a_full_queue_refuses() -> None:
     scheduler = make_scheduler(max_queue=1, max_num_seqs=2)
     for name in ("a", "b", "c"):  # two for the idle places, one that queues
         scheduler.add(make_request(name, 3))
-    with pytest.raises(Overloaded, match="3 requests are waiting"):
+    with pytest.raises(Overloaded, match="3 requests are queued"):
         scheduler.add(make_request("d", 3))
     run_step(scheduler)
-    with pytest.raises(Overloaded, match="1 requests are waiting"):
+    with pytest.raises(Overloaded, match="1 requests are queued"):
         scheduler.add(make_request("d", 3))
 
 
@@ -74,7 +74,7 @@ def test_without_a_queue_idle_places_are_taken() -> None:
     with pytest.raises(Overloaded):
         scheduler.add(make_request("b", 3))
     run_step(scheduler)
-    with pytest.raises(Overloaded, match="0 requests are waiting"):
+    with pytest.raises(Overloaded, match="0 requests are queued"):
         scheduler.add(make_request("b", 3))
 
 
