@@ -1,7 +1,7 @@
 """What the Grafana dashboards show: a title, a unit and queries for each panel.
 
-`M` selects by the chosen models, `T` by the chosen tenants. Where nothing happened yet, counts
-and rates by label are 0 and not nothing; ratios and quantiles have no value while nothing happens.
+`M` selects the chosen models, `T` the chosen tenants. Counts and rates are 0 before anything has
+happened; ratios and quantiles have no value then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OR_ZERO = " or on() vector(0)"
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """`queries` by legend; a legend may name labels: `{{host}}`."""
+    """One panel: queries by their legends; a legend may name labels, like `{{host}}`."""
 
     title: str
     unit: str  # Grafana's name of it
@@ -29,7 +29,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Dashboard:
-    """`rows` of panels by their titles; `variables` are the labels to choose by."""
+    """One dashboard: rows of panels by title, and the labels that a reader can choose by."""
 
     name: str
     title: str
@@ -38,12 +38,12 @@ class Dashboard:
 
 
 def stat(title: str, unit: str, query: str, help: str = "") -> Panel:
-    """One number, of now."""
+    """A panel with one present number."""
     return Panel(title, unit, {"": query}, help, "stat")
 
 
 def quantiles(title: str, histogram: str, select: str) -> Panel:
-    """The middle and the tail of a duration."""
+    """A panel with p50, p90 and p99 of a duration."""
     shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
     return Panel(
         title, "s", {name: quantile(share, histogram, select) for name, share in shares.items()}
@@ -51,32 +51,32 @@ def quantiles(title: str, histogram: str, select: str) -> Panel:
 
 
 def p99(title: str, histogram: str, select: str, by: str) -> Panel:
-    """The tail of a duration, a line for each value of a label."""
+    """A panel with the p99 of a duration, a line for each value of a label."""
     return Panel(title, "s", {f"{{{{{by}}}}}": quantile(0.99, histogram, select, by)})
 
 
 def rates(title: str, counter: str, select: str, *by: str, unit: str = "short") -> Panel:
-    """Per second, a line for each value of some labels."""
+    """A panel with a counter's rate, a line for each combination of labels."""
     return Panel(title, unit, {_legend(by): rate(counter, select, *by) + OR_ZERO})
 
 
 def gauges(title: str, unit: str, gauge: str, select: str, *by: str) -> Panel:
-    """A line for each value of some labels."""
+    """A panel with a gauge, a line for each combination of labels."""
     return Panel(title, unit, {_legend(by): total(gauge, select, *by) + OR_ZERO})
 
 
 def rate(metric: str, select: str, *by: str) -> str:
-    """Per second, summed."""
+    """The sum of a counter's rates per second."""
     return f"sum{_by(by)} (rate(briolette_{metric}{{{select}}}[$__rate_interval]))"
 
 
 def total(metric: str, select: str, *by: str) -> str:
-    """A gauge, summed."""
+    """The sum of a gauge."""
     return f"sum{_by(by)} (briolette_{metric}{{{select}}})"
 
 
 def quantile(share: float, histogram: str, select: str, *by: str) -> str:
-    """Of a duration lately."""
+    """A quantile of a recent duration."""
     return f"histogram_quantile({share}, {rate(f'{histogram}_bucket', select, 'le', *by)})"
 
 
@@ -93,14 +93,17 @@ def _legend(labels: tuple[str, ...]) -> str:
 
 
 READY = stat(
-    "Ready", "bool_yes_no", f"max(briolette_gateway_ready{{{M}}})", "Whether a token can be made."
+    "Ready",
+    "bool_yes_no",
+    f"max(briolette_gateway_ready{{{M}}})",
+    "Yes while the cluster can produce a token.",
 )
 STORE = stat("KV store", "bool_yes_no", f"min(briolette_kv_store_up{{{M}}})" + OR_ZERO)
 SAVED = stat(
     "Prefill saved",
     "short",
     rate("saved_prefill_seconds_total", MT),
-    "Seconds of prefill that a second of service needn't compute, as estimated.",
+    "Estimated seconds of prefill that caching saves per second.",
 )
 TOKENS = Panel(
     "Tokens per second",
@@ -129,9 +132,9 @@ OVERVIEW = Dashboard(
         ),
         "Speed": (
             quantiles("Time to first token", "time_to_first_token_seconds", MT),
-            quantiles("Between tokens", "inter_token_latency_seconds", MT),
+            quantiles("Inter-token latency", "inter_token_latency_seconds", MT),
             quantiles("Time in the queue", "queue_time_seconds", MT),
-            quantiles("Whole requests", "request_duration_seconds", MT),
+            quantiles("Request duration", "request_duration_seconds", MT),
         ),
         "Traffic": (
             rates(
@@ -142,7 +145,7 @@ OVERVIEW = Dashboard(
                 unit="reqps",
             ),
             rates("Refused and failed", "gateway_errors_total", T, "error", unit="reqps"),
-            rates("Given up early", "gateway_aborted_total", T, "reason", unit="reqps"),
+            rates("Aborted", "gateway_aborted_total", T, "reason", unit="reqps"),
             TOKENS,
         ),
         "Engine": (
@@ -191,14 +194,14 @@ TENANTS = Dashboard(
         "Tokens per second": (
             rates("Out", "generated_tokens_total", MT, "tenant"),
             rates("In", "prompt_tokens_total", MT, "tenant"),
-            rates("Of them cached", "cached_tokens_total", MT, "tenant"),
+            rates("In, cached", "cached_tokens_total", MT, "tenant"),
             rates("Seconds of prefill saved", "saved_prefill_seconds_total", MT, "tenant"),
         ),
         "Speed": (
             p99("Time to first token, p99", "time_to_first_token_seconds", MT, "tenant"),
-            p99("Between tokens, p99", "inter_token_latency_seconds", MT, "tenant"),
+            p99("Inter-token latency, p99", "inter_token_latency_seconds", MT, "tenant"),
             p99("Time in the queue, p99", "queue_time_seconds", MT, "tenant"),
-            p99("Whole requests, p99", "request_duration_seconds", MT, "tenant"),
+            p99("Request duration, p99", "request_duration_seconds", MT, "tenant"),
         ),
         "Memory": (
             Panel(
@@ -228,26 +231,26 @@ EXPERTS = Dashboard(
                 "Waiting for experts",
                 "percentunit",
                 share(rate("expert_wait_seconds_total", M), rate("step_duration_seconds_sum", M)),
-                "Of the time of steps, what nothing else hid.",
+                "Share of the step time spent waiting for expert hosts.",
             ),
             stat(
                 "Balance",
                 "short",
                 f"max({rate('expert_tokens_total', M, 'host')})"
                 f" / avg({rate('expert_tokens_total', M, 'host')})",
-                "The busiest host's tokens over the mean: 1 is even.",
+                "Tokens of the busiest host divided by the mean; 1 is even.",
             ),
             stat("Placement epoch", "short", f"max(briolette_placement_epoch{{{M}}})"),
         ),
         "Calls": (
-            p99("Time of a call, p99", "expert_call_duration_seconds", M, "host"),
+            p99("Call duration, p99", "expert_call_duration_seconds", M, "host"),
             rates("Calls per second", "expert_call_duration_seconds_count", M, "host"),
             gauges("Link", "bool_yes_no", "expert_link_up", M, "host"),
-            quantiles("Time of a call", "expert_call_duration_seconds", M),
+            quantiles("Call duration", "expert_call_duration_seconds", M),
         ),
         "Faults": (
-            rates("Calls that failed at a host, per second", "expert_retries_total", M, "host"),
-            rates("Computed by the decoder instead, per second", "expert_fallbacks_total", M),
+            rates("Failed calls per second", "expert_retries_total", M, "host"),
+            rates("Dispatches computed by the decoder, per second", "expert_fallbacks_total", M),
         ),
         "Token slots per second": (
             rates("By host", "expert_tokens_total", M, "host"),
@@ -283,7 +286,7 @@ MEMORY = Dashboard(
             ),
             SAVED,
             STORE,
-            stat("Takes writes", "bool_yes_no", f"min(briolette_kv_store_writable{{{M}}})"),
+            stat("Accepts writes", "bool_yes_no", f"min(briolette_kv_store_writable{{{M}}})"),
         ),
         "KV cache": (
             gauges("Blocks", "short", "kv_blocks", M, "group", "state"),
@@ -297,8 +300,8 @@ MEMORY = Dashboard(
                     )
                 },
             ),
-            rates("Cached blocks given to others, per second", "kv_evictions_total", M, "group"),
-            rates("Requests sent back to the queue, per second", "preemptions_total", M),
+            rates("Evicted blocks per second", "kv_evictions_total", M, "group"),
+            rates("Preemptions per second", "preemptions_total", M),
         ),
         "Redis": (
             Panel(
@@ -306,16 +309,16 @@ MEMORY = Dashboard(
                 "bytes",
                 {
                     "used": total("kv_store_memory_bytes", M),
-                    "most, 0: no limit": total("kv_store_max_bytes", M),
+                    "limit (0: none)": total("kv_store_max_bytes", M),
                 },
             ),
             gauges("By tenant", "bytes", "kv_store_used_bytes", MT, "tenant"),
-            rates("Moved", "kv_store_bytes_total", M, "direction", unit="Bps"),
-            gauges("Waits to be written", "bytes", "kv_store_queue_bytes", M),
+            rates("Bytes moved", "kv_store_bytes_total", M, "direction", unit="Bps"),
+            gauges("Write queue", "bytes", "kv_store_queue_bytes", M),
             rates("Writes per second, by outcome", "kv_store_writes_total", M, "outcome"),
             rates("Reads per second, by outcome", "kv_store_reads_total", M, "outcome"),
-            rates("Fetch or compute, per second", "kv_store_decisions_total", M, "choice"),
-            gauges("Speed of reads, lately", "Bps", "kv_store_read_bytes_per_second", M),
+            rates("Fetch or recompute, per second", "kv_store_decisions_total", M, "choice"),
+            gauges("Recent read rate", "Bps", "kv_store_read_bytes_per_second", M),
         ),
         "Processes": (PROCESS_MEMORY,),
     },
