@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,7 +22,8 @@ from deployments.commands import access, key_options
 from deployments.start import lifecycle
 from deployments.start.lifecycle import Running
 
-# What brings grpc or torch along is imported by the command that needs it: --help is instant.
+# Modules that import grpc or torch are imported by the command that needs them, so that
+# `briolette --help` is instant.
 
 DEMO_QUESTIONS = (
     "Please remember that the code of Anna is 4821.",
@@ -33,7 +36,14 @@ console = Console(highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a failure, 130 for Ctrl-C."""
+    """Run a command.
+
+    Args:
+        arguments: The command line without the program's name; None takes that of this process.
+
+    Returns:
+        The exit code: 0, 1 for a failure, 130 for Ctrl-C.
+    """
     args = make_parser().parse_args(arguments)
     command: Callable[[Config, argparse.Namespace], int] = args.command
     end_as_ctrl_c()
@@ -48,8 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def end_as_ctrl_c() -> None:
-    """Let SIGTERM and a closed terminal clean up as Ctrl-C does. The first one counts: the shell
-    repeats the terminal's, and the cleaning up must not be broken off. `nohup` stays in force.
+    """Let SIGTERM and a closed terminal clean up as Ctrl-C does.
+
+    Further signals are ignored: a shell repeats the terminal's, which would interrupt the cleanup.
+    A signal that is ignored already (`nohup`) stays ignored.
     """
 
     def interrupt(*_: object) -> None:
@@ -63,7 +75,7 @@ def end_as_ctrl_c() -> None:
 
 
 def up(config: Config, args: argparse.Namespace) -> int:
-    """Start the cluster and leave it running."""
+    """Start the cluster and leave it running in the background."""
     running = lifecycle.find_running(config.state_dir)
     if running is not None:
         where = f"listens on {running.address}" if running.address else "is still starting"
@@ -73,10 +85,13 @@ def up(config: Config, args: argparse.Namespace) -> int:
     running = _start(config)
     console.print(f"Serving {escape(running.model)} on {running.address} (gRPC).")
     if running.base_url is not None:
+        console.print(f"Chat page: {running.base_url.removesuffix('v1')}")
         console.print(f"OpenAI's clients: base_url={running.base_url}")
     if config.gateway.auth == "keys":
-        console.print("Everybody else needs a key: briolette keys create NAME")
-    console.print('Try: briolette chat "What is 27 + 58?"     Stop it: briolette down')
+        create = _hint(config, "keys create NAME")
+        console.print(f"Callers need a key: {create}", markup=False, soft_wrap=True)
+    ask, stop = _hint(config, 'chat "What is 27 + 58?"'), _hint(config, "down")
+    console.print(f"Try: {ask}     Stop it: {stop}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -89,26 +104,29 @@ def down(config: Config, args: argparse.Namespace) -> int:
 
 
 def status(config: Config, args: argparse.Namespace) -> int:
-    """Show the model, where attention and experts run, the queue and the speed."""
+    """Show the model, the processes of the cluster, the queue and the speed."""
     from deployments.commands.cards import status_card
+    from deployments.commands.connect import connect_here
 
     running = lifecycle.find_running(config.state_dir)
     if running is None or running.address is None:
-        console.print("Starting." if running else "Nothing is running; start it: briolette up")
+        absent = f"Nothing is running; start it: {_hint(config, 'up')}"
+        console.print("Starting." if running else absent, markup=False, soft_wrap=True)
         return 1
-    with access.connect_here(config) as client:
+    with connect_here(config) as client:
         answer = client.status()
     console.print(status_card(answer, running.address, running.started, running.base_url))
     return 0 if answer.ready else 1
 
 
 def chat(config: Config, args: argparse.Namespace) -> int:
-    """Talk to the model."""
+    """Ask the model a question, or hold a conversation with it."""
     from deployments.commands.chat import Conversation
+    from deployments.commands.connect import connect
     from protos.briolette.v1.inference_pb2 import Sampling
 
     sampling = Sampling(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)
-    with access.connect(config, args) as client:
+    with connect(config, args) as client:
         conversation = Conversation(client, sampling, console, args.session, args.think)
         if args.question:
             conversation.ask(" ".join(args.question))
@@ -118,21 +136,23 @@ def chat(config: Config, args: argparse.Namespace) -> int:
 
 
 def sessions(config: Config, args: argparse.Namespace) -> int:
-    """List the conversations that are kept, or show, park, resume or delete one."""
+    """List sessions (conversations that the server keeps), or show, park, resume or delete one."""
+    from deployments.commands.connect import connect
     from deployments.commands.sessions import COMMANDS
 
     if args.action != "list" and args.name is None:
         raise InvalidRequest(f"Which one? briolette sessions {args.action} NAME")
-    with access.connect(config, args) as client:
+    with connect(config, args) as client:
         COMMANDS[args.action](client, args.name or "", console)
     return 0
 
 
 def usage(config: Config, args: argparse.Namespace) -> int:
-    """Show what each tenant used on each day."""
+    """Show the requests and tokens of each tenant by day."""
+    from deployments.commands.connect import connect
     from deployments.commands.usage import print_table, write_csv
 
-    with access.connect(config, args) as client:
+    with connect(config, args) as client:
         days = client.usage(args.tenant, args.since)
     if args.csv:
         write_csv(days, sys.stdout)
@@ -142,26 +162,28 @@ def usage(config: Config, args: argparse.Namespace) -> int:
 
 
 def keys(config: Config, args: argparse.Namespace) -> int:
-    """List the tenants, or create, change, rotate the key of, disable, enable or delete one."""
+    """List tenants, or create, change, disable, enable or delete one; rotate its API key."""
+    from deployments.commands.connect import connect
     from deployments.commands.keys import COMMANDS
 
     key_options.check(args)
-    with access.connect(config, args) as client:
+    with connect(config, args) as client:
         COMMANDS[args.action](client, args, console)
     return 0
 
 
 def demo(config: Config, args: argparse.Namespace) -> int:
-    """Start the cluster, hold a conversation, show the numbers, stop it again."""
+    """Start a cluster, hold a short conversation, show its timings, and stop it."""
     from deployments.commands.cards import demo_card
     from deployments.commands.chat import Conversation
+    from deployments.commands.connect import connect_here
     from protos.briolette.v1.inference_pb2 import Sampling
 
     found = lifecycle.find_running(config.state_dir)
     if found is None:
         _start(config)
     try:
-        with access.connect_here(config) as client:
+        with connect_here(config) as client:
             conversation = Conversation(client, Sampling(temperature=0.0, max_tokens=64), console)
             answers = []
             for question in DEMO_QUESTIONS:
@@ -170,13 +192,13 @@ def demo(config: Config, args: argparse.Namespace) -> int:
             console.print(demo_card(_settled(client), answers))
     finally:
         if found is None:
-            lifecycle.stop(config.state_dir)  # says nothing before: the terminal may be gone
+            lifecycle.stop(config.state_dir)  # before printing: the terminal may be gone
             console.print("Stopped.")
     return 0
 
 
 def verify(config: Config, args: argparse.Namespace) -> int:
-    """Hold warm answers, from memory and from Redis, to cold ones; needs no running cluster."""
+    """Check that cached answers, from memory and from Redis, equal uncached ones bit by bit."""
     from deployments.commands.cards import StartDisplay
     from deployments.verify import verify as verification
     from deployments.verify.card import print_report
@@ -189,7 +211,7 @@ def verify(config: Config, args: argparse.Namespace) -> int:
 
 
 def _settled(client: Any) -> Any:
-    """The status after the last answer: it is sent once a second."""
+    """Return a status that counts the last answer: decoders send one every second."""
     import time
 
     time.sleep(1.2)
@@ -203,58 +225,99 @@ def _start(config: Config) -> Running:
         with StartDisplay(console) as display:
             return lifecycle.start(config, display.show)
     except KeyboardInterrupt:
-        console.print("Interrupted; everything that was started is stopped.")
+        console.print("Interrupted; everything that was started has been stopped.")
         raise
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line; the reference page is generated from it."""
     parser = argparse.ArgumentParser(
-        prog="briolette", description="Serve a Gemma 4 model from the cards that you have."
+        prog="briolette", description="Serve a Gemma 4 model from the machines that you have."
     )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _command(commands, up)
     _command(commands, status)
-    talk = _command(commands, chat)
-    talk.add_argument("question", nargs="*", help="ask this one question, then end")
-    talk.add_argument("--session", default="", metavar="NAME", help="a conversation that is kept")
-    talk.add_argument("--think", action="store_true", help="let the model think before it answers")
-    access.add_options(talk)
-    talk.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    talk.add_argument("--seed", type=int, help="makes sampling repeatable")
-    talk.add_argument("--max-tokens", type=int, help="longest answer")
-    kept = _command(commands, sessions)
-    actions = ("list", "show", "park", "resume", "delete")
-    kept.add_argument("action", nargs="?", choices=actions, default="list", help="default: list")
-    kept.add_argument("name", nargs="?", metavar="NAME", help="of the session")
-    access.add_options(kept)
-    used = _command(commands, usage)
-    used.add_argument("--tenant", default="", metavar="NAME", help="default: all that you may see")
-    used.add_argument("--since", default="", metavar="DAY", help="default: 30 days ago")
-    used.add_argument("--csv", action="store_true", help="comma-separated, for other programs")
-    access.add_options(used)
+    _add_chat_options(_command(commands, chat))
+    _add_session_options(_command(commands, sessions))
+    _add_usage_options(_command(commands, usage))
     tenants = _command(commands, keys)
     key_options.add_options(tenants)
     access.add_options(tenants)
     _command(commands, down)
     _command(commands, demo)
-    check = _command(commands, verify)
-    check.add_argument(
-        "--prompts", type=Path, help='a file of lines like {"turns": ["…"]} or {"prompt": "…"}'
+    _add_verify_options(_command(commands, verify))
+    return parser
+
+
+def _add_chat_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("question", nargs="*", help="what to ask; left out, a conversation starts")
+    add("--session", default="", metavar="NAME", help="begin or continue a session")
+    add("--think", action="store_true", help="let the model think before it answers")
+    access.add_options(parser)
+    add("--temperature", type=float, default=0.0, help="0 is greedy; default: 0")
+    add("--seed", type=int, help="seed of the sampling, for repeatable answers")
+    add("--max-tokens", type=int, help="limit of the answer's length")
+
+
+def _add_session_options(parser: argparse.ArgumentParser) -> None:
+    actions = ("list", "show", "park", "resume", "delete")
+    parser.add_argument("action", nargs="?", choices=actions, default="list", help="default: list")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="name of the session")
+    access.add_options(parser)
+
+
+def _add_usage_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--tenant", default="", metavar="NAME", help="default: every tenant that you may see")
+    add("--since", default="", metavar="DAY", help="as in 2026-11-24; default: 30 days ago")
+    add("--csv", action="store_true", help="print CSV instead of a table")
+    access.add_options(parser)
+
+
+def _add_verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='prompts in place of the shipped ones; each line: {"turns": ["…"]} or {"prompt": "…"}',
     )
-    check.add_argument(
+    parser.add_argument(
         "--batch-invariant",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="without it differences are shown and are no failure",
+        help="--no-batch-invariant only reports differences; default: a difference is a failure",
     )
-    return parser
+
+
+class _ShowVersion(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"briolette {metadata.version('briolette')}")
+        parser.exit()
+
+
+def _hint(config: Config, words: str) -> str:
+    """Return a command line that reaches the cluster of this configuration."""
+    is_default = config.state_dir == Config().state_dir
+    return f"briolette {words}" + (
+        "" if is_default else f" --set {shlex.quote(f'state_dir={config.state_dir}')}"
+    )
 
 
 def _command(commands: Any, function: Callable[[Config, argparse.Namespace], int]) -> Any:
     parser = commands.add_parser(function.__name__, help=function.__doc__)
-    parser.add_argument("--config", type=Path, help="a YAML file; every key has a default")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one key"
+        "--config", type=Path, metavar="FILE", help="YAML configuration; every key has a default"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set one key of the configuration",
     )
     parser.set_defaults(command=function)
     return parser

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,7 +103,7 @@ def test_an_interrupt_while_starting_leaves_nothing(tmp_path: Path, number: sign
         process.send_signal(number)
         said, _ = process.communicate(timeout=60)
     assert running is not None and process.returncode == 130
-    assert "everything that was started is stopped" in " ".join(said.split())
+    assert "everything that was started has been stopped" in " ".join(said.split())
     assert not Path(running.ray_dir).exists() and lifecycle.find_running(tmp_path) is None
     assert [pid for pid in psutil.pids() if in_session(pid, running.pid)] == []
 
@@ -264,6 +265,41 @@ def test_without_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "Nothing is running" in failure(capsys, "chat", *at, "Hello!")
     assert cli.main(["down", *at]) == 0
     assert "Nothing is running" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out == f"briolette {metadata.version('briolette')}\n"
+
+
+@pytest.mark.parametrize("file", [None, "config.yaml"])
+def test_hints_reach_the_same_cluster(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    file: str | None,
+) -> None:
+    """Wherever its state_dir was set; a hint is for a shell, so a space is quoted."""
+    state_dir = tmp_path / "my cluster"
+    running = lifecycle.Running(
+        *(1, "", "", "demo", 0.0, "127.0.0.1:5"), base_url="http://127.0.0.1:8/v1"
+    )
+    monkeypatch.setattr(lifecycle, "start", lambda config, on_progress: running)
+    options = ["--set", f"state_dir={state_dir}"]
+    if file is not None:
+        (tmp_path / file).write_text(f"state_dir: {state_dir}\ngateway: {{auth: keys}}\n")
+        options = ["--config", str(tmp_path / file)]
+    assert cli.main(["up", *options]) == 0
+    said = capsys.readouterr().out
+    at = f"--set 'state_dir={state_dir}'"
+    assert f'Try: briolette chat "What is 27 + 58?" {at} ' in said
+    assert f"Stop it: briolette down {at}\n" in said
+    assert "Chat page: http://127.0.0.1:8/\n" in said
+    assert (f"briolette keys create NAME {at}" in said) == (file is not None)
+    assert cli.main(["status", *options]) == 1
+    assert capsys.readouterr().out == f"Nothing is running; start it: briolette up {at}\n"
 
 
 def test_help_is_instant() -> None:

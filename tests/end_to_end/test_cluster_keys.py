@@ -14,8 +14,9 @@ import pytest
 
 from cluster.config import Config
 from cluster.errors import PermissionDenied, Unauthenticated, Unavailable
-from deployments.commands.access import Access, connect_here
+from deployments.commands.access import Access
 from deployments.commands.client import Client
+from deployments.commands.connect import connect_here
 from deployments.process.local_access import local_key_file
 from deployments.start import lifecycle
 from deployments.start.lifecycle import Running

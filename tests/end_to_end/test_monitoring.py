@@ -24,8 +24,9 @@ from cluster.config import Config
 from cluster.errors import PermissionDenied
 from cluster.metrics import LABELS, METRICS
 from deployments import cli
-from deployments.commands.access import Access, connect_here
+from deployments.commands.access import Access
 from deployments.commands.client import Client
+from deployments.commands.connect import connect_here
 from deployments.gateway.scrape_targets import FILE
 from deployments.start import lifecycle
 from protos.briolette.v1.admin_pb2 import Tenant

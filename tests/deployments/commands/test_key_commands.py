@@ -161,10 +161,10 @@ def test_no_key_is_shown_in_plain_text_beyond_this_machine(
         shown.append(shows)
         raise Unavailable("Nobody is there.")
 
-    monkeypatch.setattr("deployments.commands.client.Client", take)
+    monkeypatch.setattr("deployments.commands.connect.Client", take)
     for address in ("192.0.2.1:50051", "gpu.example:50051", "localhost.example:50051", "0:50051"):
         answer = said("keys", "--address", address, "--key", "brio_a_b")
-        assert answer.startswith(f"error: A key would be sent to {address}"), address
+        assert answer.startswith(f"error: The key would be sent to {address}"), address
         assert "--tls" in answer and "brio_a_b" not in answer and not shown
     monkeypatch.setenv(access.KEY_VARIABLE, "brio_c_d")
     assert "would be sent" in said("usage", "--address", "192.0.2.1:50051") and not shown
