@@ -1,14 +1,32 @@
-"""The configuration: every key with its default, its unit and what it means."""
+"""The configuration: every key with its default, its unit, its range and what it means."""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cluster.config_values import Renamed, build, flatten, leaves, plain, read_yaml, setting
+from pydantic import Field
+
+from cluster.config_values import (
+    AbsolutePath,
+    Blocks,
+    Bytes,
+    Renamed,
+    Requests,
+    Seconds,
+    Section,
+    Setting,
+    Texts,
+    Threads,
+    Tokens,
+    Unit,
+    merge,
+    read_section,
+    read_yaml,
+    settings_of,
+)
 from cluster.errors import ConfigError
 from cluster.spec import KVLayout
 
@@ -19,159 +37,206 @@ RENAMED = {
     ),
     "experts.deadline_s": Renamed("experts.timeout_s"),
 }
-
 DEMO_MODEL = "demo"
 DEMO_MODEL_DIR = Path(__file__).resolve().parent.parent / "demo" / "gemma4-moe-demo"
 STATE_DIR = Path.home() / ".local" / "state" / "briolette"
 
 
-@dataclass(frozen=True)
-class GatewayConfig:
-    """Where clients connect."""
+class GatewayConfig(Section):
+    """Where clients connect, who may, and how."""
 
-    host: str = setting("127.0.0.1", "address of the gRPC server; beyond loopback it needs keys")
-    port: int = setting(50051, "of the gRPC server; 0 takes a free one", "", 0, 65535)
-    http_port: int | None = setting(
-        8080, "of HTTP (OpenAI's API); 0 takes a free one, null is none", "", 0, 65535
-    )
-    auth: Literal["open", "keys"] = setting("open", "who may call: everybody, or tenants by key")
-    tls_cert_file: Path | None = setting(None, "PEM, the server's own first; null: no TLS")  # noqa: RUF009
-    tls_key_file: Path | None = setting(None, "PEM, of that certificate")  # noqa: RUF009
-    tls_client_ca_file: Path | None = setting(None, "PEM; set, clients need certificates too")  # noqa: RUF009
-    plaintext: bool = setting(False, "no TLS beyond loopback: a proxy has it; /metrics too")
-    metrics_host: str = setting("127.0.0.1", "address of /metrics, of every part")
-    metrics_port: int | None = setting(9464, "of /metrics; 0 takes a free one", "", 0, 65535)
-    max_message_bytes: int = setting(4 << 20, "longest request", "bytes", 1 << 10, 128 << 20)
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """The attention side: one decoder."""
-
-    block_size: int = setting(16, "positions in a KV block", "tokens", 1, 1024)
-    max_num_batched_tokens: int = setting(512, "token budget of a step", "tokens", 1)
-    max_num_seqs: int = setting(64, "requests that run at once", "requests", 1)
-    max_queue: int = setting(
-        256, "requests that may wait; more are refused to who has most of them", "requests", 0
-    )
-    max_queue_per_tenant: int = setting(64, "of these, of each tenant's", "requests", 0)
-    max_queue_wait_s: float | None = setting(
-        120.0, "refuse what would wait longer; null: only what would miss its deadline", "s", 0
-    )
-    fair_share: bool = setting(True, "share steps by tenants' weights; false: by arrival alone")
-    max_model_len: int | None = setting(None, "context length; null is the model's", "tokens", 1)
-    kv_bytes: int = setting(512 << 20, "KV cache on the device", "bytes", 1 << 16)
-    num_blocks: int | None = setting(None, "KV blocks a group, in place of kv_bytes", "blocks", 2)
-    kv_layout: KVLayout = setting(  # noqa: RUF009
-        "values",
-        "kept per token where K and V share a projection; projection and separate: equal bits",
-    )
-    prefix_caching: bool = setting(True, "don't compute again what the KV cache still holds")
-    checkpoint_blocks: int = setting(
-        256, "keep a sliding window every so many blocks of a prompt; 0: at its ends", "blocks", 0
-    )
-    shared_tenants: tuple[str, ...] = setting(
-        (), "tenants that may find each other's prefixes cached; all others find their own only"
-    )
-    threads: int | None = setting(None, "CPU threads; null shares the cores out", "threads", 1)
+    host: str = "127.0.0.1"
+    """The host name or IPv4 address that the gRPC and HTTP servers listen on. Beyond loopback it
+    needs API keys (`gateway.auth`) and TLS."""
+    port: int = Field(default=50051, ge=0, le=65535)
+    """The port of the gRPC server; 0 takes a free one."""
+    http_port: int | None = Field(default=8080, ge=0, le=65535)
+    """The port of the HTTP server, which speaks OpenAI's API and serves the chat page; 0 takes a
+    free one, null starts no HTTP server."""
+    auth: Literal["open", "keys"] = "open"
+    """Who may call: `open` is everyone who reaches the address, `keys` is tenants by API key."""
+    tls_cert_file: AbsolutePath | None = None
+    """The server's certificate chain (PEM), its own certificate first; null serves without TLS."""
+    tls_key_file: AbsolutePath | None = None
+    """The private key (PEM) of the certificate in `gateway.tls_cert_file`."""
+    tls_client_ca_file: AbsolutePath | None = None
+    """The CA of client certificates (PEM); enables mutual TLS, and clients without a certificate
+    of this CA are refused."""
+    plaintext: bool = False
+    """Allow addresses beyond loopback without TLS, also for /metrics. Set it only where a proxy in
+    front of the gateway adds TLS."""
+    metrics_host: str = "127.0.0.1"
+    """The address on which every process serves /metrics."""
+    metrics_port: int | None = Field(default=9464, ge=0, le=65535)
+    """The port of the gateway's /metrics; 0 takes a free one, null serves none. The other processes
+    take free ports."""
+    max_message_bytes: Bytes = Field(default=4 << 20, ge=1 << 10, le=128 << 20)
+    """The size of the largest request that is accepted."""
 
 
-@dataclass(frozen=True)
-class ExpertsConfig:
-    """The other side of dispatch."""
+class EngineConfig(Section):
+    """The decoder: scheduling, attention and the KV cache."""
 
-    mode: Literal["remote", "local"] = setting("remote", "in hosts of their own, or in-process")
-    num_hosts: int = setting(2, "expert host processes", "processes", 1, 1024)
-    num_groups: int = setting(4, "cut of a layer's experts, fixed for good", "groups", 1, 1024)
-    num_copies: int = setting(1, "hosts that hold each group", "copies", 1)
-    timeout_s: float = setting(1.0, "silence after which a slot is retried", "s", 0.001, 3600)
-    fallback: Literal["auto", "off"] = setting(
-        "auto", "auto: the decoder computes groups that lost all hosts, if they fit in free memory"
-    )
-    micro_batches: int = setting(1, "2 lets one compute while one waits", "", 1, 2)
-    transport: Literal["auto", "tcp"] = setting("auto", "auto: shared memory where it works")
-    threads: int | None = setting(None, "CPU threads a host; null shares out", "threads", 1)
-    num_gpus_per_host: float | None = setting(
-        None, "GPUs that Ray gives each host; null shares out", "GPUs", 0
-    )
-
-
-@dataclass(frozen=True)
-class StoreConfig:
-    """Redis or Valkey, where long contexts and sessions are kept."""
-
-    enabled: bool = setting(True, "keep contexts and sessions in Redis, beyond a restart")
-    url: str | None = setting(
-        None, "redis://, rediss:// (TLS) or unix://; null starts the server that comes with us"
-    )
-    password_file: Path | None = setting(None, "its first line is the password")  # noqa: RUF009
-    ca_file: Path | None = setting(None, "of the server's certificate; null: the system's")  # noqa: RUF009
-    data_dir: Path | None = setting(None, "of our own server; null: redis in state_dir")  # noqa: RUF009
-    max_bytes: int = setting(4 << 30, "memory of our own server", "bytes", 16 << 20)
-    tenant_bytes: int = setting(2 << 30, "budget of each tenant", "bytes", 1 << 20)
-    ttl_s: float = setting(7 * 86400.0, "an unused value is forgotten after this", "s", 1)
-    queue_bytes: int = setting(1 << 30, "that may wait to be written", "bytes", 1 << 20)
-    connections: int = setting(2, "for reading, each with a thread", "", 1, 64)
-    timeout_s: float = setting(2.0, "without an answer counts as a failure", "s", 0.01, 60)
-
-
-@dataclass(frozen=True)
-class RayConfig:
-    """The Ray cluster that places the processes."""
-
-    namespace: str = setting("briolette", "Ray namespace")
-    num_cpus: int | None = setting(
-        None, "CPUs to declare; null starts all parts at once", "CPUs", 1
-    )
-    num_gpus: int | None = setting(None, "GPUs to declare; null is what is there", "GPUs", 0)
-    object_store_bytes: int = setting(128 << 20, "Ray's object store", "bytes", 80 << 20)
-    dashboard: bool = setting(False, "serve Ray's dashboard on loopback")
-    start_timeout_s: float = setting(120.0, "without progress ends a start", "s", 1, 86400)
+    block_size: Tokens = Field(default=16, ge=1, le=1024)
+    """The number of tokens in a KV block."""
+    max_num_batched_tokens: Tokens = Field(default=512, ge=1)
+    """The token budget of a step: more tokens per step speed up prompts and slow down the tokens
+    of running answers."""
+    max_num_seqs: Requests = Field(default=64, ge=1)
+    """The number of requests that may run at once."""
+    max_queue: Requests = Field(default=256, ge=0)
+    """The queue length; beyond it, requests of tenants over their share of it are refused."""
+    max_queue_per_tenant: Requests = Field(default=64, ge=0)
+    """The number of requests that each tenant may have in the queue."""
+    max_queue_wait_s: Seconds | None = Field(default=120.0, ge=0)
+    """Refuse a request whose estimated time in the queue exceeds this; null refuses only requests
+    that would miss their own deadline."""
+    fair_share: bool = True
+    """Share each step among tenants by their weights; false serves requests in order of
+    arrival."""
+    max_model_len: Tokens | None = Field(default=None, ge=1)
+    """The longest context of a request, answer included; null is the model's, or less where
+    `engine.kv_bytes` can't hold it."""
+    kv_bytes: Bytes = Field(default=512 << 20, ge=1 << 16)
+    """The size of the KV cache on the device."""
+    num_blocks: Blocks | None = Field(default=None, ge=2)
+    """The number of KV blocks of each KV cache group, in place of `engine.kv_bytes`."""
+    kv_layout: KVLayout = "values"
+    """What the KV cache keeps of a token where keys and values come from one projection
+    (`attention_k_eq_v`): the values, the projection, or separate keys and values. The first two
+    take half the memory; `projection` gives the bits of `separate`."""
+    prefix_caching: bool = True
+    """Reuse the KV blocks of a prompt's prefix while the cache holds them."""
+    checkpoint_blocks: Blocks = Field(default=256, ge=0)
+    """Keep a checkpoint of the sliding windows every so many blocks of a prompt, from which a
+    later prompt can resume; 0 keeps one at the prompt's end and where prompts part."""
+    shared_tenants: Texts = ()
+    """Tenants whose cached prefixes are shared with one another; every other tenant finds only
+    its own."""
+    threads: Threads | None = Field(default=None, ge=1)
+    """The CPU threads of the decoder; null divides the cores among all processes."""
 
 
-@dataclass(frozen=True)
-class Config:
+class ExpertsConfig(Section):
+    """The experts of a mixture-of-experts model, and the processes that hold them."""
+
+    mode: Literal["remote", "local"] = "remote"
+    """Where experts are computed: in expert hosts of their own, or in the decoder's process."""
+    num_hosts: Annotated[int, Unit("processes")] = Field(default=2, ge=1, le=1024)
+    """The number of expert hosts."""
+    num_groups: Annotated[int, Unit("groups")] = Field(default=4, ge=1, le=1024)
+    """The number of groups that each layer's experts are cut into; hosts hold whole groups. The
+    cut is part of the numerics, so stored contexts are found again only under the same number."""
+    num_copies: Annotated[int, Unit("copies")] = Field(default=1, ge=1)
+    """The number of expert hosts that hold each group."""
+    timeout_s: Seconds = Field(default=1.0, ge=0.001, le=3600)
+    """A host that is silent for this long counts as failed; its part of the call is retried
+    elsewhere."""
+    fallback: Literal["auto", "off"] = "auto"
+    """What happens to a group that has lost all its hosts: `auto` computes it in the decoder if
+    it fits in free memory, `off` fails the requests."""
+    micro_batches: int = Field(default=1, ge=1, le=2)
+    """The number of parts that a step is cut into; with 2, one is computed while the other waits
+    for its experts."""
+    transport: Literal["auto", "tcp"] = "auto"
+    """How decoder and hosts exchange messages: `auto` takes shared memory where it works, else
+    TCP."""
+    threads: Threads | None = Field(default=None, ge=1)
+    """The CPU threads of each expert host; null divides the cores among all processes."""
+    num_gpus_per_host: Annotated[float, Unit("GPUs")] | None = Field(default=None, ge=0)
+    """The GPUs that Ray gives each expert host, in fractions if need be; null divides them among
+    the processes."""
+
+
+class StoreConfig(Section):
+    """Redis or Valkey, which keeps long contexts, sessions and tenants."""
+
+    enabled: bool = True
+    """Keep contexts and sessions in Redis, where they outlive a restart."""
+    url: str | None = None
+    """The server's URL: redis://, rediss:// (TLS) or unix://; null starts the server that comes
+    with Briolette."""
+    password_file: AbsolutePath | None = None
+    """A file whose first line is the server's password."""
+    ca_file: AbsolutePath | None = None
+    """The CA of the server's certificate (PEM); null trusts the system's CAs."""
+    data_dir: AbsolutePath | None = None
+    """The directory of our own server's data; null is `redis` in `state_dir`."""
+    max_bytes: Bytes = Field(default=4 << 30, ge=16 << 20)
+    """The memory of our own server; beyond it, values that were not used for longest are
+    evicted."""
+    tenant_bytes: Bytes = Field(default=2 << 30, ge=1 << 20)
+    """The budget of each tenant that has none of its own."""
+    ttl_s: Seconds = Field(default=7 * 86400.0, ge=1)
+    """A value that is not used for this long is forgotten."""
+    queue_bytes: Bytes = Field(default=1 << 30, ge=1 << 20)
+    """The size of the queue of values that wait to be written; beyond it, values are dropped."""
+    connections: int = Field(default=2, ge=1, le=64)
+    """The number of connections that read values, each with a thread."""
+    timeout_s: Seconds = Field(default=2.0, ge=0.01, le=60)
+    """A call that gets no byte for this long has failed."""
+
+
+class RayConfig(Section):
+    """The Ray cluster that starts and watches the processes."""
+
+    namespace: str = "briolette"
+    """The Ray namespace of the application."""
+    num_cpus: Annotated[int, Unit("CPUs")] | None = Field(default=None, ge=1)
+    """The CPUs that Ray is told of, which is also how many processes it starts at once; null is
+    enough to start all of them together."""
+    num_gpus: Annotated[int, Unit("GPUs")] | None = Field(default=None, ge=0)
+    """The GPUs that Ray is told of; null is what it finds."""
+    object_store_bytes: Bytes = Field(default=128 << 20, ge=80 << 20)
+    """The size of Ray's object store."""
+    dashboard: bool = False
+    """Serve Ray's dashboard on loopback."""
+    start_timeout_s: Seconds = Field(default=120.0, ge=1, le=86400)
+    """A start that makes no progress for this long has failed."""
+
+
+class Config(Section):
     """Everything that can be configured. `Config()` serves the demo model on this machine."""
 
-    model: str = setting(DEMO_MODEL, "directory, hub id, or 'demo' for the shipped model")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "of weights and activations; auto: float32 on a CPU, bfloat16 on a GPU"
-    )
-    device: str = setting("auto", "cpu, cuda, or auto: a GPU where there is one")
-    batch_invariant: bool = setting(
-        False, "a request's bits don't depend on the batch; slower on a GPU"
-    )
+    model: str = DEMO_MODEL
+    """A directory with a checkpoint, a Hugging Face hub id, or `demo` for the model that comes
+    with Briolette."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The type of weights and activations; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    device: str = "auto"
+    """A device as torch names it, such as `cpu` or `cuda`; `auto` takes a GPU where there is
+    one."""
+    batch_invariant: bool = False
+    """Compute every request to the same bits, whatever else is in its batch; slower on a GPU."""
     gateway: GatewayConfig = GatewayConfig()
     engine: EngineConfig = EngineConfig()
     experts: ExpertsConfig = ExpertsConfig()
     store: StoreConfig = StoreConfig()
     ray: RayConfig = RayConfig()
-    state_dir: Path = setting(STATE_DIR, "logs, sockets, the running cluster's files")  # noqa: RUF009
+    state_dir: AbsolutePath = STATE_DIR
+    """The directory of logs, sockets and the running cluster's files."""
 
     @staticmethod
     def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-        """The defaults, changed by a YAML file, changed by overrides.
+        """Take the defaults, changed by a YAML file, changed by overrides.
 
         Overrides are keyed by dotted key ("engine.max_num_seqs") or nested. Raises ConfigError that
         names the key and where it stands.
         """
-        known = {key for key, _, _ in settings()}
-        values = {}
-        if path is not None:
-            values.update(flatten(read_yaml(path), str(path), known, RENAMED))
-        values.update(flatten(overrides or {}, "overrides", known, RENAMED))
-        config: Config = build(Config, values)
+        values = {} if path is None else read_section(Config, read_yaml(path), str(path), RENAMED)
+        above = read_section(Config, overrides or {}, "overrides", RENAMED)
+        config = Config.model_validate(merge(values, above))
         _check_together(config)
         return config
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Config:
-        """What `to_dict` wrote."""
+        """Read what `to_dict` wrote."""
         return Config.load(None, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, strings and numbers: what a Ray actor is given."""
-        return plain(self)
+        """Write plain dicts, lists, strings and numbers: what a Ray actor is given."""
+        return self.model_dump(mode="json")
 
     @property
     def model_source(self) -> str:
@@ -187,9 +252,9 @@ class Config:
         return Path(self.model_source).name
 
 
-def settings() -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """(dotted key, default, metadata) of every setting, in order: for help texts and docs."""
-    yield from leaves(Config())
+def settings() -> Iterator[Setting]:
+    """Yield every setting in order: for help texts and the documentation."""
+    yield from settings_of(Config)
 
 
 def _check_together(config: Config) -> None:

@@ -7,7 +7,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -203,7 +202,7 @@ def verify(config: Config, args: argparse.Namespace) -> int:
     from deployments.verify import verify as verification
     from deployments.verify.card import print_report
 
-    config = replace(config, batch_invariant=args.batch_invariant)
+    config = config.model_copy(update={"batch_invariant": args.batch_invariant})
     with StartDisplay(console) as display:
         report = verification.verify(config, args.prompts, display.show)
     print_report(console, report)

@@ -22,7 +22,7 @@ KEY = re.compile(r"`((?:gateway|engine|experts|store|ray)\.(?!log)[a-z_]+)(?:`|:
 METRIC = re.compile(r"`(briolette_[a-z_]+?)(?:_bucket|_sum|_count)?[`{]")
 STATUS = re.compile(r"\*(?:Accepted|Superseded by \[.+\]), \d{1,2} [A-Z][a-z]+ 20\d\d\.\*")
 
-KEYS = {key for key, *_ in settings()}
+KEYS = {setting.key for setting in settings()}
 METRIC_NAMES = {spec.name for spec in METRICS}
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -17,6 +16,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from cluster.config import settings
+from cluster.config_values import Setting
 from deployments.cli import make_parser
 
 ROOT = Path(__file__).parent.parent
@@ -82,9 +82,10 @@ def _text(source: str) -> str:
 
 def _configuration() -> str:
     rows: dict[str, list[str]] = {}
-    for key, default, about in settings():
-        section = key.rpartition(".")[0]
-        row = (f"`{key}`", _shown(default), _allowed(about), about["help"])
+    for setting in settings():
+        section = setting.key.rpartition(".")[0]
+        key, default = f"`{setting.key}`", _shown(setting.default)
+        row = (key, default, _allowed(setting), setting.description)
         rows.setdefault(section, []).append(_row(row))
     lines = [
         "# Configuration",
@@ -112,10 +113,10 @@ def _shown(default: object) -> str:
     return f"`{list(default) if isinstance(default, tuple) else default}`"
 
 
-def _allowed(about: Mapping[str, Any]) -> str:
-    least, most, unit = about["least"], about["most"], about["unit"]
+def _allowed(setting: Setting) -> str:
+    least, most, unit = setting.least, setting.most, setting.unit
     if least is None:
-        return str(unit)
+        return unit
     return f"at least {least:,} {unit}" if most is None else f"{least:,} to {most:,} {unit}"
 
 

@@ -7,7 +7,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -65,7 +65,9 @@ class RedisTier:
     def _settings(self) -> StoreConfig:
         """As configured, but that nothing is dropped that can wait, and nothing stays for long."""
         store = self.config.store
-        return replace(store, queue_bytes=store.tenant_bytes, ttl_s=min(store.ttl_s, LONGEST_S))
+        return store.model_copy(
+            update={"queue_bytes": store.tenant_bytes, "ttl_s": min(store.ttl_s, LONGEST_S)}
+        )
 
 
 @contextmanager

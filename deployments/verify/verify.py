@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,10 +65,11 @@ def verify(config: Config, prompts: Path | None, show: Callable[[dict[str, Any]]
     `show` is given news as `cards.StartDisplay` takes it. Raises the errors of loading a model,
     ConfigError for a wrong file, Unavailable when Redis doesn't answer.
     """
-    config = replace(
-        config,
-        engine=replace(config.engine, prefix_caching=True),
-        experts=replace(config.experts, mode="local"),
+    config = config.model_copy(
+        update={
+            "engine": config.engine.model_copy(update={"prefix_caching": True}),
+            "experts": config.experts.model_copy(update={"mode": "local"}),
+        }
     )
     source = ModelSource.open(config)
     check_memory(config, source.spec, source.model_dir)

@@ -33,14 +33,22 @@ def test_nothing_given_is_the_default() -> None:
 
 
 def test_every_default_passes_its_own_check() -> None:
-    assert Config.load(None, {key: default for key, default, _ in settings()}) == Config()
+    assert Config.load(None, {setting.key: setting.default for setting in settings()}) == Config()
 
 
-def test_every_setting_has_a_help_text() -> None:
-    for key, _, metadata in settings():
-        assert metadata["help"], key
-        assert (metadata["unit"] == "bytes") == key.endswith("_bytes"), key
-        assert (metadata["unit"] == "s") == key.endswith("_s"), key
+def test_every_setting_is_described_in_sentences() -> None:
+    for setting in settings():
+        key, description = setting.key, setting.description
+        assert description[:1].isupper() and description.endswith("."), key
+        assert (setting.unit == "bytes") == key.endswith("_bytes"), key
+        assert (setting.unit == "s") == key.endswith("_s"), key
+
+
+def test_settings_tell_their_range() -> None:
+    by_key = {setting.key: setting for setting in settings()}
+    port, gpus = by_key["gateway.http_port"], by_key["experts.num_gpus_per_host"]
+    assert (port.default, port.unit, port.least, port.most) == (8080, "", 0, 65535)
+    assert (gpus.default, gpus.unit, gpus.least, gpus.most) == (None, "GPUs", 0, None)
 
 
 def test_overrides_go_over_the_file(path: Path) -> None:
@@ -123,7 +131,7 @@ def test_model_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("engine: {shared_tenants: a}", "engine.shared_tenants must be a list of texts, not 'a'."),
         ("engine: {shared_tenants: [1]}", "engine.shared_tenants must be a list of texts"),
         ("state_dir: 3", "state_dir must be a path, not 3."),
-        ("engine: {kv_rows: v, kv_layout: values}", "given twice, once under its old name."),
+        ("engine: {kv_rows: v, kv_layout: values}", "engine.kv_layout is given twice."),
         ("engine: {kv_rows: x}", "engine.kv_layout must be one of values, projection, separate"),
         ("- 1", "must hold keys and values, not a list."),
         ("a: [", "is not valid YAML"),

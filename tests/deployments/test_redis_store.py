@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config import Config
 from cluster.errors import ConfigError
-from deployments.redis_store import Budgets, problem_of, store_address, store_server
+from deployments.redis_store import TenantBudgets, problem_of, store_address, store_server
 from tests.support.store.redis_servers import redis_server
 
 
@@ -94,7 +94,7 @@ def test_a_server_that_keeps_tenants_or_does_not_say(
 
 
 def test_each_tenant_may_have_a_budget_of_its_own() -> None:
-    budgets = Budgets(usual_bytes=100)
+    budgets = TenantBudgets(usual_bytes=100)
     budgets.set("ann", 5)
     assert (budgets.of("ann"), budgets.of("bob")) == (5, 100)
     budgets.set("ann", None)
