@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminStub:
-    """All but GetStatus and GetUsage take the key of an admin, and a cluster with keys (gateway.auth).
+    """All but GetStatus and GetUsage need an admin's key and a cluster with keys (gateway.auth).
     """
 
     def __init__(self, channel):
@@ -73,48 +73,53 @@ class AdminStub:
 
 
 class AdminServicer:
-    """All but GetStatus and GetUsage take the key of an admin, and a cluster with keys (gateway.auth).
+    """All but GetStatus and GetUsage need an admin's key and a cluster with keys (gateway.auth).
     """
 
     def GetStatus(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Return the status of the cluster.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTenants(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """List all tenants with their terms.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateTenant(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Create a tenant and return its key, once.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateTenant(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Change some terms of a tenant.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RotateKey(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Give a tenant a new key.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTenant(self, request, context):
-        """With its sessions and all that the store has of it. Requests that run go on to their end.
+        """Delete a tenant with its sessions and stored values. Its running requests continue.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetUsage(self, request, context):
-        """What tenants have used, by day.
+        """Return what tenants have used, by day.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -167,7 +172,7 @@ def add_AdminServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Admin:
-    """All but GetStatus and GetUsage take the key of an admin, and a cluster with keys (gateway.auth).
+    """All but GetStatus and GetUsage need an admin's key and a cluster with keys (gateway.auth).
     """
 
     @staticmethod

@@ -26,24 +26,25 @@ class _ToolChoice:
 class _ToolChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolChoice.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     TOOL_CHOICE_UNSPECIFIED: _ToolChoice.ValueType  # 0
-    """as AUTO"""
+    """the same as AUTO"""
     TOOL_CHOICE_AUTO: _ToolChoice.ValueType  # 1
     """the model decides"""
     TOOL_CHOICE_NONE: _ToolChoice.ValueType  # 2
     """no calls"""
     TOOL_CHOICE_REQUIRED: _ToolChoice.ValueType  # 3
-    """at least one"""
+    """at least one call and nothing else"""
 
-class ToolChoice(_ToolChoice, metaclass=_ToolChoiceEnumTypeWrapper): ...
+class ToolChoice(_ToolChoice, metaclass=_ToolChoiceEnumTypeWrapper):
+    """Whether the answer has tool calls."""
 
 TOOL_CHOICE_UNSPECIFIED: ToolChoice.ValueType  # 0
-"""as AUTO"""
+"""the same as AUTO"""
 TOOL_CHOICE_AUTO: ToolChoice.ValueType  # 1
 """the model decides"""
 TOOL_CHOICE_NONE: ToolChoice.ValueType  # 2
 """no calls"""
 TOOL_CHOICE_REQUIRED: ToolChoice.ValueType  # 3
-"""at least one"""
+"""at least one call and nothing else"""
 Global___ToolChoice: _TypeAlias = ToolChoice  # noqa: Y015
 
 class _FinishReason:
@@ -57,24 +58,27 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
     """a stop token or a stop string"""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
-    """max_tokens, or the context is full"""
+    """max_tokens or the context length is reached"""
     FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 3
-    """the model waits for what its calls bring"""
+    """the model waits for the results of its calls"""
 
-class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
+class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
+    """Why an answer ended."""
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 """not finished yet"""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """a stop token or a stop string"""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
-"""max_tokens, or the context is full"""
+"""max_tokens or the context length is reached"""
 FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 3
-"""the model waits for what its calls bring"""
+"""the model waits for the results of its calls"""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class Message(_message.Message):
+    """One message of a conversation."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLE_FIELD_NUMBER: _builtins.int
@@ -85,14 +89,14 @@ class Message(_message.Message):
     role: _builtins.str
     """system, user, assistant or tool"""
     content: _builtins.str
-    """plain text to the model, "<|turn>" and its like too"""
+    """plain text to the model, even if it spells control tokens"""
     thought: _builtins.str
-    """of an assistant's: what it thought; the chat template keeps what it wants"""
+    """an assistant's earlier thought; the chat template decides what it keeps"""
     tool_call_id: _builtins.str
-    """of a tool's: the call that the content answers"""
+    """for role tool: the call whose result the content is"""
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
-        """of an assistant's"""
+        """an assistant's calls"""
 
     def __init__(
         self,
@@ -113,7 +117,7 @@ Global___Message: _TypeAlias = Message  # noqa: Y015
 
 @_typing.final
 class Tool(_message.Message):
-    """What the model may call."""
+    """A function that the model may call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -123,7 +127,7 @@ class Tool(_message.Message):
     name: _builtins.str
     description: _builtins.str
     parameters: _builtins.str
-    """JSON schema of an object; empty: there are none"""
+    """JSON schema of an object; empty: no parameters"""
     def __init__(
         self,
         *,
@@ -141,6 +145,8 @@ Global___Tool: _TypeAlias = Tool  # noqa: Y015
 
 @_typing.final
 class ToolCall(_message.Message):
+    """A complete call, as it is sent back in a conversation."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
@@ -167,7 +173,7 @@ Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
-    """How to choose tokens; a field that is not set takes its default."""
+    """How tokens are chosen. A field that is not set has its default."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -205,13 +211,13 @@ class Sampling(_message.Message):
     seed: _builtins.int
     """default: drawn at arrival"""
     logprobs: _builtins.int
-    """alternatives beside the chosen token, 0 to 20; default: off"""
+    """alternatives to the chosen token, 0 to 20; default: no logprobs"""
     max_tokens: _builtins.int
     """default: to the end of the context"""
     ignore_eos: _builtins.bool
-    """go on past the model's own stop tokens"""
+    """continue past the model's own stop tokens"""
     json_schema: _builtins.str
-    """JSON that this schema allows"""
+    """JSON that fits this schema"""
     json_object: _builtins.bool
     """any JSON object"""
     regex: _builtins.str
@@ -219,11 +225,11 @@ class Sampling(_message.Message):
     """a grammar in Lark's notation"""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """the text ends before one of these"""
+        """the text ends before the first of these"""
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """beside the model's own"""
+        """in addition to the model's own"""
 
     def __init__(
         self,
@@ -299,6 +305,8 @@ Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 
 @_typing.final
 class ChatRequest(_message.Message):
+    """A conversation to answer."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
@@ -311,22 +319,22 @@ class ChatRequest(_message.Message):
     THINKING_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """empty: the one that is served"""
+    """empty: the served model"""
     session: _builtins.str
-    """The conversation's name, where the server keeps it: what was said before goes before the
-    messages, and once the last message of the answer is here the turn is kept. An answer that ends
-    otherwise, cancelled too, leaves the session as it was. ABORTED: it is in use elsewhere.
+    """Name of a conversation that the server keeps. Its earlier turns precede the messages. When the
+    last message of the answer has arrived, the turn is kept; an answer that fails or is cancelled
+    leaves the session unchanged. ABORTED: another call uses the session.
     """
     tool_choice: Global___ToolChoice.ValueType
     required_tool: _builtins.str
-    """with REQUIRED: this one; empty: any"""
+    """with REQUIRED: the tool to call; empty: any"""
     thinking: _builtins.bool
     """let the model think before it answers"""
     priority: _builtins.int
-    """beside the tenant's other requests; higher is sooner"""
+    """among the tenant's own requests; higher is sooner"""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """in a session: those that are new"""
+        """in a session: the new ones only"""
 
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
@@ -355,6 +363,8 @@ Global___ChatRequest: _TypeAlias = ChatRequest  # noqa: Y015
 
 @_typing.final
 class CompleteRequest(_message.Message):
+    """A plain prompt to continue."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
@@ -363,11 +373,11 @@ class CompleteRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """empty: the one that is served"""
+    """empty: the served model"""
     text: _builtins.str
-    """control tokens in it, as "<|turn>", count as such"""
+    """control tokens in it, like "<|turn>", have their meaning"""
     priority: _builtins.int
-    """beside the tenant's other requests; higher is sooner"""
+    """among the tenant's own requests; higher is sooner"""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -413,7 +423,7 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class Generation(_message.Message):
-    """A piece of an answer, or a whole one in the unary forms."""
+    """A piece of an answer, or in the unary methods a whole one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -428,7 +438,7 @@ class Generation(_message.Message):
     THOUGHT_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """never half a character"""
+    """never ends within a character"""
     finish_reason: Global___FinishReason.ValueType
     """set in the last message"""
     request_id: _builtins.str
@@ -436,12 +446,12 @@ class Generation(_message.Message):
     matched_stop: _builtins.str
     """the stop string that ended the answer, if one did"""
     thought: _builtins.str
-    """like text; comes before it"""
+    """like text, and precedes it"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
-        """one per token id, where asked for"""
+        """one per token id, if requested"""
 
     @_builtins.property
     def usage(self) -> Global___Usage:
@@ -477,7 +487,7 @@ Global___Generation: _TypeAlias = Generation  # noqa: Y015
 
 @_typing.final
 class ToolCallPiece(_message.Message):
-    """What is new of one tool call; pieces with the same index belong together."""
+    """A piece of a tool call; pieces with the same index belong together."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -486,13 +496,13 @@ class ToolCallPiece(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """among the answer's calls"""
+    """number of the call in the answer"""
     id: _builtins.str
     """in its first piece"""
     name: _builtins.str
     """in its first piece"""
     arguments: _builtins.str
-    """of the JSON object, what follows"""
+    """the next part of the JSON object"""
     def __init__(
         self,
         *,
@@ -511,15 +521,17 @@ Global___ToolCallPiece: _TypeAlias = ToolCallPiece  # noqa: Y015
 
 @_typing.final
 class TokenLogprobs(_message.Message):
+    """Log probabilities at one position."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LOGPROB_FIELD_NUMBER: _builtins.int
     ALTERNATIVES_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
-    """of the chosen token, natural logarithm"""
+    """natural logarithm, of the chosen token"""
     @_builtins.property
     def alternatives(self) -> _containers.RepeatedCompositeFieldContainer[Global___Alternative]:
-        """the likeliest tokens, best first"""
+        """the most likely tokens, best first"""
 
     def __init__(
         self,
@@ -562,6 +574,8 @@ Global___Alternative: _TypeAlias = Alternative  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
+    """Tokens of one request."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
@@ -573,13 +587,13 @@ class Usage(_message.Message):
     prompt_tokens: _builtins.int
     output_tokens: _builtins.int
     cached_tokens: _builtins.int
-    """of the prompt, those that were not computed again"""
+    """prompt tokens that were not computed again"""
     fetched_tokens: _builtins.int
-    """of the cached ones, those that were not in memory but in the store"""
+    """cached tokens that came from the store, not from memory"""
     thought_tokens: _builtins.int
-    """of the output, those of the thought"""
+    """output tokens of the thought"""
     saved_prefill_s: _builtins.float
-    """what computing the cached ones would have taken, as estimated"""
+    """estimated time that computing the cached tokens would have taken"""
     def __init__(
         self,
         *,
@@ -600,6 +614,8 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
+    """Durations of one request."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     QUEUE_S_FIELD_NUMBER: _builtins.int
@@ -634,12 +650,12 @@ class TokenizeRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """empty: the one that is served"""
+    """empty: the served model"""
     text: _builtins.str
-    """as in CompleteRequest"""
+    """like CompleteRequest.text"""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """instead of text: through the chat template"""
+        """instead of text: rendered by the chat template"""
 
     def __init__(
         self,

@@ -34,12 +34,15 @@ class InferenceStub:
     Chat: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.Generation]
     """Answer a conversation; each message carries what is new since the one before."""
     ChatOnce: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.Generation]
-    """The same, in one message."""
+    """Answer a conversation in one message."""
     Complete: _grpc.UnaryStreamMultiCallable[_inference_pb2.CompleteRequest, _inference_pb2.Generation]
-    """Go on from a plain prompt, without a chat template."""
+    """Continue a plain prompt, without a chat template."""
     CompleteOnce: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CompleteRequest, _inference_pb2.Generation]
+    """Continue a plain prompt, in one message."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
+    """Return the token ids of a text or of a conversation."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
+    """List the models that are served."""
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -47,12 +50,15 @@ class InferenceAsyncStub(InferenceStub):
     Chat: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.Generation]  # type: ignore[assignment]
     """Answer a conversation; each message carries what is new since the one before."""
     ChatOnce: _aio.UnaryUnaryMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.Generation]  # type: ignore[assignment]
-    """The same, in one message."""
+    """Answer a conversation in one message."""
     Complete: _aio.UnaryStreamMultiCallable[_inference_pb2.CompleteRequest, _inference_pb2.Generation]  # type: ignore[assignment]
-    """Go on from a plain prompt, without a chat template."""
+    """Continue a plain prompt, without a chat template."""
     CompleteOnce: _aio.UnaryUnaryMultiCallable[_inference_pb2.CompleteRequest, _inference_pb2.Generation]  # type: ignore[assignment]
+    """Continue a plain prompt, in one message."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Return the token ids of a text or of a conversation."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
+    """List the models that are served."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -69,7 +75,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ChatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.Generation, _abc.Awaitable[_inference_pb2.Generation]]:
-        """The same, in one message."""
+        """Answer a conversation in one message."""
 
     @_abc_1.abstractmethod
     def Complete(
@@ -77,27 +83,30 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.CompleteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.Generation], _abc.AsyncIterator[_inference_pb2.Generation]]:
-        """Go on from a plain prompt, without a chat template."""
+        """Continue a plain prompt, without a chat template."""
 
     @_abc_1.abstractmethod
     def CompleteOnce(
         self,
         request: _inference_pb2.CompleteRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_inference_pb2.Generation, _abc.Awaitable[_inference_pb2.Generation]]: ...
+    ) -> _typing.Union[_inference_pb2.Generation, _abc.Awaitable[_inference_pb2.Generation]]:
+        """Continue a plain prompt, in one message."""
 
     @_abc_1.abstractmethod
     def Tokenize(
         self,
         request: _inference_pb2.TokenizeRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]: ...
+    ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
+        """Return the token ids of a text or of a conversation."""
 
     @_abc_1.abstractmethod
     def ListModels(
         self,
         request: _inference_pb2.ListModelsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_inference_pb2.ListModelsResponse, _abc.Awaitable[_inference_pb2.ListModelsResponse]]: ...
+    ) -> _typing.Union[_inference_pb2.ListModelsResponse, _abc.Awaitable[_inference_pb2.ListModelsResponse]]:
+        """List the models that are served."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

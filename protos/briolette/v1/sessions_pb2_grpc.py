@@ -26,9 +26,8 @@ if _version_not_supported:
 
 
 class SessionsStub:
-    """A call about one session ends with NOT_FOUND where there is none of that name, and with ABORTED
-    while it is in use; every call with UNAVAILABLE while the store doesn't answer, and with
-    FAILED_PRECONDITION where there is none.
+    """NOT_FOUND: no session has the name. ABORTED: another call uses the session. UNAVAILABLE: the
+    store does not answer. FAILED_PRECONDITION: the cluster has no store.
     """
 
     def __init__(self, channel):
@@ -65,39 +64,40 @@ class SessionsStub:
 
 
 class SessionsServicer:
-    """A call about one session ends with NOT_FOUND where there is none of that name, and with ABORTED
-    while it is in use; every call with UNAVAILABLE while the store doesn't answer, and with
-    FAILED_PRECONDITION where there is none.
+    """NOT_FOUND: no session has the name. ABORTED: another call uses the session. UNAVAILABLE: the
+    store does not answer. FAILED_PRECONDITION: the cluster has no store.
     """
 
     def ListSessions(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """List the tenant's sessions.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSession(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Return a session with its messages.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ParkSession(self, request, context):
-        """Free the memory that holds it; it stays in the store.
+        """Free the memory that holds a session; it stays in the store.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeSession(self, request, context):
-        """Bring it into memory ahead of the next turn; cancelling ends that.
+        """Load a session into memory ahead of the next turn; cancelling stops that.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSession(self, request, context):
-        """Remove it from memory and from the store.
+        """Remove a session from memory and from the store.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,9 +140,8 @@ def add_SessionsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Sessions:
-    """A call about one session ends with NOT_FOUND where there is none of that name, and with ABORTED
-    while it is in use; every call with UNAVAILABLE while the store doesn't answer, and with
-    FAILED_PRECONDITION where there is none.
+    """NOT_FOUND: no session has the name. ABORTED: another call uses the session. UNAVAILABLE: the
+    store does not answer. FAILED_PRECONDITION: the cluster has no store.
     """
 
     @staticmethod

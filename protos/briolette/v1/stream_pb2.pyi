@@ -22,6 +22,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ToDecoder(_message.Message):
+    """From a gateway to the decoder."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ADDS_FIELD_NUMBER: _builtins.int
@@ -30,7 +32,7 @@ class ToDecoder(_message.Message):
     MISSING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Add]:
-        """answers to one prompt of one call"""
+        """requests for answers to one prompt of one call"""
 
     @_builtins.property
     def aborts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -58,6 +60,8 @@ Global___ToDecoder: _TypeAlias = ToDecoder  # noqa: Y015
 
 @_typing.final
 class Add(_message.Message):
+    """A request for one answer."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -74,21 +78,21 @@ class Add(_message.Message):
     SAME_CALL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     timeout_s: _builtins.float
-    """what is left of the client's deadline"""
+    """time left until the client's deadline"""
     tenant: _builtins.str
     session: _builtins.str
-    """it is a turn of"""
+    """the session of which this is a turn"""
     weight: _builtins.float
-    """of the tenant"""
+    """the tenant's weight"""
     priority: _builtins.int
     chat: _builtins.bool
     """the answer has parts: thought, text, tool calls"""
     kv_bytes: _builtins.int
-    """of the tenant, in the store; 0: store.tenant_bytes"""
+    """the tenant's budget in the store; 0: store.tenant_bytes"""
     same_prompt: _builtins.bool
-    """has of prompt_ids and sampling its seed only: all else as the first add"""
+    """prompt and sampling but the seed are those of the first add"""
     same_call: _builtins.bool
-    """as an earlier one, which counts as a request"""
+    """an earlier add counts as the request of this call"""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -121,6 +125,8 @@ Global___Add: _TypeAlias = Add  # noqa: Y015
 
 @_typing.final
 class FromDecoder(_message.Message):
+    """From the decoder to a gateway, once per step."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
@@ -132,7 +138,7 @@ class FromDecoder(_message.Message):
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]: ...
     @_builtins.property
     def status(self) -> _admin_pb2.ClusterStatus:
-        """at connection and once a second"""
+        """on connection, then once a second"""
 
     @_builtins.property
     def session_answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionAnswer]: ...
@@ -142,7 +148,7 @@ class FromDecoder(_message.Message):
 
     @_builtins.property
     def spent(self) -> _containers.RepeatedCompositeFieldContainer[Global___Spent]:
-        """of requests that ended now, whatever ended them"""
+        """requests that ended in this step, however they ended"""
 
     def __init__(
         self,
@@ -163,7 +169,7 @@ Global___FromDecoder: _TypeAlias = FromDecoder  # noqa: Y015
 
 @_typing.final
 class Output(_message.Message):
-    """What one request has new after a step."""
+    """What a step added to one request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -176,11 +182,11 @@ class Output(_message.Message):
     def generation(self) -> _inference_pb2.Generation: ...
     @_builtins.property
     def failure(self) -> Global___Failure:
-        """set: the request ended without an answer"""
+        """set if the request ended without an answer"""
 
     @_builtins.property
     def block_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """with the last piece of a session's turn: values that it needs"""
+        """with a turn's last piece: values that its session needs"""
 
     def __init__(
         self,
@@ -200,6 +206,8 @@ Global___Output: _TypeAlias = Output  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):
+    """Why a request failed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STATUS_FIELD_NUMBER: _builtins.int
@@ -209,7 +217,7 @@ class Failure(_message.Message):
     """name of a gRPC status code"""
     sentence: _builtins.str
     kind: _builtins.str
-    """of the error, as BrioletteError.kind"""
+    """BrioletteError.kind"""
     def __init__(
         self,
         *,
@@ -227,7 +235,7 @@ Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
 class Spent(_message.Message):
-    """What a request has cost, also one that was given up or failed."""
+    """The cost of a request, including aborted and failed ones."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -239,7 +247,7 @@ class Spent(_message.Message):
     """1, or 0 with same_call"""
     @_builtins.property
     def usage(self) -> _inference_pb2.Usage:
-        """of the prompt, the tokens that were reached; none with same_prompt"""
+        """prompt tokens that were reached; none with same_prompt"""
 
     def __init__(
         self,
@@ -258,7 +266,7 @@ Global___Spent: _TypeAlias = Spent  # noqa: Y015
 
 @_typing.final
 class Missing(_message.Message):
-    """What the store lacks of a tenant's values, whatever the decoder has put there."""
+    """Values of a tenant that the store lacks, although the decoder wrote them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -283,7 +291,7 @@ Global___Missing: _TypeAlias = Missing  # noqa: Y015
 
 @_typing.final
 class SessionCall(_message.Message):
-    """About what memory holds for a tenant's sessions."""
+    """Asks which sessions of a tenant are in memory, and may park one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -293,7 +301,7 @@ class SessionCall(_message.Message):
     call_id: _builtins.str
     tenant: _builtins.str
     park: _builtins.str
-    """a session: write all that waits to be written, then free its memory"""
+    """a session to park: write its waiting values, then free its memory"""
     def __init__(
         self,
         *,
@@ -311,7 +319,7 @@ Global___SessionCall: _TypeAlias = SessionCall  # noqa: Y015
 
 @_typing.final
 class SessionTrace(_message.Message):
-    """Where values of a turn may lie in the store, whether or not the session comes to need them."""
+    """Keys under which a turn may have values in the store, needed by the session or not."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
