@@ -40,7 +40,7 @@ from cluster.tenants.usage import UsageBooks
 from deployments.decoder.link import GatewayLinks
 from deployments.decoder.meters import EngineMeter, ExpertMeter
 from deployments.decoder.step_loop import StepLoop
-from deployments.gateway.calls.call import Call
+from deployments.gateway.calls.client_call import ClientCall
 from deployments.gateway.calls.request_log import RequestLog
 from deployments.gateway.services.usage import UsageService
 from deployments.loading import ModelSource, load_engine, load_local_experts
@@ -292,9 +292,9 @@ def _counted(counts: Counter[str], name: str, call: Callable[..., Any]) -> Calla
     return counted
 
 
-def _call() -> Call:
-    call = Call(OpenLease())
-    call.answered.begin("m", PROMPT_LEN)
+def _call() -> ClientCall:
+    call = ClientCall(OpenLease())
+    call.begin("m", PROMPT_LEN)
     return call
 
 

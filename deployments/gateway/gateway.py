@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,8 +23,9 @@ from cluster.metrics import Metrics
 from cluster.tenants.admission import Admission, OpenAdmission
 from cluster.tenants.sessions import Sessions
 from cluster.tenants.usage import UsageBooks
-from deployments.gateway.calls.answers import Answers
-from deployments.gateway.calls.conversations import Conversations
+from deployments.gateway.calls.chat_sessions import ChatSessions
+from deployments.gateway.calls.inference import Inference
+from deployments.gateway.calls.preprocessor import Preprocessor
 from deployments.gateway.calls.remote_decoder import RemoteDecoder
 from deployments.gateway.calls.request_log import RequestLog
 from deployments.gateway.calls.tenant_threads import TenantThreads
@@ -33,7 +35,7 @@ from deployments.gateway.openai.routes import openai_router
 from deployments.gateway.services import admin, health, inference, sessions
 from deployments.gateway.services.admin import Admin
 from deployments.gateway.services.health import Health
-from deployments.gateway.services.inference import Inference
+from deployments.gateway.services.inference import inference_handler
 from deployments.gateway.services.rpc import Methods
 from deployments.gateway.services.sessions import SessionService
 from deployments.gateway.services.usage import UsageService
@@ -52,6 +54,37 @@ SETTLE_S = 1.0  # at the end, until what was cut short is counted
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayParts:
+    """What a gateway is put together from.
+
+    Attributes:
+        tokenizer: the served model's.
+        find_decoder: returns the decoder's endpoint or raises LinkError; runs in a thread.
+        secret: proves to the decoder that the gateway belongs to the cluster.
+        metrics: counts calls.
+        metrics_port: where they are shown, for the status; 0 for nowhere.
+        admission: who is let in; by default everybody, as one tenant.
+        sessions: where sessions are kept; None without a store.
+        usage_books: where usage is counted; by default in memory only.
+        log_dir: folder of the request log; None for none.
+        local_socket: where this machine's own commands connect without TLS.
+        on_status: called with each new status, as clients see it.
+    """
+
+    tokenizer: Tokenizer
+    find_decoder: Callable[[], Endpoint]
+    secret: bytes
+    metrics: Metrics
+    metrics_port: int = 0
+    admission: Admission = field(default_factory=OpenAdmission)
+    sessions: Sessions | None = None
+    usage_books: UsageBooks = field(default_factory=lambda: UsageBooks(None))
+    log_dir: Path | None = None
+    local_socket: Path | None = None
+    on_status: Callable[[ClusterStatus], None] = lambda status: None
+
+
 class Gateway:
     """Serves `briolette.v1`'s services, health and reflection, and OpenAI's dialect over HTTP.
 
@@ -59,80 +92,71 @@ class Gateway:
     """
 
     def __init__(
-        self,
-        config: GatewayConfig,
-        tokenizer: Tokenizer,
-        find_decoder: Callable[[], Endpoint],
-        secret: bytes,
-        metrics: Metrics,
-        metrics_port: int = 0,
-        bind_deadline_s: float = 0.0,
-        on_status: Callable[[ClusterStatus], None] = lambda status: None,
-        kept: Sessions | None = None,
-        admission: Admission | None = None,
-        local_socket: Path | None = None,
-        usage: UsageBooks | None = None,
-        log_dir: Path | None = None,
+        self, config: GatewayConfig, parts: GatewayParts, *, bind_timeout_s: float = 0.0
     ) -> None:
-        """`metrics_port` is where they are shown, for the status; 0 for nowhere.
+        """Put the parts together.
 
-        `on_status` is told what clients are, whenever that is new. `kept` are the sessions, where
-        there is a store. Without an `admission` everybody is one tenant. `local_socket` is where
-        this machine's own commands connect without TLS. Without `usage` it is counted in memory
-        only; `log_dir` is for the log of requests. Raises ConfigError for TLS files that can't be
-        used.
+        Args:
+            config: addresses, TLS files, limits.
+            parts: what the gateway is put together from.
+            bind_timeout_s: how long to try for a port that another gateway still holds.
+
+        Raises:
+            ConfigError: TLS files can't be used.
         """
         self.port = config.port
         self.http_port = config.http_port
         self._config = config
-        self._part = Part(pid=os.getpid(), device="cpu", metrics_port=metrics_port)
-        self._bind_deadline_s = bind_deadline_s
-        self._tell_status = on_status
-        self._metrics = metrics
-        self._usage = UsageService(usage or UsageBooks(None))
-        self._requests = RequestLog(metrics, log_dir)
-        self._decoder = RemoteDecoder(find_decoder, secret, self._on_status, self._usage.count)
+        self._parts = parts
+        self._bind_timeout_s = bind_timeout_s
+        self._own_part = Part(pid=os.getpid(), device="cpu", metrics_port=parts.metrics_port)
+        self._usage = UsageService(parts.usage_books)
+        self._request_log = RequestLog(parts.metrics, parts.log_dir)
+        self._decoder = RemoteDecoder(
+            parts.find_decoder, parts.secret, self._on_status, self._usage.count
+        )
         self._health = Health(inference.NAME)
-        self._local_socket = local_socket
         self._credentials = server_credentials(config)
-        self._admission = admission or OpenAdmission()
         self._encoding = TenantThreads("encoding", num_threads=16, num_each=4, max_waiting=1024)
-        self._conversations = Conversations(kept, self._decoder, tokenizer, self._encoding)
-        answers = Answers(self._decoder, tokenizer, self._conversations, self._encoding)
-        self._admin = Admin(self._status, self._admission.tenants, self._usage)
-        session_service = SessionService(self._conversations, self._decoder)
+        self._sessions = ChatSessions(
+            parts.sessions, self._decoder, parts.tokenizer, self._encoding
+        )
+        preprocessor = Preprocessor(self._decoder, parts.tokenizer, self._encoding)
+        generation = Inference(self._decoder, preprocessor, self._sessions)
+        self._admin = Admin(self._status, parts.admission.tenants, self._usage)
+        session_service = SessionService(self._sessions, self._decoder)
+        methods = Methods(parts.admission, self._request_log)
         self._server = self._make_server(
-            Methods(self._admission, self._requests),
-            Inference(answers),
-            session_service,
-            self._admin,
+            inference_handler(generation, methods),
+            session_service.handler(methods),
+            self._admin.handler(methods),
         )
         self._http: HttpServer | None = None
         if config.http_port is not None:
             routers = [
-                openai_router(answers),
+                openai_router(generation),
                 page_router(),
-                page_api_router(self._admin, session_service, self._conversations),
+                page_api_router(self._admin, session_service, self._sessions),
             ]
-            app = make_app(config, self._admission, self._requests, self._status, routers)
+            app = make_app(config, parts.admission, self._request_log, self._status, routers)
             self._http = HttpServer(app, config.host, config.http_port, server_context(config))
 
     async def start(self) -> None:
         """Bind and serve. Raises PortTaken."""
         await self._health.start()
-        self.port = await bind(self._listen, self._bind_deadline_s)
+        self.port = await bind(self._listen, self._bind_timeout_s)
         if self._http is not None:
-            listener = await bind(self._http.listen, self._bind_deadline_s)
+            listener = await bind(self._http.listen, self._bind_timeout_s)
             self.http_port = listener.getsockname()[1]
             await self._http.start(listener)
-        if self._local_socket is not None:
-            self._server.add_insecure_port(f"unix:{self._local_socket}")
+        if self._parts.local_socket is not None:
+            self._server.add_insecure_port(f"unix:{self._parts.local_socket}")
         await self._server.start()
         self._decoder.connect()
 
     @property
     def base_url(self) -> str | None:
-        """Of HTTP, as OpenAI's clients want it; None where there is none."""
+        """The URL for OpenAI's clients; None without HTTP."""
         if self.http_port is None:
             return None
         scheme = "http" if self._config.tls_cert_file is None else "https"
@@ -151,30 +175,28 @@ class Gateway:
         await asyncio.gather(*ends)
         await self._decoder.settle(SETTLE_S)
         self._decoder.close()
-        self._conversations.close()
+        self._sessions.close()
         self._encoding.close()
         self._admin.close()
-        await asyncio.to_thread(self._admission.close)
+        await asyncio.to_thread(self._parts.admission.close)
         await asyncio.to_thread(self._usage.close)
-        self._requests.close()
+        self._request_log.close()
 
     def _on_status(self) -> None:
         status = self._decoder.status
         self._health.show(status.ready)
         if status.model:
-            self._metrics.gateway_ready(status.model).set(status.ready)
-        self._tell_status(self._status())
+            self._parts.metrics.gateway_ready(status.model).set(status.ready)
+        self._parts.on_status(self._status())
 
     def _status(self) -> ClusterStatus:
-        """The decoder's, and where this gateway runs."""
+        """Return the decoder's status, with this gateway's own part."""
         status = ClusterStatus()
         status.CopyFrom(self._decoder.status)
-        status.gateway.CopyFrom(self._part)
+        status.gateway.CopyFrom(self._own_part)
         return status
 
-    def _make_server(
-        self, methods: Methods, *services: Inference | SessionService | Admin
-    ) -> grpc.aio.Server:
+    def _make_server(self, *handlers: grpc.GenericRpcHandler) -> grpc.aio.Server:
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),  # a second gateway on this port fails, and says so
@@ -188,7 +210,7 @@ class Gateway:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ]
         )
-        server.add_generic_rpc_handlers([service.handler(methods) for service in services])
+        server.add_generic_rpc_handlers(handlers)
         self._health.add_to(server)
         names = (
             inference.NAME,
@@ -212,12 +234,12 @@ class Gateway:
             ) from None
 
 
-async def bind(listen: Callable[[], T], deadline_s: float) -> T:
-    """What `listen` takes, in the end: a gateway that is being replaced may still hold it.
+async def bind(listen: Callable[[], T], timeout_s: float) -> T:
+    """Return what `listen` takes, trying again while a gateway that is replaced may hold it.
 
     Raises PortTaken.
     """
-    give_up_at = time.monotonic() + deadline_s
+    give_up_at = time.monotonic() + timeout_s
     while True:
         try:
             return listen()

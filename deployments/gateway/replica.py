@@ -18,7 +18,7 @@ from cluster.tenants.admission import Admission
 from cluster.tenants.sessions import Sessions
 from cluster.tenants.usage import UsageBooks
 from deployments.gateway.admission import open_admission
-from deployments.gateway.gateway import Gateway, bind
+from deployments.gateway.gateway import Gateway, GatewayParts, bind
 from deployments.gateway.scrape_targets import ScrapeTargets
 from deployments.process.local_access import local_socket
 from deployments.process.report import reporting
@@ -26,7 +26,7 @@ from deployments.process.serve_handles import Handle, ask_replicas
 from deployments.redis_store import store_address
 from engine.text.tokenizer import Tokenizer
 
-BIND_DEADLINE_S = 10.0  # a gateway that is being replaced may still hold the port
+BIND_TIMEOUT_S = 10.0  # a gateway that is being replaced may still hold the port
 
 
 class GatewayReplica:
@@ -41,21 +41,22 @@ class GatewayReplica:
             tokenizer = await asyncio.to_thread(Tokenizer.load, model_dir)
             registry = part_registry()
             admission = await asyncio.to_thread(open_admission, config)
-            gateway = Gateway(
-                config.gateway,
-                tokenizer,
-                lambda: find_decoder(decoder),
-                secret,
-                Metrics(registry),
-                await bind(lambda: serve_metrics(config.gateway, registry), BIND_DEADLINE_S),
-                BIND_DEADLINE_S,
-                ScrapeTargets(config.state_dir, config.gateway.metrics_host).update,
-                kept_sessions(config, admission),
-                admission,
-                local_socket(config),
-                UsageBooks(store_address(config)),
-                config.state_dir / "logs",
+            parts = GatewayParts(
+                tokenizer=tokenizer,
+                find_decoder=lambda: find_decoder(decoder),
+                secret=secret,
+                metrics=Metrics(registry),
+                metrics_port=await bind(
+                    lambda: serve_metrics(config.gateway, registry), BIND_TIMEOUT_S
+                ),
+                admission=admission,
+                sessions=kept_sessions(config, admission),
+                usage_books=UsageBooks(store_address(config)),
+                log_dir=config.state_dir / "logs",
+                local_socket=local_socket(config),
+                on_status=ScrapeTargets(config.state_dir, config.gateway.metrics_host).update,
             )
+            gateway = Gateway(config.gateway, parts, bind_timeout_s=BIND_TIMEOUT_S)
             gc.collect()
             gc.freeze()  # else each full collection holds up every stream
             await gateway.start()

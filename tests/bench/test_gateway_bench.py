@@ -12,14 +12,15 @@ from bench.team import gateway_cost
 from bench.team.gateway_cost import Beside
 from bench.team.silent import num_open, silent_connections
 from protos.briolette.v1.inference_pb2 import Generation
-from tests.support.gateway.http_server import END, ScriptedAnswers, running_server
+from tests.support.gateway.http_server import running_server
+from tests.support.gateway.scripted_backend import END, ScriptedBackend
 
 SIDES = ("engine", "gRPC", "HTTP")
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
 
 
 def test_a_load_and_a_stream() -> None:
-    answers = ScriptedAnswers()
+    answers = ScriptedBackend()
     answers.script = [Generation(text="a"), 0.05, Generation(text="b"), END]
 
     async def measure(port: int) -> None:
@@ -39,7 +40,7 @@ def test_a_load_and_a_stream() -> None:
 
 
 def test_silent_connections_are_held_and_counted() -> None:
-    with running_server(ScriptedAnswers()) as address:
+    with running_server(ScriptedBackend()) as address:
         with silent_connections("127.0.0.1", int(address.rpartition(":")[2]), 20) as held:
             assert (len(held), num_open(held)) == (20, 20)
         assert all(connection.fileno() == -1 for connection in held)

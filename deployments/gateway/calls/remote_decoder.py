@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 from cluster.errors import BrioletteError, Unavailable
 from cluster.links.connect import Endpoint
-from deployments.gateway.calls.streams import RequestFailed, Streams
+from deployments.gateway.calls.output_collector import OutputCollector, RequestFailed
 from deployments.gateway.decoder_link import DecoderLink
 from protos.briolette.v1.admin_pb2 import ClusterStatus
-from protos.briolette.v1.inference_pb2 import FINISH_REASON_UNSPECIFIED, Sampling
+from protos.briolette.v1.inference_pb2 import Sampling
 from protos.briolette.v1.stream_pb2 import (
     Add,
     FromDecoder,
     Missing,
-    Output,
     SessionAnswer,
     SessionCall,
     SessionTrace,
@@ -29,6 +29,13 @@ from protos.briolette.v1.stream_pb2 import (
 MAX_TRACED = 1024  # sessions whose traces wait to be written down
 
 log = logging.getLogger(__name__)
+
+
+class DecoderRequest(NamedTuple):
+    """A request that was checked and tokenized."""
+
+    add: Add  # without the prompt
+    prompt_ids: Sequence[int]
 
 
 class RemoteDecoder:
@@ -51,8 +58,7 @@ class RemoteDecoder:
         self._secret = secret
         self._on_status = on_status
         self._on_spent = on_spent
-        self._streams = Streams(self._abort)
-        self._adds: list[tuple[Add, Sequence[int]]] = []  # of this turn of the loop
+        self._collectors: dict[str, OutputCollector] = {}  # by request
         self._calls: dict[str, asyncio.Future[SessionAnswer]] = {}
         self._traces: dict[tuple[str, str], set[bytes]] = {}
 
@@ -69,7 +75,7 @@ class RemoteDecoder:
 
     async def settle(self, timeout_s: float) -> None:
         """End every stream, and wait until the decoder has told what each has cost."""
-        self._streams.fail_all("The gateway is stopping; ask again.")
+        self._fail_all("The gateway is stopping; ask again.")
         with suppress(BrioletteError):
             await self.call(SessionCall(), timeout_s)  # answered after all that was sent before
 
@@ -80,26 +86,28 @@ class RemoteDecoder:
         """What no reconnecting will mend; None while all is well."""
         return None if self._link.is_alive else "The link to the decoder has no thread any more."
 
-    async def generate(self, add: Add, prompt_ids: Sequence[int]) -> AsyncGenerator[Output, None]:
-        """The pieces of one answer; leaving early aborts the request. With `same_prompt`, right
-        after another one with these `prompt_ids`, it is sent without them and without its format.
+    @contextmanager
+    def generate(self, requests: Sequence[DecoderRequest]) -> Iterator[OutputCollector]:
+        """Start a call's requests, and abort those that have not finished at the end of the block.
 
-        Raises Unavailable while the decoder isn't ready.
+        Args:
+            requests: with `same_prompt`, one shares the prompt and the format of the one before.
+
+        Raises:
+            Unavailable: the decoder isn't ready.
         """
         if not self.status.ready:
             raise Unavailable(self.status.reason)
-        stream = self._streams.open(add.request_id)
+        request_ids = [add.request_id for add, _ in requests]
+        collector = OutputCollector(request_ids, self._abort)
+        self._collectors |= dict.fromkeys(request_ids, collector)
         try:
-            self._add(add, prompt_ids)
-            is_last = False
-            while not is_last:
-                output = await stream.take()
-                is_last = output.generation.finish_reason != FINISH_REASON_UNSPECIFIED
-                yield output
+            self._add(requests)
+            yield collector
         finally:
-            self._streams.close(stream)
-            if not stream.is_finished:
-                self._abort(stream.request_id)
+            for request_id in request_ids:
+                del self._collectors[request_id]
+            collector.abort()
 
     async def call(self, call: SessionCall, timeout_s: float) -> SessionAnswer:
         """Ask what memory holds, or to free it. Gives `call` its id. Raises Unavailable."""
@@ -130,31 +138,27 @@ class RemoteDecoder:
         if left:
             self._traces[tenant, session] = left
 
-    def _add(self, add: Add, prompt_ids: Sequence[int]) -> None:
-        if not self._adds:
-            asyncio.get_running_loop().call_soon(self._send_adds)
-        self._adds.append((add, prompt_ids))
-
-    def _send_adds(self) -> None:
-        """One message for each prompt of a call."""
-        waiting, self._adds = self._adds, []
+    def _add(self, requests: Sequence[DecoderRequest]) -> None:
+        """Send one message for each prompt."""
         messages: list[ToDecoder] = []
-        last_ids: Sequence[int] | None = None
-        for add, prompt_ids in waiting:
-            add.same_prompt = add.same_prompt and prompt_ids is last_ids
+        for add, prompt_ids in requests:
             if add.same_prompt:
                 add.sampling.CopyFrom(_seed_alone(add.sampling))
             else:
                 add.prompt_ids.extend(prompt_ids)
                 messages.append(ToDecoder())
             messages[-1].adds.append(add)
-            last_ids = prompt_ids
         for message in messages:
             self._link.send(message)
 
-    def _abort(self, request_id: str) -> None:
-        self._send_adds()  # which may be what is aborted
-        self._link.send(ToDecoder(aborts=[request_id]))
+    def _abort(self, request_ids: Sequence[str]) -> None:
+        self._link.send(ToDecoder(aborts=request_ids))
+
+    def _fail_all(self, reason: str) -> None:
+        """End every call with UNAVAILABLE, and abort its requests, which may be on their way."""
+        for collector in list(self._collectors.values()):
+            if not collector.is_finished:
+                collector.fail(Unavailable(reason))
 
     def _on_message(self, message: FromDecoder) -> None:
         for trace in message.session_traces:
@@ -162,7 +166,8 @@ class RemoteDecoder:
         for spent in message.spent:
             self._on_spent(spent)
         for output in message.outputs:
-            self._streams.push(output)
+            if (collector := self._collectors.get(output.request_id)) is not None:
+                collector.push(output)
         for answer in message.session_answers:
             self._take_answer(answer)
         if message.HasField("status"):
@@ -185,7 +190,7 @@ class RemoteDecoder:
     def _on_lost(self, reason: str) -> None:
         log.warning("No link to the decoder: %s", reason)
         gone = "The decoder that worked on this answer is gone; ask again."
-        self._streams.fail_all(gone)
+        self._fail_all(gone)
         for waiting in self._calls.values():
             if not waiting.done():
                 waiting.set_exception(Unavailable(gone))

@@ -12,8 +12,8 @@ from pathlib import Path
 from cluster.errors import BrioletteError
 from cluster.metrics import Metrics
 from cluster.tenants.admission import Admission, Lease
-from deployments.gateway.calls.call import Call
-from deployments.gateway.calls.streams import StalledClient
+from deployments.gateway.calls.client_call import ClientCall
+from deployments.gateway.calls.output_collector import StalledClient
 
 FILE = "requests.jsonl"
 MAX_BYTES = 16 << 20  # of a file; the last ones are kept beside it
@@ -46,13 +46,13 @@ class RequestLog:
             self._write(method, error.status, error.kind, {"request_id": request_id})
             raise
 
-    def began(self, call: Call, method: str) -> None:
+    def began(self, call: ClientCall, method: str) -> None:
         """A call was let in; it will end."""
         self._metrics.gateway_streams(call.tenant, method).inc()
 
     def ended(
         self,
-        call: Call,
+        call: ClientCall,
         method: str,
         status: str,
         error: BrioletteError | None = None,
@@ -68,7 +68,7 @@ class RequestLog:
         given_up = "stalled" if isinstance(error, StalledClient) else GIVEN_UP.get(status)
         if given_up is not None:
             self._metrics.gateway_aborted_total(call.tenant, method, given_up).inc()
-        if kind or call.answered.model:
+        if kind or call.stats.model:
             self._write(method, status, kind, _facts(call))
 
     def close(self) -> None:
@@ -88,19 +88,19 @@ class RequestLog:
             self._lines.info(json.dumps({**head, "error": kind, **facts}))
 
 
-def _facts(call: Call) -> dict[str, object]:
+def _facts(call: ClientCall) -> dict[str, object]:
     """What can be told of a call without its text, its keys or its session's name."""
-    usage, timings = call.answered.usage, call.answered.timings
+    usage, timings = call.stats.usage, call.stats.timings
     return {
         "request_id": call.request_id,
         "tenant": call.tenant,
-        "model": call.answered.model,
+        "model": call.stats.model,
         "prompt_tokens": usage.prompt_tokens,
         "output_tokens": usage.output_tokens,
         "cached_tokens": usage.cached_tokens,
         "queue_s": round(timings.queue_s, 6),
         "ttft_s": round(timings.ttft_s, 6),
-        "total_s": round(time.monotonic() - call.started, 6),
+        "total_s": round(time.monotonic() - call.started_at, 6),
     }
 
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import PermissionDenied, Unavailable
-from deployments.gateway.calls.call import new_request_id
+from deployments.gateway.calls.client_call import new_request_id
 from deployments.gateway.http.errors import error_body, to_response
 
 log = logging.getLogger(__name__)

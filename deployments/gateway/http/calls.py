@@ -16,9 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import BrioletteError, InvalidRequest, Unavailable
 from cluster.tenants.admission import Admission
-from deployments.gateway.calls.call import Call, key_in
+from deployments.gateway.calls.client_call import ClientCall, key_in
+from deployments.gateway.calls.output_collector import StalledClient
 from deployments.gateway.calls.request_log import RequestLog
-from deployments.gateway.calls.streams import StalledClient
 from deployments.gateway.http.body import checked
 
 BODY_S = 60.0  # for the whole body of a request to arrive
@@ -56,7 +56,7 @@ class Calls:
         headers = Headers(scope=scope)
         request_id: str = state["request_id"]
         lease = self._requests.let_in(self._admission, key_in(headers.get), name, request_id)
-        call = state["call"] = Call(lease, request_id=request_id)
+        call = state["call"] = ClientCall(lease, request_id=request_id)
         self._requests.began(call, name)
         try:
             call.timeout_s = timeout_s(headers)
@@ -102,11 +102,11 @@ class AdmittedRoute(APIRoute):
         return handle
 
 
-async def current_call(request: Request) -> Call:  # a plain def would run in a thread
-    return cast(Call, request.state.call)
+async def current_call(request: Request) -> ClientCall:  # a plain def would run in a thread
+    return cast(ClientCall, request.state.call)
 
 
-CurrentCall = Annotated[Call, Depends(current_call)]  # of a parameter of an AdmittedRoute
+CurrentCall = Annotated[ClientCall, Depends(current_call)]  # of a parameter of an AdmittedRoute
 
 
 async def while_connected(

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from deployments.gateway.calls.conversations import Conversations
+from deployments.gateway.calls.chat_sessions import ChatSessions
 from deployments.gateway.http.calls import AdmittedRoute, CurrentCall
 from deployments.gateway.services.admin import Admin
 from deployments.gateway.services.sessions import SessionService
@@ -59,7 +59,7 @@ def page_router() -> APIRouter:
 
 
 def page_api_router(
-    admin: Admin, sessions: SessionService, conversations: Conversations
+    admin: Admin, sessions: SessionService, chat_sessions: ChatSessions
 ) -> APIRouter:
     """The routes under /api."""
     router = APIRouter(prefix="/api", route_class=AdmittedRoute, include_in_schema=False)
@@ -74,8 +74,8 @@ def page_api_router(
         answer = await sessions.list_all(ListSessionsRequest(), call)
         status = await admin.get_status(GetStatusRequest(), call)
         tenants = [load.tenant for load in status.tenants]
-        used_bytes = conversations.sessions.used_bytes
-        stored_bytes = await conversations.ask(call.tenant, used_bytes, tenants)
+        used_bytes = chat_sessions.sessions.used_bytes
+        stored_bytes = await chat_sessions.ask(call.tenant, used_bytes, tenants)
         return {**to_json(answer), "stored_bytes": stored_bytes}
 
     @router.put("/sessions/parked")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from cluster.errors import UnknownModel
-from deployments.gateway.calls.answers import Answers
-from deployments.gateway.calls.call import Call
-from deployments.gateway.calls.choices import Piece, Request, generate_all
-from deployments.gateway.calls.streams import merge
+from deployments.gateway.calls.client_call import ClientCall
+from deployments.gateway.calls.inference import GenerationStream, Inference
+from deployments.gateway.calls.output_collector import merge
+from deployments.gateway.calls.preprocessor import GenerateRequest
 from deployments.gateway.http.calls import AdmittedRoute, CurrentCall
 from deployments.gateway.http.errors import ErrorBody
 from deployments.gateway.http.stream import EventStream, to_event
@@ -38,7 +38,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-def openai_router(answers: Answers) -> APIRouter:
+def openai_router(inference: Inference) -> APIRouter:
     """The routes under /v1."""
     router = APIRouter(
         prefix="/v1", route_class=AdmittedRoute, responses={"default": {"model": ErrorBody}}
@@ -55,21 +55,21 @@ def openai_router(answers: Answers) -> APIRouter:
 
     async def respond(
         form: type[ChatAnswer] | type[CompletionAnswer],
-        requests: Sequence[Request],
+        requests: Sequence[GenerateRequest],
         body: SamplingFields,
-        call: Call,
+        call: ClientCall,
     ) -> Response:
-        answer = form(call.request_id, body.model or answers.model, answers.token_bytes)
-        pieces = generate_all(answers, requests, call, body.n)
+        answer = form(call.request_id, body.model or inference.model, inference.token_bytes)
+        stream = inference.generate(requests, call, body.n)
         num_answers = len(requests) * body.n
         if not body.stream:
-            return await whole(answer, pieces, num_answers, body.n)
+            return await whole(answer, stream, num_answers, body.n)
         wants_usage = body.stream_options.include_usage
-        return EventStream(events(answer, pieces, num_answers, body.n, wants_usage))
+        return EventStream(events(answer, stream, num_answers, body.n, wants_usage))
 
     @router.get("/models")
     async def list_models(call: CurrentCall) -> ModelList:
-        served = await answers.list_models(ListModelsRequest(), call)
+        served = await inference.list_models(ListModelsRequest(), call)
         cards: list[ModelCard] = [
             {
                 "id": model.id,
@@ -94,29 +94,29 @@ def openai_router(answers: Answers) -> APIRouter:
 
 async def whole(
     answer: ChatAnswer | CompletionAnswer,
-    pieces: AsyncGenerator[Piece, None],
+    generate: AbstractAsyncContextManager[GenerationStream],
     num_answers: int,
     num_choices: int,
 ) -> Response:
     """All answers in one body."""
     generations = [Generation() for _ in range(num_answers)]
-    async with aclosing(pieces):
-        async for index, piece in pieces:
+    async with generate as stream:
+        async for index, piece in stream:
             merge(generations[index], piece)
     return JSONResponse(answer.whole(generations, to_usage(generations, num_choices)))
 
 
 async def events(
     answer: ChatAnswer | CompletionAnswer,
-    pieces: AsyncGenerator[Piece, None],
+    generate: AbstractAsyncContextManager[GenerationStream],
     num_answers: int,
     num_choices: int,
     wants_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
     """The same as events of a stream."""
     lasts = [Generation() for _ in range(num_answers)]
-    async with aclosing(pieces):
-        async for index, piece in pieces:
+    async with generate as stream:
+        async for index, piece in stream:
             lasts[index] = piece
             if not has_news(piece):
                 continue

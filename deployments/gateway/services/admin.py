@@ -12,7 +12,7 @@ from cluster.errors import ConfigError, InvalidRequest
 from cluster.tenants import tenancy
 from cluster.tenants.followed import FollowedTenants
 from cluster.tenants.records import TenantRecord
-from deployments.gateway.calls.call import Call
+from deployments.gateway.calls.client_call import ClientCall
 from deployments.gateway.calls.tenant_threads import TenantThreads
 from deployments.gateway.services.rpc import Methods
 from deployments.gateway.services.usage import UsageService
@@ -84,23 +84,23 @@ class Admin:
         """Begin no more calls of Redis."""
         self._threads.close()
 
-    async def get_status(self, _: GetStatusRequest, call: Call) -> ClusterStatus:
+    async def get_status(self, _: GetStatusRequest, call: ClientCall) -> ClusterStatus:
         """Only an operator sees what other tenants do."""
         status = self._status()
         return status if call.lease.tenant.is_admin else without_others(status, call.tenant)
 
-    async def _list(self, _: ListTenantsRequest, call: Call) -> ListTenantsResponse:
+    async def _list(self, _: ListTenantsRequest, call: ClientCall) -> ListTenantsResponse:
         tenants = self._for_admins(call)
         await self._threads.run(call.tenant, tenants.refresh)
         records = sorted(tenants.snapshot.records.items())
         return ListTenantsResponse(tenants=[to_tenant(record) for _, record in records])
 
-    async def _create(self, request: CreateTenantRequest, call: Call) -> NewKey:
+    async def _create(self, request: CreateTenantRequest, call: ClientCall) -> NewKey:
         tenants = self._for_admins(call)
         tenant = with_terms(tenancy.Tenant(request.tenant.name), request.tenant, TERMS)
         return NewKey(key=await self._changed(call, tenants, tenants.directory.create, tenant))
 
-    async def _update(self, request: UpdateTenantRequest, call: Call) -> Tenant:
+    async def _update(self, request: UpdateTenantRequest, call: ClientCall) -> Tenant:
         tenants, new = self._for_admins(call), request.tenant
         fields = list(request.update_mask.paths)
         if not fields:
@@ -113,7 +113,7 @@ class Admin:
             await self._changed(call, tenants, tenants.directory.update, new.name, change)
         )
 
-    async def _rotate(self, request: RotateKeyRequest, call: Call) -> NewKey:
+    async def _rotate(self, request: RotateKeyRequest, call: ClientCall) -> NewKey:
         tenants = self._for_admins(call)
         if not 0 <= request.grace_s <= LONGEST_GRACE_S:
             raise InvalidRequest("A grace period is at most a year.")
@@ -122,19 +122,19 @@ class Admin:
         )
         return NewKey(key=key)
 
-    async def _delete(self, request: DeleteTenantRequest, call: Call) -> DeleteTenantResponse:
+    async def _delete(self, request: DeleteTenantRequest, call: ClientCall) -> DeleteTenantResponse:
         tenants = self._for_admins(call)
         await self._changed(call, tenants, tenants.directory.delete, request.name)
         return DeleteTenantResponse()
 
-    def _for_admins(self, call: Call) -> FollowedTenants:
+    def _for_admins(self, call: ClientCall) -> FollowedTenants:
         call.lease.tenant.check_admin()
         if self._tenants is None:
             raise ConfigError("This cluster has no keys; start it with gateway.auth set to keys.")
         return self._tenants
 
     async def _changed(
-        self, call: Call, tenants: FollowedTenants, change: Callable[..., T], *args: Any
+        self, call: ClientCall, tenants: FollowedTenants, change: Callable[..., T], *args: Any
     ) -> T:
         """Do it; here it counts when this returns, in other gateways a moment later."""
 

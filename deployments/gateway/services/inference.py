@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from deployments.gateway.calls.answers import Answers
+from deployments.gateway.calls.inference import Inference
 from deployments.gateway.services.rpc import Methods
 from protos.briolette.v1 import inference_pb2
 from protos.briolette.v1.inference_pb2 import (
@@ -17,21 +17,15 @@ from protos.briolette.v1.inference_pb2 import (
 NAME: str = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
 
-class Inference:
-    """The methods by their names."""
-
-    def __init__(self, answers: Answers) -> None:
-        self._answers = answers
-
-    def handler(self, methods: Methods) -> grpc.GenericRpcHandler:
-        """What a gRPC server calls."""
-        streamed, unary, answers = methods.streamed, methods.unary, self._answers
-        by_name = {
-            "Chat": streamed("Chat", answers.generate, ChatRequest),
-            "ChatOnce": unary("ChatOnce", answers.whole, ChatRequest),
-            "Complete": streamed("Complete", answers.generate, CompleteRequest),
-            "CompleteOnce": unary("CompleteOnce", answers.whole, CompleteRequest),
-            "Tokenize": unary("Tokenize", answers.tokenize, TokenizeRequest),
-            "ListModels": unary("ListModels", answers.list_models, ListModelsRequest),
-        }
-        return grpc.method_handlers_generic_handler(NAME, by_name)
+def inference_handler(inference: Inference, methods: Methods) -> grpc.GenericRpcHandler:
+    """Return what a gRPC server calls."""
+    generated, unary = methods.generated, methods.unary
+    by_name = {
+        "Chat": generated("Chat", inference.generate, ChatRequest),
+        "ChatOnce": unary("ChatOnce", inference.generate_once, ChatRequest),
+        "Complete": generated("Complete", inference.generate, CompleteRequest),
+        "CompleteOnce": unary("CompleteOnce", inference.generate_once, CompleteRequest),
+        "Tokenize": unary("Tokenize", inference.tokenize, TokenizeRequest),
+        "ListModels": unary("ListModels", inference.list_models, ListModelsRequest),
+    }
+    return grpc.method_handlers_generic_handler(NAME, by_name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -16,9 +16,10 @@ from grpc_status.rpc_status import to_status
 
 from cluster.errors import BrioletteError, InvalidRequest
 from cluster.tenants.admission import Admission
-from deployments.gateway.calls.call import Call, key_in, new_request_id
+from deployments.gateway.calls.client_call import ClientCall, key_in, new_request_id
+from deployments.gateway.calls.inference import GenerationStream
+from deployments.gateway.calls.output_collector import StalledClient
 from deployments.gateway.calls.request_log import RequestLog
-from deployments.gateway.calls.streams import StalledClient
 
 MESSAGE_S = 60.0  # for the message of a request to arrive
 STALL_S = 20.0  # a client that takes no message for so long is not reading
@@ -43,30 +44,32 @@ class Methods:
         self._admission = admission
         self._requests = requests
 
-    def streamed(
+    def generated(
         self,
         name: str,
-        method: Callable[[Any, Call], AsyncGenerator[Message, None]],
+        generate: Callable[
+            [Sequence[Any], ClientCall], AbstractAsyncContextManager[GenerationStream]
+        ],
         request_type: type[Message],
     ) -> Handler:
-        """A server-streaming method."""
+        """Return the handler of a method that streams the pieces of one answer."""
 
         async def handle(_: object, context: Context) -> None:
             async with self._answering(name, context) as call:
                 request = await read(context, request_type)
-                async with aclosing(method(request, call)) as messages:
-                    async for message in messages:
-                        await write(context, message)
+                async with generate([request], call) as stream:
+                    async for _, piece in stream:
+                        await write(context, piece)
 
         return grpc.stream_stream_rpc_method_handler(handle, None, serialize)
 
     def unary(
         self,
         name: str,
-        method: Callable[[Any, Call], Awaitable[Message]],
+        method: Callable[[Any, ClientCall], Awaitable[Message]],
         request_type: type[Message],
     ) -> Handler:
-        """A method with one message each way."""
+        """Return the handler of a method with one message each way."""
 
         async def handle(_: object, context: Context) -> None:
             async with self._answering(name, context) as call:
@@ -76,7 +79,7 @@ class Methods:
         return grpc.stream_stream_rpc_method_handler(handle, None, serialize)
 
     @asynccontextmanager
-    async def _answering(self, name: str, context: Context) -> AsyncIterator[Call]:
+    async def _answering(self, name: str, context: Context) -> AsyncIterator[ClientCall]:
         """Lets a call in and turns every error into a status and a sentence."""
         request_id = new_request_id()
         metadata = (("x-request-id", request_id),)
@@ -85,7 +88,7 @@ class Methods:
         except BrioletteError as error:
             await context.send_initial_metadata(metadata)
             await abort(context, error)
-        call = Call(lease, context.time_remaining(), request_id)
+        call = ClientCall(lease, context.time_remaining(), request_id)
         status, problem = "OK", None
         self._requests.began(call, name)
         try:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import aclosing
 
 import grpc
 
 from cluster.errors import Unavailable
 from cluster.tenants.sessions import SessionInfo
-from deployments.gateway.calls.call import Call
-from deployments.gateway.calls.charging import charged
-from deployments.gateway.calls.conversations import Conversations
-from deployments.gateway.calls.remote_decoder import RemoteDecoder
+from deployments.gateway.calls.chat_sessions import ChatSessions
+from deployments.gateway.calls.client_call import ClientCall
+from deployments.gateway.calls.remote_decoder import DecoderRequest, RemoteDecoder
 from deployments.gateway.services.rpc import Methods
 from protos.briolette.v1 import sessions_pb2
-from protos.briolette.v1.inference_pb2 import Message, Sampling
+from protos.briolette.v1.inference_pb2 import (
+    FINISH_REASON_UNSPECIFIED,
+    Generation,
+    Message,
+    Sampling,
+)
 from protos.briolette.v1.sessions_pb2 import (
     DeleteSessionRequest,
     DeleteSessionResponse,
@@ -41,8 +44,8 @@ PARK_S = 60.0  # what waits to be written is written first
 class SessionService:
     """The methods, on top of the store and of a decoder that may come and go."""
 
-    def __init__(self, conversations: Conversations, decoder: RemoteDecoder) -> None:
-        self._conversations = conversations
+    def __init__(self, chat_sessions: ChatSessions, decoder: RemoteDecoder) -> None:
+        self._sessions = chat_sessions
         self._decoder = decoder
 
     def handler(self, methods: Methods) -> grpc.GenericRpcHandler:
@@ -57,35 +60,37 @@ class SessionService:
         }
         return grpc.method_handlers_generic_handler(NAME, by_name)
 
-    async def list_all(self, _: ListSessionsRequest, call: Call) -> ListSessionsResponse:
+    async def list_all(self, _: ListSessionsRequest, call: ClientCall) -> ListSessionsResponse:
         tenant = call.tenant
-        infos = await self._conversations.ask(tenant, self._conversations.sessions.list, tenant)
+        infos = await self._sessions.ask(tenant, self._sessions.sessions.list, tenant)
         in_memory = await self._in_memory(tenant)
         return ListSessionsResponse(sessions=[to_session(info, in_memory) for info in infos])
 
-    async def _get(self, request: GetSessionRequest, call: Call) -> GetSessionResponse:
+    async def _get(self, request: GetSessionRequest, call: ClientCall) -> GetSessionResponse:
         tenant = call.tenant
         session = await self._session(tenant, request.name)
-        kept = await self._conversations.load(tenant, request.name)
+        kept = await self._sessions.load(tenant, request.name)
         messages = [Message(**message) for message in kept.messages]
         return GetSessionResponse(session=session, messages=messages)
 
-    async def park(self, request: ParkSessionRequest, call: Call) -> ParkSessionResponse:
+    async def park(self, request: ParkSessionRequest, call: ClientCall) -> ParkSessionResponse:
         tenant = call.tenant
-        async with self._conversations.hold(tenant, request.name):
+        with self._sessions.hold(tenant, request.name):
             await self._session(tenant, request.name)
             freed_bytes = (await self._free(tenant, request.name)).freed_bytes
             session = await self._session(tenant, request.name)
             return ParkSessionResponse(session=session, freed_bytes=freed_bytes)
 
-    async def _resume(self, request: ResumeSessionRequest, call: Call) -> ResumeSessionResponse:
+    async def _resume(
+        self, request: ResumeSessionRequest, call: ClientCall
+    ) -> ResumeSessionResponse:
         tenant, model = call.tenant, self._decoder.status.model
         if model:
             call.lease.tenant.check_model(model)
-        async with self._conversations.hold(tenant, request.name):
+        with self._sessions.hold(tenant, request.name):
             started = time.monotonic()
-            kept = await self._conversations.load(tenant, request.name)
-            prompt_ids = await self._conversations.whole(kept)
+            kept = await self._sessions.load(tenant, request.name)
+            prompt_ids = await self._sessions.encode_history(kept)
             add = Add(
                 request_id=call.request_id,
                 sampling=Sampling(temperature=0.0, max_tokens=1),  # which nobody is told of
@@ -95,11 +100,16 @@ class SessionService:
                 timeout_s=call.time_remaining_s,
                 kv_bytes=call.lease.tenant.kv_bytes or 0,
             )
-            with call.lease, charged(call, len(prompt_ids)) as owe:
-                async with aclosing(self._decoder.generate(add, prompt_ids)) as outputs:
-                    async for output in outputs:
-                        owe(output.generation)
-                        usage = output.generation.usage
+            piece = Generation()
+            with (
+                call.lease,
+                call.charged(len(prompt_ids)) as charge,
+                self._decoder.generate([DecoderRequest(add, prompt_ids)]) as outputs,
+            ):
+                while piece.finish_reason == FINISH_REASON_UNSPECIFIED:
+                    piece = (await outputs.take()).generation
+                    charge(piece)
+            usage = piece.usage
             return ResumeSessionResponse(
                 memory_tokens=usage.cached_tokens - usage.fetched_tokens,
                 store_tokens=usage.fetched_tokens,
@@ -107,18 +117,20 @@ class SessionService:
                 total_s=time.monotonic() - started,
             )
 
-    async def delete(self, request: DeleteSessionRequest, call: Call) -> DeleteSessionResponse:
+    async def delete(
+        self, request: DeleteSessionRequest, call: ClientCall
+    ) -> DeleteSessionResponse:
         tenant = call.tenant
-        async with self._conversations.hold(tenant, request.name):
+        with self._sessions.hold(tenant, request.name):
             await self._session(tenant, request.name)
             # What waits to be written would come again after the deletion.
             freed_bytes = (await self._free(tenant, request.name)).freed_bytes
-            await self._conversations.delete(tenant, request.name)
+            await self._sessions.delete(tenant, request.name)
             return DeleteSessionResponse(freed_bytes=freed_bytes)
 
     async def _session(self, tenant: str, name: str) -> Session:
-        sessions = self._conversations.sessions
-        info = await self._conversations.ask(tenant, sessions.info, tenant, name)
+        sessions = self._sessions.sessions
+        info = await self._sessions.ask(tenant, sessions.info, tenant, name)
         return to_session(info, await self._in_memory(tenant))
 
     async def _in_memory(self, tenant: str) -> Mapping[str, int] | None:

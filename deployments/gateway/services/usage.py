@@ -6,7 +6,7 @@ from datetime import date, timedelta
 
 from cluster.errors import InvalidRequest, PermissionDenied
 from cluster.tenants.usage import DayUsed, UsageBooks, Used, today
-from deployments.gateway.calls.call import Call
+from deployments.gateway.calls.client_call import ClientCall
 from deployments.gateway.calls.tenant_threads import TenantThreads
 from protos.briolette.v1.admin_pb2 import DayUsage, GetUsageRequest, GetUsageResponse
 from protos.briolette.v1.stream_pb2 import Spent
@@ -35,7 +35,7 @@ class UsageService:
         )
         self._books.count(spent.tenant, used)
 
-    async def get_usage(self, request: GetUsageRequest, call: Call) -> GetUsageResponse:
+    async def get_usage(self, request: GetUsageRequest, call: ClientCall) -> GetUsageResponse:
         """A tenant sees its own days, an admin everybody's."""
         until = _day(request.until, today())
         since = _day(request.since, until - timedelta(days=DEFAULT_DAYS))
@@ -51,7 +51,7 @@ class UsageService:
         self._books.close()
 
 
-def _tenants(asked: str, call: Call) -> tuple[str, ...] | None:
+def _tenants(asked: str, call: ClientCall) -> tuple[str, ...] | None:
     """Whose days to report; None for everybody's."""
     if call.lease.tenant.is_admin:
         return (asked,) if asked else None

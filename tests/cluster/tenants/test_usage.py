@@ -23,7 +23,7 @@ from cluster.tenants.tenancy import Tenant
 from cluster.tenants.usage import KEPT_S, UsageBooks, Used, today
 from deployments.commands import usage as usage_commands
 from deployments.commands.client import Client
-from deployments.gateway.calls.call import Call
+from deployments.gateway.calls.client_call import ClientCall
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.services.usage import UsageService
 from protos.briolette.v1.admin_pb2 import DayUsage, GetUsageRequest
@@ -262,7 +262,7 @@ def test_a_part_that_stops_counts_what_it_cuts_short(part: str) -> None:
 
 @pytest.mark.parametrize("day", ["yesterday", "0001-01-10", "1999-12-31"])
 def test_a_day_that_no_report_has(day: str) -> None:
-    service, root = UsageService(UsageBooks(None)), Call(OpenLease())
+    service, root = UsageService(UsageBooks(None)), ClientCall(OpenLease())
     for request in (GetUsageRequest(until=day), GetUsageRequest(since=day)):
         with pytest.raises(InvalidRequest, match=day):
             asyncio.run(service.get_usage(request, root))
@@ -278,7 +278,7 @@ def test_a_tenant_sees_its_own_days() -> None:
 
     def ask(caller: Tenant, tenant: str = "") -> list[str]:
         request = GetUsageRequest(tenant=tenant)
-        answer = asyncio.run(service.get_usage(request, Call(OpenLease(caller))))
+        answer = asyncio.run(service.get_usage(request, ClientCall(OpenLease(caller))))
         return [day.tenant for day in answer.days]
 
     ann, root = Tenant("ann"), Tenant("root", is_admin=True)

@@ -21,9 +21,10 @@ from protos.briolette.v1.inference_pb2 import ListModelsRequest
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
 from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
 from tests.support.gateway.http_client import CHAT, is_closed, url
-from tests.support.gateway.http_server import ScriptedAnswers, running_server
+from tests.support.gateway.http_server import running_server
 from tests.support.gateway.requests import complete, failure
 from tests.support.gateway.running import running_gateway, serving
+from tests.support.gateway.scripted_backend import ScriptedBackend
 from tests.support.waiting import wait_for
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -91,7 +92,7 @@ def test_above_the_limit_of_http_the_longest_silent_one_goes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("deployments.gateway.http.server.raise_limit", lambda: 48)
-    with running_server(ScriptedAnswers()) as address:
+    with running_server(ScriptedBackend()) as address:
         held = hold_silent(int(address.rpartition(":")[2]), 17)
         wait_for(lambda: sum(map(is_closed, held)) == 5)
         assert all(map(is_closed, held[:5]))
@@ -102,7 +103,7 @@ def test_above_the_limit_of_http_the_longest_silent_one_goes(
 
 def test_who_is_being_answered_makes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.gateway.http.server.raise_limit", lambda: 8)
-    answers = ScriptedAnswers()
+    answers = ScriptedBackend()
     answers.script = [60.0]
     with running_server(answers) as address:
         port = int(address.rpartition(":")[2])

@@ -7,7 +7,7 @@ import functools
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -34,11 +34,12 @@ from cluster.links.connect import Endpoint, connect
 from cluster.tenants.admission import OpenLease
 from cluster.tenants.tenancy import Tenant
 from deployments.decoder.link import MAX_OUTBOX
-from deployments.gateway.calls.answers import Answers
-from deployments.gateway.calls.call import Call
-from deployments.gateway.calls.conversations import Conversations
-from deployments.gateway.calls.remote_decoder import RemoteDecoder
-from deployments.gateway.calls.streams import MAX_BUFFERED_TOKENS, Streams
+from deployments.gateway.calls.chat_sessions import ChatSessions
+from deployments.gateway.calls.client_call import ClientCall
+from deployments.gateway.calls.inference import Inference
+from deployments.gateway.calls.output_collector import MAX_BUFFERED_TOKENS, OutputCollector
+from deployments.gateway.calls.preprocessor import Preprocessor
+from deployments.gateway.calls.remote_decoder import DecoderRequest, RemoteDecoder
 from deployments.gateway.calls.tenant_threads import TenantThreads
 from deployments.gateway.decoder_link import DecoderLink
 from deployments.gateway.gateway import Gateway
@@ -138,7 +139,8 @@ def test_the_model_is_looked_at_again_once_it_is_known(
 ) -> None:
     decoder: Any = SimpleNamespace(status=ClusterStatus())
     threads = TenantThreads("encoding", 1, 1, 1)
-    answers = Answers(decoder, tokenizer, Conversations(None, decoder, tokenizer, threads), threads)
+    sessions = ChatSessions(None, decoder, tokenizer, threads)
+    inference = Inference(decoder, Preprocessor(decoder, tokenizer, threads), sessions)
 
     def encode(_: str, **_options: Any) -> list[int]:
         decoder.status.model = "counter"
@@ -153,7 +155,7 @@ def test_the_model_is_looked_at_again_once_it_is_known(
         request = complete()
         request.model = model
         with pytest.raises(error):
-            asyncio.run(answers.whole(request, Call(OpenLease(tenant))))
+            asyncio.run(inference.generate_once(request, ClientCall(OpenLease(tenant))))
 
 
 def test_a_sentence_repeats_only_so_much_of_what_was_sent(stub: InferenceStub) -> None:
@@ -375,56 +377,45 @@ def test_a_client_that_stops_reading_is_given_up(
 
 def test_a_slow_stream_is_bounded() -> None:
     async def behind() -> None:
-        aborted: list[str] = []
-        streams = Streams(aborted.append)
-        stream = streams.open("one")
+        aborted: list[Sequence[str]] = []
+        collector = OutputCollector(["slow", "other"], aborted.append)
         piece = Generation(text="a", token_ids=[1])
         for _ in range(MAX_BUFFERED_TOKENS + 2):
-            streams.push(Output(request_id=stream.request_id, generation=piece))
-        assert aborted == [stream.request_id]  # at once, and once
+            collector.push(Output(request_id="slow", generation=piece))
+        assert aborted == [["slow", "other"]]  # at once, and once
         with pytest.raises(Overloaded):
-            await stream.take()
+            await collector.take()
 
     asyncio.run(behind())
 
 
-def test_what_begins_at_once_with_one_prompt_is_sent_with_one_copy() -> None:
-    """And an abort never overtakes what it aborts."""
+def test_answers_to_one_prompt_are_sent_with_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what has not finished is aborted at the end."""
+    decoder = RemoteDecoder(lambda: Endpoint("", 0), SECRET, lambda: None, lambda spent: None)
     sent: list[ToDecoder] = []
-
-    async def begin() -> None:
-        decoder = RemoteDecoder(lambda: Endpoint("", 0), SECRET, lambda: None, lambda spent: None)
-        decoder._link = SimpleNamespace(send=sent.append)  # type: ignore[assignment]
-        decoder.status.ready = True
-        one, two = [1, 2, 3], [1, 2, 3]
-        for i, prompt in enumerate((one, one, two, one)):
-            sampling = Sampling(regex="a", seed=i)
-            add = Add(request_id=str(i), sampling=sampling, same_prompt=i > 0)
-            answer = decoder.generate(add, prompt)
-            task = asyncio.ensure_future(anext(answer))
-            tasks.append(task)
-        await asyncio.sleep(0)  # all have begun, and nothing was sent yet
-        assert not sent
-        tasks[-1].cancel()
-        await asyncio.sleep(0)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    tasks: list[asyncio.Future[Output]] = []
-    asyncio.run(begin())
+    link = SimpleNamespace(send=sent.append)
+    monkeypatch.setattr(decoder, "_link", link, raising=False)
+    decoder.status.ready = True
+    requests = [
+        DecoderRequest(
+            Add(request_id=str(i), sampling=Sampling(regex="a", seed=i), same_prompt=i % 2 > 0),
+            [1, 2, 3],
+        )
+        for i in range(4)
+    ]
+    with decoder.generate(requests):
+        pass
     assert [[(a.sampling.seed, a.sampling.regex) for a in m.adds] for m in sent[:2]] == [
         [(0, "a"), (1, "")],
-        [(2, "a")],
+        [(2, "a"), (3, "")],
     ]
     adds = [[(a.request_id, list(a.prompt_ids), a.same_prompt) for a in m.adds] for m in sent]
     whole = [1, 2, 3]
-    assert adds[:3] == [
+    assert adds[:2] == [
         [("0", whole, False), ("1", [], True)],
-        [("2", whole, False)],
-        [("3", whole, False)],
+        [("2", whole, False), ("3", [], True)],
     ]
-    assert [list(message.aborts) for message in sent[3:]] == [["3"], ["0"], ["1"], ["2"]]
+    assert [list(message.aborts) for message in sent[2:]] == [["0", "1", "2", "3"]]
 
 
 def test_several_answers_are_encoded_once(

@@ -22,8 +22,9 @@ from engine.text.tokenizer import Tokenizer
 from protos.briolette.v1.inference_pb2 import Generation
 from tests.support.gateway.fake_decoder import CONTEXT, Decoder, make_tokenizer
 from tests.support.gateway.http_client import CHAT, is_closed, url
-from tests.support.gateway.http_server import END, ScriptedAnswers, running_server
+from tests.support.gateway.http_server import running_server
 from tests.support.gateway.running import running_gateway, serving
+from tests.support.gateway.scripted_backend import END, ScriptedBackend
 from tests.support.waiting import wait_for
 
 LONG = {**CHAT, "max_tokens": CONTEXT - 40}
@@ -150,7 +151,7 @@ def test_every_error_has_openais_form_and_an_id(
 
 
 def test_a_bug_is_an_error_with_a_form_too(caplog: pytest.LogCaptureFixture) -> None:
-    answers = ScriptedAnswers()
+    answers = ScriptedBackend()
     answers.script = [Generation(text="a"), 0.0, "no piece"]  # type: ignore[list-item]
     with running_server(answers) as address:
         whole = httpx.post(f"{address}/v1/chat/completions", json=CHAT)
@@ -212,7 +213,7 @@ class KeysOnly(OpenAdmission):
 
 
 def test_keys_are_looked_at_before_the_body() -> None:
-    with running_server(ScriptedAnswers(), KeysOnly()) as address:
+    with running_server(ScriptedBackend(), KeysOnly()) as address:
 
         def ask(headers: dict[str, str]) -> int:
             return httpx.post(
@@ -309,7 +310,7 @@ def streaming(address: str) -> socket.socket:
 def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what it was sent up to then doesn't keep the connection."""
     monkeypatch.setattr("deployments.gateway.http.connections.STALL_S", 0.3)
-    answers, registry = ScriptedAnswers(), CollectorRegistry()
+    answers, registry = ScriptedBackend(), CollectorRegistry()
     answers.script = [Generation(text="x" * 1_000_000)] * 20
     with running_server(answers, registry=registry) as address:
         connection = streaming(address)
@@ -325,7 +326,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
 def test_a_client_that_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as it takes something within the limit."""
     monkeypatch.setattr("deployments.gateway.http.connections.STALL_S", 0.3)
-    answers = ScriptedAnswers()
+    answers = ScriptedBackend()
     answers.script = [Generation(text="x" * 1_000_000)] * 12 + [END]
     with running_server(answers) as address:
         connection, num_bytes, tail = streaming(address), 0, b""
@@ -368,7 +369,7 @@ def test_a_sign_of_life_and_an_event_never_mix(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_stop_lets_answers_end_and_refuses_the_rest() -> None:
-    answers = ScriptedAnswers()
+    answers = ScriptedBackend()
     answers.script = [Generation(text="a"), 0.3, END]
 
     body = {**CHAT, "stream": True}

@@ -36,8 +36,9 @@ from protos.briolette.v1.inference_pb2 import (
     Usage,
 )
 from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
-from tests.support.gateway.http_server import END, ScriptedAnswers, running_server
+from tests.support.gateway.http_server import running_server
 from tests.support.gateway.running import running_gateway, serving
+from tests.support.gateway.scripted_backend import END, ScriptedBackend
 from tests.support.waiting import wait_for
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -83,14 +84,14 @@ def client(base_url: str) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture
-def answers() -> ScriptedAnswers:
-    return ScriptedAnswers()
+def backend() -> ScriptedBackend:
+    return ScriptedBackend()
 
 
 @pytest.fixture
-def scripted(answers: ScriptedAnswers) -> Iterator[openai.OpenAI]:
+def scripted(backend: ScriptedBackend) -> Iterator[openai.OpenAI]:
     """A client of answers by script."""
-    with running_server(answers) as address:
+    with running_server(backend) as address:
         yield openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
 
 
@@ -202,33 +203,33 @@ def test_choices_of_a_stream_come_side_by_side(client: openai.OpenAI, decoder: D
     assert order != sorted(order)
 
 
-def test_choices_have_seeds_of_their_own(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
+def test_choices_have_seeds_of_their_own(scripted: openai.OpenAI, backend: ScriptedBackend) -> None:
     def seeds(**fields: Any) -> list[int]:
-        answers.adds.clear()
+        backend.adds.clear()
         scripted.chat.completions.create(model="", messages=HELLO, **fields)
-        return [add.sampling.seed for add in answers.adds]
+        return [add.sampling.seed for add in backend.adds]
 
     first = seeds(n=4, seed=42)
     assert first == seeds(n=4, seed=42) and len(set(first)) == 4
     assert first[0] == 42 == seeds(seed=42)[0]
     assert all(0 <= seed < 2**63 for seed in seeds(n=2, seed=-1))
-    answers.adds.clear()
+    backend.adds.clear()
     scripted.chat.completions.create(model="", messages=HELLO, n=2)
-    assert not any(add.sampling.HasField("seed") for add in answers.adds)
-    assert len({call.request_id for call in answers.calls}) == len(answers.calls)
+    assert not any(add.sampling.HasField("seed") for add in backend.adds)
+    assert len({add.request_id for add in backend.adds}) == 2
 
 
-def test_one_that_fails_ends_the_others(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
-    answers.script = [Generation(text="a"), 0.05, Overloaded("The queue is full.")]
+def test_one_that_fails_ends_the_others(scripted: openai.OpenAI, backend: ScriptedBackend) -> None:
+    backend.script = [Generation(text="a"), 0.05, Overloaded("The queue is full.")]
     with pytest.raises(openai.InternalServerError, match="queue is full"):
         scripted.chat.completions.create(model="", messages=HELLO, n=3)
-    assert answers.num_running == 0
+    assert backend.num_running == 0
 
 
 # Requests as the engine gets them
 
 
-def test_every_field_reaches_the_engine(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
+def test_every_field_reaches_the_engine(scripted: openai.OpenAI, backend: ScriptedBackend) -> None:
     scripted.chat.completions.create(
         model="scripted",
         messages=[
@@ -256,7 +257,7 @@ def test_every_field_reaches_the_engine(scripted: openai.OpenAI, answers: Script
             "no_such_field": 1,
         },
     )
-    (request,) = answers.requests
+    (request,) = backend.requests
     assert request.model == "scripted" and request.priority == -2
     assert [message.role for message in request.messages] == ["developer", "user"]
     assert request.sampling == Sampling(
@@ -274,13 +275,13 @@ def test_every_field_reaches_the_engine(scripted: openai.OpenAI, answers: Script
     )
 
 
-def test_null_is_the_same_as_absent(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
+def test_null_is_the_same_as_absent(scripted: openai.OpenAI, backend: ScriptedBackend) -> None:
     nulls = dict.fromkeys(
         ["temperature", "stop", "n", "tools", "response_format", "seed", "stream"]
     )
     scripted.chat.completions.create(model="", messages=HELLO, **nulls)  # type: ignore[call-overload]
     scripted.chat.completions.create(model="", messages=HELLO, extra_body={"top_k": -1})
-    assert [request.sampling for request in answers.requests] == [Sampling(), Sampling()]
+    assert [request.sampling for request in backend.requests] == [Sampling(), Sampling()]
 
 
 @pytest.mark.parametrize(
@@ -294,28 +295,28 @@ def test_null_is_the_same_as_absent(scripted: openai.OpenAI, answers: ScriptedAn
     ],
 )
 def test_thinking_is_asked_for(
-    scripted: openai.OpenAI, answers: ScriptedAnswers, fields: dict[str, Any], thinks: bool
+    scripted: openai.OpenAI, backend: ScriptedBackend, fields: dict[str, Any], thinks: bool
 ) -> None:
     scripted.chat.completions.create(model="", messages=HELLO, extra_body=fields)
-    assert answers.requests[0].thinking is thinks  # type: ignore[union-attr]
+    assert backend.requests[0].thinking is thinks  # type: ignore[union-attr]
 
 
-def test_formats(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
+def test_formats(scripted: openai.OpenAI, backend: ScriptedBackend) -> None:
     class Town(BaseModel):
         name: str
         population: int
 
-    answers.script = [Generation(text='{"name": "Oslo", "population": 700000}'), END]
+    backend.script = [Generation(text='{"name": "Oslo", "population": 700000}'), END]
     parsed = scripted.chat.completions.parse(model="", messages=HELLO, response_format=Town)
     assert parsed.choices[0].message.parsed == Town(name="Oslo", population=700000)
-    schema = json.loads(answers.requests[0].sampling.json_schema)
+    schema = json.loads(backend.requests[0].sampling.json_schema)
     assert schema["properties"].keys() == {"name", "population"}
     scripted.chat.completions.create(
         model="", messages=HELLO, response_format={"type": "json_object"}
     )
-    assert answers.requests[1].sampling.json_object
+    assert backend.requests[1].sampling.json_object
     scripted.chat.completions.create(model="", messages=HELLO, response_format={"type": "text"})
-    assert answers.requests[2].sampling.WhichOneof("format") is None
+    assert backend.requests[2].sampling.WhichOneof("format") is None
 
 
 # Tools and thoughts
@@ -335,8 +336,8 @@ CALLING = [
 ]
 
 
-def test_a_round_with_tools(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
-    answers.script = CALLING
+def test_a_round_with_tools(scripted: openai.OpenAI, backend: ScriptedBackend) -> None:
+    backend.script = CALLING
     answer = scripted.chat.completions.create(
         model="", messages=HELLO, tools=[WEATHER], parallel_tool_calls=True
     )
@@ -350,16 +351,16 @@ def test_a_round_with_tools(scripted: openai.OpenAI, answers: ScriptedAnswers) -
     assert [call.function.arguments for call in calls] == ['{"town": "Oslo"}', "{}"]
     assert answer.usage is not None and answer.usage.completion_tokens_details is not None
     assert answer.usage.completion_tokens_details.reasoning_tokens == 4
-    (tool,) = answers.requests[0].tools  # type: ignore[union-attr]
+    (tool,) = backend.requests[0].tools  # type: ignore[union-attr]
     assert (tool.name, tool.description) == ("weather", "Of a town.")
     assert json.loads(tool.parameters) == WEATHER["function"]["parameters"]
 
-    answers.script = [Generation(text="It rains."), END]
+    backend.script = [Generation(text="It rains."), END]
     said: Any = message.model_dump(exclude_none=True)
     result: Any = {"role": "tool", "tool_call_id": calls[0].id, "content": "rain"}
     last = scripted.chat.completions.create(model="", messages=[*HELLO, said, result])
     assert last.choices[0].message.content == "It rains."
-    _, assistant, answered = answers.requests[1].messages  # type: ignore[union-attr]
+    _, assistant, answered = backend.requests[1].messages  # type: ignore[union-attr]
     assert assistant.thought == "They want the weather."
     assert assistant.tool_calls[0] == ToolCall(
         id=calls[0].id, name="weather", arguments='{"town": "Oslo"}'
@@ -367,8 +368,8 @@ def test_a_round_with_tools(scripted: openai.OpenAI, answers: ScriptedAnswers) -
     assert (answered.tool_call_id, answered.content) == (calls[0].id, "rain")
 
 
-def test_tool_calls_of_a_stream(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
-    answers.script = CALLING
+def test_tool_calls_of_a_stream(scripted: openai.OpenAI, backend: ScriptedBackend) -> None:
+    backend.script = CALLING
     with scripted.chat.completions.stream(model="", messages=HELLO, tools=[WEATHER]) as stream:
         chunks = [event.chunk for event in stream if event.type == "chunk"]
         final = stream.get_final_completion()  # what the SDK puts together
@@ -381,19 +382,19 @@ def test_tool_calls_of_a_stream(scripted: openai.OpenAI, answers: ScriptedAnswer
     assert "".join(thoughts) == "They want the weather." and len(chunks) == 6
 
 
-def test_only_calls_are_no_content(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
-    answers.script = CALLING[4:]
+def test_only_calls_are_no_content(scripted: openai.OpenAI, backend: ScriptedBackend) -> None:
+    backend.script = CALLING[4:]
     answer = scripted.chat.completions.create(model="", messages=HELLO, tools=[WEATHER])
     assert answer.choices[0].message.content is None and answer.choices[0].message.tool_calls
 
 
-def test_tool_choice(scripted: openai.OpenAI, answers: ScriptedAnswers) -> None:
+def test_tool_choice(scripted: openai.OpenAI, backend: ScriptedBackend) -> None:
     named: Any = {"type": "function", "function": {"name": "weather"}}
     for choice in ("none", "required", named):
         scripted.chat.completions.create(
             model="", messages=HELLO, tools=[WEATHER], tool_choice=choice
         )
-    asked = [(r.tool_choice, r.required_tool) for r in answers.requests]  # type: ignore[union-attr]
+    asked = [(r.tool_choice, r.required_tool) for r in backend.requests]  # type: ignore[union-attr]
     assert asked == [
         (TOOL_CHOICE_NONE, ""),
         (TOOL_CHOICE_REQUIRED, ""),
@@ -428,8 +429,8 @@ def test_who_is_refused_and_how() -> None:
         (PermissionDenied("Not this model."), openai.PermissionDeniedError, None),
         (quota, openai.RateLimitError, "13"),
     ]
-    admission, answers = Refusing(), ScriptedAnswers()
-    with running_server(answers, admission) as address:
+    admission, backend = Refusing(), ScriptedBackend()
+    with running_server(backend, admission) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="the key", max_retries=0)
         client.chat.completions.create(model="", messages=HELLO)
         assert admission.keys == ["the key"]
@@ -439,7 +440,7 @@ def test_who_is_refused_and_how() -> None:
             assert str(admission.error) in str(caught.value)
             assert caught.value.response.headers.get("retry-after") == retry_after
             assert caught.value.request_id
-    assert len(answers.requests) == 1
+    assert len(backend.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -454,13 +455,13 @@ def test_who_is_refused_and_how() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_before_the_first_token(
     scripted: openai.OpenAI,
-    answers: ScriptedAnswers,
+    backend: ScriptedBackend,
     error: BrioletteError,
     kind: type[openai.APIStatusError],
     code: str | None,
     stream: bool,
 ) -> None:
-    answers.script = [error]
+    backend.script = [error]
     with pytest.raises(kind, match=str(error)) as caught:
         scripted.chat.completions.create(model="", messages=HELLO, stream=stream)
     assert caught.value.code == code
@@ -468,9 +469,9 @@ def test_errors_before_the_first_token(
 
 
 def test_an_error_in_the_middle_of_a_stream(
-    scripted: openai.OpenAI, answers: ScriptedAnswers
+    scripted: openai.OpenAI, backend: ScriptedBackend
 ) -> None:
-    answers.script = [Generation(text="a"), Unavailable("The decoder is gone.")]
+    backend.script = [Generation(text="a"), Unavailable("The decoder is gone.")]
     pieces = []
     with pytest.raises(openai.APIError, match="decoder is gone"):
         for chunk in scripted.chat.completions.create(model="", messages=HELLO, stream=True):
@@ -606,22 +607,22 @@ def test_a_deadline(client: openai.OpenAI, decoder: Decoder) -> None:
 
 
 def test_a_deadline_of_a_decoder_that_hangs(
-    scripted: openai.OpenAI, answers: ScriptedAnswers, monkeypatch: pytest.MonkeyPatch
+    scripted: openai.OpenAI, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.gateway.calls.choices.GRACE_S", 0.1)
-    answers.script = [30.0]
+    monkeypatch.setattr("deployments.gateway.calls.client_call.GRACE_S", 0.1)
+    backend.script = [30.0]
     late = scripted.with_options(default_headers={"x-request-timeout": "0.1"})
     for n in (1, 2):
         with pytest.raises(openai.InternalServerError, match="deadline"):
             late.chat.completions.create(model="", messages=HELLO, n=n)
-    assert answers.num_running == 0
+    assert backend.num_running == 0
 
 
 def test_signs_of_life_while_nothing_comes(
-    scripted: openai.OpenAI, answers: ScriptedAnswers, monkeypatch: pytest.MonkeyPatch
+    scripted: openai.OpenAI, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.gateway.http.stream.HEARTBEAT_S", 0.05)
-    answers.script = [0.3, Generation(text="a"), END]
+    backend.script = [0.3, Generation(text="a"), END]
     body = {"messages": HELLO, "stream": True}
     text = httpx.post(f"{scripted.base_url}chat/completions", json=body).text
     assert text.startswith(": wait\n\n") and text.endswith("data: [DONE]\n\n")

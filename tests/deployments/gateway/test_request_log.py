@@ -7,7 +7,6 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ from cluster.errors import Unauthenticated
 from cluster.metrics import Metrics
 from cluster.tenants.admission import Lease, OpenAdmission, OpenLease
 from deployments.gateway.calls import request_log
-from deployments.gateway.calls.call import Call
+from deployments.gateway.calls.client_call import ClientCall
 from deployments.gateway.calls.request_log import FILE, NOBODY, RequestLog
 from protos.briolette.v1.admin_pb2 import GetStatusRequest
 from protos.briolette.v1.admin_pb2_grpc import AdminStub
 from protos.briolette.v1.inference_pb2 import Generation, Timings, Usage
 from protos.briolette.v1.inference_pb2_grpc import InferenceStub
+from protos.briolette.v1.stream_pb2 import Add
 from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
 from tests.support.gateway.requests import chat, complete
 from tests.support.gateway.running import running_gateway, serving
@@ -214,7 +214,7 @@ def test_a_client_that_does_not_read_has_one_name(
 ) -> None:
     monkeypatch.setattr("deployments.gateway.services.rpc.STALL_S", 0.3)
     monkeypatch.setattr("deployments.gateway.http.connections.STALL_S", 0.3)
-    monkeypatch.setattr("deployments.gateway.calls.streams.MAX_BUFFERED_TOKENS", 10**6)
+    monkeypatch.setattr("deployments.gateway.calls.output_collector.MAX_BUFFERED_TOKENS", 10**6)
     logged.decoder.runner.step_s = 0.002
     if dialect == "grpc":
         options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
@@ -246,26 +246,26 @@ def small_window(port: int | None) -> socket.socket:
 
 
 def test_several_answers_to_one_call_add_up() -> None:
-    call = Call(OpenLease())
+    call = ClientCall(OpenLease())
+    call.begin("counter", 20)
     for num_tokens in (3, 5):
-        choice = replace(call, request_id="its own")
-        choice.answered.begin("counter", 10)
-        choice.answered.add(Generation(token_ids=[1]), 0.1)
+        add = Add(request_id=str(num_tokens))
+        call.record(add, Generation(token_ids=[1]))
         usage, timings = Usage(output_tokens=num_tokens, cached_tokens=8), Timings(queue_s=0.05)
         last = Generation(token_ids=[1] * (num_tokens - 1), usage=usage, timings=timings)
-        choice.answered.add(last, 0.1)
-    whole = call.answered
+        call.record(add, last)
+    whole = call.stats
     assert (whole.usage.prompt_tokens, whole.usage.output_tokens) == (20, 8)
     assert (whole.usage.cached_tokens, whole.model) == (16, "counter")
-    assert (whole.timings.queue_s, whole.timings.ttft_s) == (0.05, 0.1)
+    assert whole.timings.queue_s == 0.05 and 0 < whole.timings.ttft_s < 1
 
 
 def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_log, "MAX_BYTES", 1000)
     log = RequestLog(Metrics(CollectorRegistry()), tmp_path)
     for _ in range(100):
-        call = Call(OpenLease())
-        call.answered.begin("counter", 3)
+        call = ClientCall(OpenLease())
+        call.begin("counter", 3)
         log.ended(call, "Chat", "OK")
     log.close()
     files = sorted(tmp_path.iterdir())

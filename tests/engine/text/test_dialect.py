@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.spec import AttentionKind
-from deployments.gateway.calls.streams import merge
+from deployments.gateway.calls.output_collector import merge
 from deployments.gateway.gateway import Gateway
 from engine.cache.kv_cache import KVCacheConfig
 from engine.core import EngineCore

@@ -17,9 +17,9 @@ from cluster.config import GatewayConfig
 from cluster.errors import LinkError
 from cluster.links.connect import Endpoint
 from cluster.metrics import Metrics
-from cluster.tenants.admission import Admission
+from cluster.tenants.admission import Admission, OpenAdmission
 from cluster.tenants.sessions import Sessions
-from deployments.gateway.gateway import Gateway
+from deployments.gateway.gateway import Gateway, GatewayParts
 from engine.text.tokenizer import Tokenizer
 from tests.support.gateway.fake_decoder import SECRET
 
@@ -43,17 +43,17 @@ def running_gateway(
 
     async def start() -> Gateway:
         settings = GatewayConfig(**{"port": 0, "http_port": 0, **config})
-        gateway = Gateway(
-            settings,
-            tokenizer,
-            find,
-            SECRET,
-            metrics,
-            kept=kept,
-            admission=admission,
-            local_socket=local_socket,
+        parts = GatewayParts(
+            tokenizer=tokenizer,
+            find_decoder=find,
+            secret=SECRET,
+            metrics=metrics,
+            admission=admission or OpenAdmission(),
+            sessions=kept,
             log_dir=log_dir,
+            local_socket=local_socket,
         )
+        gateway = Gateway(settings, parts)
         await gateway.start()
         return gateway
 

@@ -66,11 +66,11 @@ class FewKeys(OpenAdmission):
     is_open = False
 
     def __init__(self) -> None:
-        self.tenants = {KEY: "ann", BOBS_KEY: "bob"}
+        self._owners = {KEY: "ann", BOBS_KEY: "bob"}
         self.disabled: set[str] = set()
 
     def admit(self, key: str | None) -> Lease:
-        tenant = self.tenants.get(key or "")
+        tenant = self._owners.get(key or "")
         if tenant is None:
             raise Unauthenticated("This cluster asks for a key.")
         if tenant in self.disabled:

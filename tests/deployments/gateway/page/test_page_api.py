@@ -11,7 +11,7 @@ from cluster.tenants.admission import OpenLease
 from cluster.tenants.tenancy import Tenant
 from cluster.tenants.usage import UsageBooks
 from deployments.decoder.status import TenantLoads
-from deployments.gateway.calls.call import Call
+from deployments.gateway.calls.client_call import ClientCall
 from deployments.gateway.http.page_api import to_json
 from deployments.gateway.services.admin import Admin
 from deployments.gateway.services.usage import UsageService
@@ -41,7 +41,9 @@ def test_the_heat_of_a_group_is_that_of_its_experts_in_all_layers() -> None:
 def test_only_an_operator_sees_other_tenants() -> None:
     status = ClusterStatus(tenants=[TenantLoad(tenant="ann"), TenantLoad(tenant="bob")])
     admin = Admin(lambda: status, None, UsageService(UsageBooks(None)))
-    calls = [Call(OpenLease(tenant)) for tenant in (Tenant("op", is_admin=True), Tenant("bob"))]
+    calls = [
+        ClientCall(OpenLease(tenant)) for tenant in (Tenant("op", is_admin=True), Tenant("bob"))
+    ]
     whole, own = [asyncio.run(admin.get_status(GetStatusRequest(), call)) for call in calls]
     assert whole == status
     assert [load.tenant for load in own.tenants] == ["bob"]
