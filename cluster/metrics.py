@@ -31,23 +31,24 @@ CALL_BUCKETS = (
 )
 
 LABELS = {
-    "choice": "fetch or recompute",
+    "choice": "fetch, recompute, or given_up (the fetch took too long)",
     "direction": "read or written",
-    "error": "its kind, as `overloaded`, `quota_exceeded` or `unauthenticated`",
-    "expert_group": "its number, from 0",
-    "group": "of the KV cache: global or sliding",
+    "error": "the kind of error, like `overloaded`, `quota_exceeded` or `unauthenticated`",
+    "expert_group": "number of the group of experts, from 0",
+    "group": "KV cache group: global or sliding",
     "host": "an expert host's id",
-    "layer": "its position in the model, from 0",
+    "layer": "position of the layer in the model, from 0",
     "method": "an RPC's name, or the path of an HTTP route",
     "model": "the served model's id",
-    "outcome": "of a write to the KV store: written, present (it was there), queue_full, "
-    "unreachable, server_full, over_budget; of a read: ok, missing, damaged, foreign, unreachable",
+    "outcome": "for writes to the KV store written, present (it was there already), queue_full, "
+    "unreachable, server_full or over_budget; for reads ok, missing, damaged, foreign or "
+    "unreachable",
     "phase": "prefill or decode",
-    "reason": "why it ended: of a request stop, length, abort, deadline or error; of a call that "
-    "the gateway gave up client, deadline or stalled",
-    "state": "of a block: used, cached or unused",
+    "reason": "why it ended: for requests stop, length, abort, deadline or error; for calls that "
+    "the gateway ended early client, deadline or stalled",
+    "state": "state of a block: used, cached or unused",
     "status": "a gRPC status code's name",
-    "tenant": "its name; (none) for calls without a valid key; a process shows the first "
+    "tenant": "the tenant's name; (none) for calls without a valid key; a process shows the first "
     f"{MAX_NAMED_TENANTS} tenants by name, all others as {OTHERS}",
 }
 
@@ -74,7 +75,7 @@ class Metrics:
     # Gateway.
     gateway_streams = _gauge("Calls that are being answered", "tenant", "method")
     gateway_requests_total = _counter("Calls that ended", "tenant", "method", "status")
-    gateway_aborted_total = _counter("Calls given up early", "tenant", "method", "reason")
+    gateway_aborted_total = _counter("Calls that ended early", "tenant", "method", "reason")
     gateway_errors_total = _counter(
         "Calls that were refused or failed", "tenant", "method", "error"
     )
@@ -83,19 +84,19 @@ class Metrics:
     # Requests, as the decoder sees them.
     requests_waiting = _gauge("Requests in the queue", "model")
     requests_running = _gauge("Requests that hold KV blocks", "model")
-    tenant_requests_waiting = _gauge("Of a tenant, in the queue", "model", "tenant")
-    tenant_requests_running = _gauge("Of a tenant, that had a first step", "model", "tenant")
+    tenant_requests_waiting = _gauge("A tenant's requests in the queue", "model", "tenant")
+    tenant_requests_running = _gauge("A tenant's requests that had a first step", "model", "tenant")
     tenant_kv_bytes = _gauge(
-        "Of the KV cache in memory, that a tenant's unfinished requests hold", "model", "tenant"
+        "KV cache in memory held by a tenant's unfinished requests", "model", "tenant"
     )
     tenant_service_total = _counter(
-        "Of the engine, in the cost of a prompt's first token (fair share)", "model", "tenant"
+        "Service by fair share; 1 is the cost of a prompt's first token", "model", "tenant"
     )
     requests_total = _counter("Requests that ended", "model", "tenant", "reason")
     prompt_tokens_total = _counter(
-        "Prompt tokens of requests that had a first step, cached ones too", "model", "tenant"
+        "Prompt tokens of requests that had a first step, cached tokens included", "model", "tenant"
     )
-    generated_tokens_total = _counter("Tokens sampled", "model", "tenant")
+    generated_tokens_total = _counter("Sampled tokens", "model", "tenant")
     queue_time_seconds = _histogram(
         "From arrival to the first step", REQUEST_BUCKETS, "model", "tenant"
     )
@@ -110,66 +111,65 @@ class Metrics:
     )
 
     prefix_queries_total = _counter("Requests started", "model", "tenant")
-    prefix_hits_total = _counter("Of them, those that found a prefix cached", "model", "tenant")
-    cached_tokens_total = _counter(
-        "Tokens that requests found cached and didn't compute", "model", "tenant"
-    )
+    prefix_hits_total = _counter("Started requests that found a cached prefix", "model", "tenant")
+    cached_tokens_total = _counter("Prompt tokens found cached and not computed", "model", "tenant")
     saved_prefill_seconds_total = _counter(
-        "What computing them would have taken, as estimated", "model", "tenant"
+        "Estimated time that computing the cached tokens would have taken", "model", "tenant"
     )
 
     # Steps of the engine.
     step_duration_seconds = _histogram("One step of the engine", STEP_BUCKETS, "model")
     computed_tokens_total = _counter("Tokens run through the model", "model", "phase")
     kv_blocks = _gauge("Blocks of the KV cache", "model", "group", "state")
-    kv_evictions_total = _counter("Cached blocks given to others", "model", "group")
-    preemptions_total = _counter("Requests sent back to the queue for lack of blocks", "model")
+    kv_evictions_total = _counter("Cached blocks that were evicted", "model", "group")
+    preemptions_total = _counter("Requests preempted for lack of blocks", "model")
 
     # Of an expert host itself.
     expert_tokens_total = _counter(
-        "Token slots that a host computed: a token counts once for each of its experts there",
+        "Token slots computed by a host: a token counts once for each of its experts there",
         "model",
         "host",
         "layer",
     )
 
     expert_group_tokens_total = _counter(
-        "The same of all layers, by group of experts", "model", "host", "expert_group"
+        "Token slots computed by a host in all layers, by group of experts",
+        "model",
+        "host",
+        "expert_group",
     )
 
     # Expert calls, as the ExpertRouter sees them.
     expert_call_duration_seconds = _histogram(
-        "From sending to the answer; of one that came before it was asked for, the host's own time "
-        "and taking it in",
+        "From sending a call to its reply; for a reply that arrived before it was awaited, the "
+        "host's own time and the time to take it in",
         CALL_BUCKETS,
         "model",
         "host",
     )
-    expert_wait_seconds_total = _counter(
-        "Time in combine that nothing else hid, waiting for hosts", "model"
-    )
+    expert_wait_seconds_total = _counter("Time in combine spent waiting for hosts", "model")
     expert_retries_total = _counter("Calls that failed at this host", "model", "host")
     expert_fallbacks_total = _counter(
-        "Dispatches of which the decoder computed a part, for want of a host", "model"
+        "Dispatches of which the decoder computed a part, because no host held it", "model"
     )
     expert_link_up = _gauge("1 while the link to a host works", "model", "host")
     placement_epoch = _gauge("Epoch of the expert placement in use", "model")
 
     # The KV store.
     kv_store_up = _gauge("1 while Redis answers", "model")
-    kv_store_writable = _gauge("0 while Redis refuses what somebody writes, as when full", "model")
+    kv_store_writable = _gauge("0 while Redis refuses writes, for example when it is full", "model")
     kv_store_writes_total = _counter("Values given to the store", "model", "outcome")
-    kv_store_reads_total = _counter("Values asked of the store", "model", "outcome")
-    kv_store_bytes_total = _counter("Bytes of values moved", "model", "direction")
+    kv_store_reads_total = _counter("Values read from the store", "model", "outcome")
+    kv_store_bytes_total = _counter("Bytes of values written and read", "model", "direction")
     kv_store_queue_bytes = _gauge("Bytes that wait to be written", "model")
-    kv_store_used_bytes = _gauge("Bytes in Redis, as last seen", "model", "tenant")
-    kv_store_memory_bytes = _gauge("Of the whole Redis server, as last seen", "model")
-    kv_store_max_bytes = _gauge("That it may use, 0 for no limit, as last seen", "model")
-    kv_store_read_bytes_per_second = _gauge(
-        "What reads reached lately; 0 before the first", "model"
+    kv_store_used_bytes = _gauge("Bytes in Redis, when last read", "model", "tenant")
+    kv_store_memory_bytes = _gauge("Memory used by the Redis server, when last read", "model")
+    kv_store_max_bytes = _gauge(
+        "Memory limit of the Redis server, 0 for none, when last read", "model"
     )
+    kv_store_read_bytes_per_second = _gauge("Recent rate of reads; 0 before the first", "model")
     kv_store_decisions_total = _counter(
-        "Prefixes found in the store; choice: fetch, recompute or given_up (while on its way)",
+        "Prefixes found in the store, by what was done with them",
         "model",
         "choice",
     )
