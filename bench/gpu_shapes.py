@@ -130,7 +130,7 @@ def build_engine(
     experts = None
     if spec.is_moe:
         groups = ExpertGroups(spec.num_experts, 1)
-        experts = LocalExperts(spec, weights, groups, dtype, device)
+        experts = LocalExperts(spec, weights, groups, dtype=dtype, device=device)
     num_blocks = 1 + MAX_STREAMS * MAX_MODEL_LEN // BLOCK_SIZE
     kv = KVCacheConfig(BLOCK_SIZE, dict.fromkeys(AttentionKind, num_blocks))
     return EngineCore(

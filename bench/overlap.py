@@ -40,7 +40,7 @@ from cluster.config import Config
 from deployments.loading import ModelSource, load_engine
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
-from experts.router import ExpertRouter, Handle
+from experts.router import DispatchHandle, ExpertRouter
 
 WAYS = ("serial", "overlap", "ping-pong")
 NUM_WARM_UP = 2  # steps of each way
@@ -175,14 +175,14 @@ class _Timed:
 
     def dispatch(
         self, layer_idx: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
-    ) -> Handle:
+    ) -> DispatchHandle:
         return self._router.dispatch(layer_idx, hidden_states, topk_ids, topk_weights)
 
-    def combine(self, handle: Handle) -> Tensor:
-        self.between_s += time.perf_counter() - handle.dispatched_s
+    def combine(self, handle: DispatchHandle) -> Tensor:
+        self.between_s += time.perf_counter() - handle.dispatched_at
         return self._router.combine(handle)
 
-    def abandon(self, handle: Handle) -> None:
+    def abandon(self, handle: DispatchHandle) -> None:
         self._router.abandon(handle)
 
 

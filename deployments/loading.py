@@ -180,10 +180,10 @@ def load_local_experts(
         source.spec,
         source.checkpoint,
         expert_groups(config, source.spec),
-        source.dtype,
-        source.device,
-        config.batch_invariant,
-        on_progress,
+        dtype=source.dtype,
+        device=source.device,
+        batch_invariant=config.batch_invariant,
+        on_progress=on_progress,
     )
 
 

@@ -9,7 +9,7 @@ from cluster.store.kv_store import StoreStatus
 from engine.outputs import EngineStats, RequestOutput
 from engine.request import FinishReason, SamplingParams
 from engine.sampler import TokenLogprobs
-from experts.load import ExpertLoad
+from experts.stats import ExpertLoad
 from protos.briolette.v1 import inference_pb2
 from protos.briolette.v1.admin_pb2 import EngineLoad, GroupLoad, KvBlocks, KvStore
 from protos.briolette.v1.inference_pb2 import (

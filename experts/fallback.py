@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 
 class Fallback:
-    """Computes single groups on the CPU, from the checkpoint. Each is read when it is first needed,
-    in a thread of its own, so that whoever waits can say so.
+    """Computes single groups on the CPU, from the checkpoint.
 
-    As a group is the unit of summation, its bits are those of a host with the same device and
-    dtype. Not locked: one thread uses it.
+    A group is read when it is first needed, in a thread of its own, so that its caller can report
+    the wait. As a group is the unit of summation, its bits are those of a host with the same device
+    and dtype. Not locked: one thread uses it.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Fallback:
         spec: ModelSpec,
         checkpoint: Checkpoint,
         groups: ExpertGroups,
+        *,
         dtype: torch.dtype,
         batch_invariant: bool = False,
     ) -> None:
@@ -47,9 +48,14 @@ class Fallback:
         self._reading_since = 0.0  # the group that is being read
 
     def can_hold(self, group_ids: Collection[int]) -> bool:
-        """Whether these groups are in memory, are being read, or would fit in what is free now."""
+        """Return whether these groups are in memory, being read, or fit in what is free now."""
         missing = sum(self._num_bytes(group) for group in group_ids if group not in self._loads)
         return not missing or missing * HEADROOM <= psutil.virtual_memory().available
+
+    @property
+    def held(self) -> list[int]:
+        """The groups whose weights are in memory or being read."""
+        return sorted(self._loads)
 
     @property
     def loading(self) -> list[int]:
@@ -57,10 +63,18 @@ class Fallback:
         return sorted(group_id for group_id, load in self._loads.items() if not load.done())
 
     def load(self, group_ids: Collection[int], timeout_s: float) -> bool:
-        """Begin to read these groups where that hasn't begun, and wait for them; false if that
-        takes longer than `timeout_s`: ask again.
+        """Start reading these groups unless that has begun, and wait for them.
 
-        Raises CheckpointError when a group can't be read, Unavailable when it takes far too long.
+        Args:
+            group_ids: the groups.
+            timeout_s: how long to wait.
+
+        Returns:
+            True if all are loaded; if not, call again.
+
+        Raises:
+            CheckpointError: a group can't be read; the next call tries again.
+            Unavailable: reading takes more than LONGEST_LOAD_S.
         """
         for group_id in group_ids:
             if group_id not in self._loads:
@@ -71,22 +85,29 @@ class Fallback:
             return False
         failed = [self._loads.pop(g) for g in group_ids if self._loads[g].exception()]
         for load in failed:
-            load.result()  # raises; the next call tries again
+            load.result()  # raises
         return True
 
     def partials(
         self, group_id: int, layer_idx: int, hidden_states: Tensor, slots: ExpertSlots
     ) -> Tensor:
-        """The weighted sum of a group that is loaded: [num_tokens, hidden].
+        """Compute the weighted sum of a group that is loaded.
 
-        Shapes: hidden_states [num_tokens, hidden], on the CPU; slots of this group's experts only.
+        Args:
+            group_id: of the experts.
+            layer_idx: of the experts.
+            hidden_states: [num_tokens, hidden], on the CPU.
+            slots: of this group's experts only, by logical ids.
+
+        Returns:
+            [num_tokens, hidden].
         """
         owned = self._loads[group_id].result()
         with torch.inference_mode():
             return owned.partials(layer_idx, hidden_states, slots)[0]
 
     def free(self) -> None:
-        """Give the memory back: hosts hold every group again. Not while a group is being read."""
+        """Free the weights, as hosts hold every group again; not while a group is being read."""
         if self._loads and not self.loading:
             log.warning("Every group of experts has a host again.")
             self._loads.clear()
@@ -104,7 +125,7 @@ class Fallback:
             self._checkpoint,
             self._groups,
             [group_id],
-            self._dtype,
+            dtype=self._dtype,
             batch_invariant=self._batch_invariant,
         )
 

@@ -29,14 +29,33 @@ def serve_host(
     batch_invariant: bool = False,
     **options: Any,
 ) -> None:
-    """Run a host: what `multiprocessing` spawns.
+    """Run a host in a process that `multiprocessing` spawned.
 
-    Sends `Endpoint.to_dict()` on `control`, then serves until the other end of it closes. `make` is
-    ExpertHost or a subclass that misbehaves, `options` are its own.
+    Sends `Endpoint.to_dict()` on `control`, then serves until the other end of it closes.
+
+    Args:
+        make: ExpertHost, or a subclass that misbehaves.
+        control: a pipe to the process that spawned this one.
+        host_id: this host's name in the placement.
+        model_dir: of the checkpoint.
+        placement: which hosts hold which groups.
+        secret: of the cluster.
+        dtype: of the weights.
+        device: that computes.
+        batch_invariant: whether a row's bits mustn't depend on the batch.
+        options: keyword arguments of `make` beside these.
     """
     spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
     host = make(
-        host_id, spec, checkpoint, placement, dtype, device, secret, batch_invariant, **options
+        host_id,
+        spec,
+        checkpoint,
+        placement,
+        dtype=dtype,
+        device=device,
+        secret=secret,
+        batch_invariant=batch_invariant,
+        **options,
     )
     with host:
         control.send(host.endpoint.to_dict())

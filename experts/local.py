@@ -1,4 +1,4 @@
-"""LocalExperts: the Experts protocol in-process, for one machine and as the last resort."""
+"""LocalExperts: the Experts protocol in this process, for one machine and as the last resort."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cluster.checkpoint import Checkpoint
 from cluster.kernels.interface import ExpertSlots
 from cluster.placement import ExpertGroups
 from cluster.spec import ModelSpec
-from experts.load import ExpertLoad
+from experts.stats import ExpertLoad
 from experts.summation import sum_partials
-from experts.weights import OwnedExperts, load_experts
+from experts.weights import load_experts
 
 
 class LocalExperts:
@@ -29,15 +29,22 @@ class LocalExperts:
         spec: ModelSpec,
         checkpoint: Checkpoint,
         groups: ExpertGroups,
+        *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         batch_invariant: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Read all experts. Raises CheckpointError and ConfigError as `load_experts` does."""
-        everything = range(groups.num_groups)
-        self._owned: OwnedExperts = load_experts(
-            spec, checkpoint, groups, everything, dtype, device, on_progress, batch_invariant
+        """Read all experts; arguments and errors as in `load_experts`."""
+        self._owned = load_experts(
+            spec,
+            checkpoint,
+            groups,
+            range(groups.num_groups),
+            dtype=dtype,
+            device=device,
+            batch_invariant=batch_invariant,
+            on_progress=on_progress,
         )
         self.load = ExpertLoad(spec.num_layers, spec.num_experts)
 
@@ -46,8 +53,14 @@ class LocalExperts:
     ) -> Tensor:
         """Compute a layer's experts.
 
-        Shapes: hidden_states [num_tokens, hidden], topk_ids and topk_weights [num_tokens, k].
-        Returns the handle for `combine`.
+        Args:
+            layer_idx: of the experts.
+            hidden_states: [num_tokens, hidden].
+            topk_ids: [num_tokens, k] int64.
+            topk_weights: [num_tokens, k].
+
+        Returns:
+            The handle for `combine`.
         """
         if not topk_ids.is_cuda:  # counting mustn't make a GPU wait
             self.load.count(layer_idx, topk_ids.reshape(-1).numpy())
@@ -55,8 +68,8 @@ class LocalExperts:
         return sum_partials(self._owned.partials(layer_idx, hidden_states, slots))
 
     def combine(self, handle: Tensor) -> Tensor:
-        """The routed experts' output: [num_tokens, hidden] in the dtype of the hidden states."""
+        """Return the routed experts' output: [num_tokens, hidden], dtype of the hidden states."""
         return handle
 
     def abandon(self, handle: Tensor) -> None:
-        """Nothing: the work is done."""
+        """Do nothing: the work is done."""

@@ -1,4 +1,4 @@
-"""What a router has measured: calls, their latency, retries, and the time that overlap hid."""
+"""What routers and hosts count: calls and their latency, retries, hidden time, expert load."""
 
 from __future__ import annotations
 
@@ -6,14 +6,36 @@ import bisect
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from cluster.metrics import CALL_BUCKETS
 
 
 class CallObserver(Protocol):
-    """Is told of every call, in the thread that combines: it must be quick."""
+    """Is told of every call, in the thread that combines, so it must be quick."""
 
-    def answered(self, host_id: str, latency_s: float) -> None: ...
-    def failed(self, host_id: str) -> None: ...
+    def answered(self, host_id: str, latency_s: float) -> None:
+        """Note a call that a host answered."""
+        ...
+
+    def failed(self, host_id: str) -> None:
+        """Note a call that must be asked again elsewhere."""
+        ...
+
+
+class ExpertLoad:
+    """Counts tokens per layer and expert; one call costs one bincount.
+
+    Not locked: a lost count under a race changes a statistic, never an answer.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.total = np.zeros((num_layers, num_experts), dtype=np.int64)
+
+    def count(self, layer_idx: int, expert_ids: npt.NDArray[np.integer]) -> None:
+        """Add one call's slots: logical expert ids [num_slots]."""
+        self.total[layer_idx] += np.bincount(expert_ids, minlength=self.total.shape[1])
 
 
 @dataclass(slots=True)
@@ -36,14 +58,14 @@ class CallStats:
 
     @property
     def hidden_share(self) -> float:
-        """Of the time that the hosts took, the part that passed while this process did other work:
-        the dense MLP, the other micro-batch.
+        """The share of the hosts' time that passed while this process did other work: the dense
+        MLP, the other micro-batch.
         """
         total_s = self.hidden_s + self.waited_s
         return self.hidden_s / total_s if total_s else 0.0
 
     def latency_quantile_s(self, quantile: float) -> float:
-        """The quantile, linear inside the bucket that holds it; 0 before the first call."""
+        """Return a quantile, linear inside the bucket that holds it; 0 before the first call."""
         left, lower = quantile * self.num_calls, 0.0
         for upper, count in zip(CALL_BUCKETS, self.latency_counts, strict=False):
             if count and left <= count:
@@ -58,9 +80,13 @@ class CallStats:
         self.compute_s += compute_s
         self.latency_counts[bisect.bisect_left(CALL_BUCKETS, latency_s)] += 1
 
-    def count_combine(self, between_s: float, compute_s: float, waited_s: float) -> None:
-        """Add one dispatch/combine pair: the time between the two, the slowest host's own, and the
-        time inside combine.
+    def count_combine(self, *, between_s: float, compute_s: float, waited_s: float) -> None:
+        """Add one dispatch/combine pair.
+
+        Args:
+            between_s: time from dispatch to combine.
+            compute_s: the slowest host's own time.
+            waited_s: time inside combine.
         """
         self.hidden_s += min(between_s, compute_s)
         self.waited_s += waited_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,16 +66,28 @@ def load_experts(
     checkpoint: Checkpoint,
     groups: ExpertGroups,
     group_ids: Sequence[int],
+    *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    on_progress: Callable[[int, int], None] | None = None,
     batch_invariant: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> OwnedExperts:
-    """Read the experts of `group_ids` in every layer; `on_progress(layers done, of)`.
+    """Read the experts of some groups in every layer, and no others.
 
-    Raises CheckpointError, naming the tensor, when one is missing or of a wrong shape,
-    NotEnoughMemory when they don't fit on the device, and ConfigError when this machine can't keep
-    `batch_invariant`.
+    Args:
+        spec: of the model.
+        checkpoint: to read from.
+        groups: the cut of the experts into groups.
+        group_ids: the groups to own.
+        dtype: of the weights.
+        device: that holds them.
+        batch_invariant: whether a row's bits mustn't depend on the batch.
+        on_progress: called with (layers read, layers in all).
+
+    Raises:
+        CheckpointError: a tensor, which it names, is missing or has a wrong shape.
+        NotEnoughMemory: the weights don't fit on the device.
+        ConfigError: this machine can't keep `batch_invariant`.
     """
     assert groups.num_experts == spec.num_experts and group_ids
     owned_groups = tuple(sorted(group_ids))
@@ -88,16 +100,10 @@ def load_experts(
     kernels = kernels_for(device, dtype, batch_invariant=batch_invariant)
     layers: list[LayerExperts] = []
     for layer in spec.layers:
-        prefix = f"{spec.tensor_prefix}layers.{layer.layer_idx}.experts."
-        hidden, inner = spec.hidden_size, spec.moe_intermediate_size
-        shapes = {
-            "gate_up_proj": (spec.num_experts, 2 * inner, hidden),
-            "down_proj": (spec.num_experts, hidden, inner),
-        }
         try:
             gate_up, down = (
-                _read_runs(checkpoint, prefix + name, runs, shape).to(device=device, dtype=dtype)
-                for name, shape in shapes.items()
+                weight.to(device=device, dtype=dtype)
+                for weight in _read_layer(spec, checkpoint, layer.layer_idx, runs)
             )
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemory(f"The experts don't fit on {device}: {error}") from None
@@ -116,6 +122,21 @@ def load_experts(
     return OwnedExperts(kernels, owned_groups, tuple(layers), expert_to_row.to(device))
 
 
+def _read_layer(
+    spec: ModelSpec, checkpoint: Checkpoint, layer_idx: int, runs: Sequence[range]
+) -> Iterator[Tensor]:
+    """Read the experts in `runs`: gate_up, then down, in the checkpoint's dtype."""
+    prefix = f"{spec.tensor_prefix}layers.{layer_idx}.experts."
+    hidden, inner = spec.hidden_size, spec.moe_intermediate_size
+    shapes = {
+        "gate_up_proj": (spec.num_experts, 2 * inner, hidden),
+        "down_proj": (spec.num_experts, hidden, inner),
+    }
+    for name, shape in shapes.items():
+        parts = [checkpoint.read_rows(prefix + name, run, shape) for run in runs]
+        yield parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _merge_runs(ranges: Sequence[range]) -> list[range]:
     """Join neighbouring ranges, so that one read takes all of them."""
     runs: list[range] = []
@@ -125,10 +146,3 @@ def _merge_runs(ranges: Sequence[range]) -> list[range]:
         else:
             runs.append(part)
     return runs
-
-
-def _read_runs(
-    checkpoint: Checkpoint, name: str, runs: Sequence[range], shape: tuple[int, ...]
-) -> Tensor:
-    parts = [checkpoint.read_rows(name, run, shape) for run in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -18,8 +18,8 @@ from cluster.errors import LinkError
 from cluster.links.connect import Endpoint, Link
 from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import ModelSpec
-from experts.beats import Beats
-from experts.host import REPLY_DEADLINE_S, ExpertHost
+from experts.heartbeat import Heartbeat
+from experts.host import REPLY_TIMEOUT_S, ExpertHost
 from experts.host_process import serve_host
 from experts.router import ExpertRouter
 
@@ -44,7 +44,7 @@ class InjectedHost(ExpertHost):
         self._late: queue.SimpleQueue[tuple[float, Link, list[memoryview]]] = queue.SimpleQueue()
         threading.Thread(target=self._send_late, daemon=True).start()
 
-    def reply(self, link: Link, frame: memoryview, beats: Beats) -> None:
+    def reply(self, link: Link, frame: memoryview, heartbeat: Heartbeat) -> None:
         """Compute at once, and answer when the time has come."""
         came_s, num_rows = time.monotonic(), len(frame) // self._row_bytes
         parts = self.answer(frame)
@@ -56,7 +56,7 @@ class InjectedHost(ExpertHost):
             due_s, link, parts = self._late.get()
             _sleep_until(due_s)
             with contextlib.suppress(LinkError):
-                link.send(parts, REPLY_DEADLINE_S)
+                link.send(parts, REPLY_TIMEOUT_S)
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def injected_router(
         endpoints = {HOST_ID: Endpoint.from_dict(ours.recv())}
         fingerprint = Checkpoint(model.model_dir).fingerprint
         with ExpertRouter(
-            spec, placement, endpoints, secret, fingerprint, deadline_s=10.0
+            spec, placement, endpoints, secret=secret, weights_hash=fingerprint, timeout_s=10.0
         ) as router:
             router.wait_ready(START_S)
             yield router

@@ -189,7 +189,13 @@ def remote_engine(model: BenchModel) -> Iterator[Decoder]:
         fingerprint = Checkpoint(model.model_dir).fingerprint
         router = stack.enter_context(
             ExpertRouter(
-                spec, placement, endpoints, secret, fingerprint, deadline_s=10.0, observer=meter
+                spec,
+                placement,
+                endpoints,
+                secret=secret,
+                weights_hash=fingerprint,
+                timeout_s=10.0,
+                observer=meter,
             )
         )
         router.wait_ready(START_S)

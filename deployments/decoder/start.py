@@ -34,8 +34,8 @@ from deployments.loading import (
 from deployments.process.serve_handles import Handle
 from deployments.redis_store import TenantBudgets, open_kv_store, store_address
 from engine.prefill_meter import PrefillMeter
-from experts.load import ExpertLoad
 from experts.local import LocalExperts
+from experts.stats import ExpertLoad
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 
 FLUSH_S = 3.0  # at the end, for values that wait to be written to the store

@@ -13,7 +13,7 @@ from deployments.decoder.remote_experts import RemoteExperts
 from deployments.messages import to_group_load, to_kv_store, to_load
 from engine.core import EngineCore
 from engine.request import Request, RequestState
-from experts.load import ExpertLoad
+from experts.stats import ExpertLoad
 from protos.briolette.v1.admin_pb2 import ClusterStatus, EngineLoad, TenantLoad
 
 PERIOD_S = 1.0

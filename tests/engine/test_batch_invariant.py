@@ -77,7 +77,7 @@ def load(path: Path) -> Subject:
     experts = None
     if spec.is_moe:
         groups = ExpertGroups(spec.num_experts, NUM_GROUPS)
-        experts = LocalExperts(spec, checkpoint, groups, torch.float32, batch_invariant=True)
+        experts = LocalExperts(spec, checkpoint, groups, dtype=torch.float32, batch_invariant=True)
     return Subject(path, model, experts, {})
 
 

@@ -40,7 +40,7 @@ def make_core(
     checkpoint = Checkpoint(model_dir)
     if spec.is_moe and experts is None:
         groups = ExpertGroups(spec.num_experts, 2)
-        experts = LocalExperts(spec, checkpoint, groups, torch.float32)
+        experts = LocalExperts(spec, checkpoint, groups, dtype=torch.float32)
     runner = ModelRunner(GemmaDecoder.load(spec, checkpoint), kv, experts)
     limits = SpecLimits.from_spec(spec, max_model_len=120)
     return EngineCore(runner, kv, spec_limits=limits, **options)

@@ -118,7 +118,7 @@ def make_subject(name: str, path: Path, *, batch_invariant: bool = False) -> Sub
     if spec.is_moe:
         groups = ExpertGroups(spec.num_experts, 2)
         experts = LocalExperts(
-            spec, checkpoint, groups, torch.float32, batch_invariant=batch_invariant
+            spec, checkpoint, groups, dtype=torch.float32, batch_invariant=batch_invariant
         )
     return Subject(reference, model, experts, path)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 from cluster.placement import ExpertGroups
-from experts.load import ExpertLoad
 from experts.local import LocalExperts
+from experts.stats import ExpertLoad
 from experts.summation import reference_experts
 from experts.weights import load_experts
 from tests.support.experts.remote_experts import remote_experts
@@ -44,7 +44,9 @@ def test_local_equals_reference(
     batch_invariant: bool,
 ) -> None:
     groups = ExpertGroups(NUM_EXPERTS, num_groups)
-    experts = LocalExperts(SPEC, checkpoint, groups, torch.float32, "cpu", batch_invariant)
+    experts = LocalExperts(
+        SPEC, checkpoint, groups, dtype=torch.float32, batch_invariant=batch_invariant
+    )
     hidden, ids, weights = random_topk(SPEC, num_tokens)
     for layer_idx in range(SPEC.num_layers):
         output = experts.combine(experts.dispatch(layer_idx, hidden, ids, weights))
@@ -55,8 +57,8 @@ def test_local_equals_reference(
 def test_bf16_is_close_to_fp32(checkpoint: Checkpoint) -> None:
     groups = ExpertGroups(NUM_EXPERTS, 2)
     hidden, ids, weights = random_topk(SPEC, 9)
-    exact = LocalExperts(SPEC, checkpoint, groups, torch.float32)
-    rounded = LocalExperts(SPEC, checkpoint, groups, torch.bfloat16)
+    exact = LocalExperts(SPEC, checkpoint, groups, dtype=torch.float32)
+    rounded = LocalExperts(SPEC, checkpoint, groups, dtype=torch.bfloat16)
     expected = exact.combine(exact.dispatch(0, hidden, ids, weights))
     output = rounded.combine(rounded.dispatch(0, hidden.bfloat16(), ids, weights))
     assert output.dtype is torch.bfloat16
@@ -68,7 +70,7 @@ def test_batch_invariant_rows_do_not_see_each_other(
     cpu_kernels: str, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> None:
     groups = ExpertGroups(NUM_EXPERTS, 3)
-    experts = LocalExperts(SPEC, checkpoint, groups, dtype, "cpu", True)
+    experts = LocalExperts(SPEC, checkpoint, groups, dtype=dtype, batch_invariant=True)
     hidden, ids, weights = random_topk(SPEC, 70)
     hidden = hidden.to(dtype)
     whole = experts.combine(experts.dispatch(1, hidden, ids, weights))
@@ -78,7 +80,7 @@ def test_batch_invariant_rows_do_not_see_each_other(
 
 
 def test_the_order_of_a_tokens_choices_changes_no_bit(checkpoint: Checkpoint) -> None:
-    experts = LocalExperts(SPEC, checkpoint, ExpertGroups(NUM_EXPERTS, 2), torch.float32)
+    experts = LocalExperts(SPEC, checkpoint, ExpertGroups(NUM_EXPERTS, 2), dtype=torch.float32)
     hidden, ids, weights = random_topk(SPEC, 12)
     flipped = experts.dispatch(0, hidden, ids.flip(1), weights.flip(1))
     assert torch.equal(flipped, experts.dispatch(0, hidden, ids, weights))
@@ -87,8 +89,8 @@ def test_the_order_of_a_tokens_choices_changes_no_bit(checkpoint: Checkpoint) ->
 def test_only_owned_slices_are_read(checkpoint: Checkpoint) -> None:
     groups = ExpertGroups(NUM_EXPERTS, 4)
     dtype = torch.bfloat16  # whose weights keep their layout
-    everything = load_experts(SPEC, checkpoint, groups, range(4), dtype)
-    owned = load_experts(SPEC, checkpoint, groups, (3, 0), dtype)
+    everything = load_experts(SPEC, checkpoint, groups, range(4), dtype=dtype)
+    owned = load_experts(SPEC, checkpoint, groups, (3, 0), dtype=dtype)
     experts = [*groups.experts_of(0), *groups.experts_of(3)]
     assert owned.group_ids == (0, 3)
     assert owned.num_bytes * 2 == everything.num_bytes
@@ -103,7 +105,9 @@ def test_only_owned_slices_are_read(checkpoint: Checkpoint) -> None:
 
 def test_a_wrong_shape_names_the_tensor(checkpoint: Checkpoint) -> None:
     with pytest.raises(CheckpointError, match=r"layers\.0\.experts\.gate_up_proj"):
-        LocalExperts(tiny_spec(hidden=64), checkpoint, ExpertGroups(NUM_EXPERTS, 1), torch.float32)
+        LocalExperts(
+            tiny_spec(hidden=64), checkpoint, ExpertGroups(NUM_EXPERTS, 1), dtype=torch.float32
+        )
 
 
 def test_load_counts_by_layer_and_expert() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -28,9 +29,10 @@ from experts import fallback as fallback_module
 from experts import router as router_module
 from experts.fallback import Fallback
 from experts.local import LocalExperts
+from experts.router import ExpertRouter
 from experts.weights import OwnedExperts, load_experts
 from tests.support.engine.tiny_models import tiny_model
-from tests.support.experts.swarm import HOSTS, ExpertRouter, Swarm
+from tests.support.experts.swarm import HOSTS, Swarm
 from tests.support.experts.tiny_experts import random_topk
 
 GROUPS = ExpertGroups(8, 4)
@@ -51,7 +53,7 @@ def swarm(
 ) -> Iterator[tuple[Swarm, ExpertRouter, Fallback]]:
     """Two hosts, each the only one of its groups, and a router with a fallback."""
     spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
-    fallback = Fallback(spec, checkpoint, GROUPS, torch.float32, batch_invariant=True)
+    fallback = Fallback(spec, checkpoint, GROUPS, dtype=torch.float32, batch_invariant=True)
     hosts = Swarm(model_dir, ONE_COPY)
     try:
         with hosts.router(fallback=fallback, on_wait=on_wait) as router:
@@ -88,7 +90,7 @@ def answers(core: EngineCore, victims: Swarm | None = None) -> list[list[int]]:
 def test_killing_the_only_host_of_a_group_changes_no_token(model_dir: Path) -> None:
     torch.set_num_threads(1)
     spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
-    local = LocalExperts(spec, checkpoint, GROUPS, torch.float32, "cpu", True)
+    local = LocalExperts(spec, checkpoint, GROUPS, dtype=torch.float32, batch_invariant=True)
     undisturbed = answers(make_core(model_dir, local))
     with swarm(model_dir) as (hosts, router, _):
         assert answers(make_core(model_dir, router), hosts) == undisturbed
@@ -99,16 +101,16 @@ def test_killing_the_only_host_of_a_group_changes_no_token(model_dir: Path) -> N
 
 def test_only_the_dead_hosts_groups_are_read_and_freed_again(model_dir: Path) -> None:
     spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
-    local = LocalExperts(spec, checkpoint, GROUPS, torch.float32, "cpu", True)
+    local = LocalExperts(spec, checkpoint, GROUPS, dtype=torch.float32, batch_invariant=True)
     with swarm(model_dir) as (hosts, router, fallback):
-        assert not fallback._loads
+        assert not fallback.held
         hosts.signal("b", signal.SIGKILL)
         for layer_idx in range(spec.num_layers):
             call = layer_idx, *random_topk(spec, 20, layer_idx)
             assert torch.equal(router.combine(router.dispatch(*call)), local.dispatch(*call))
-        assert sorted(fallback._loads) == list(ONE_COPY.groups_of("b"))
+        assert fallback.held == list(ONE_COPY.groups_of("b"))
         fallback.free()
-        assert not fallback._loads
+        assert not fallback.held
 
 
 def test_without_memory_the_call_fails_with_the_reason(
@@ -118,14 +120,14 @@ def test_without_memory_the_call_fails_with_the_reason(
     with swarm(model_dir) as (hosts, router, fallback):
         hosts.signal("b", signal.SIGKILL)
         full = SimpleNamespace(available=0)
-        monkeypatch.setattr(fallback_module.psutil, "virtual_memory", lambda: full)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: full)
         assert not fallback.can_hold([1])
         with pytest.raises(Unavailable, match=r"No expert host answers for groups .*'b'"):
             router.combine(router.dispatch(0, *random_topk(spec, 20)))
         monkeypatch.undo()
         router.combine(router.dispatch(0, *random_topk(spec, 20)))
         full.available = 0
-        assert fallback.can_hold(fallback._loads)  # what is there needs no more
+        assert fallback.can_hold(fallback.held)  # what is there needs no more
 
 
 class SlowDisk:
@@ -148,7 +150,7 @@ def test_a_call_that_waits_for_weights_says_so(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
-    local = LocalExperts(spec, checkpoint, GROUPS, torch.float32, "cpu", True)
+    local = LocalExperts(spec, checkpoint, GROUPS, dtype=torch.float32, batch_invariant=True)
     disk = SlowDisk(monkeypatch)
     loading: list[list[int]] = []
 

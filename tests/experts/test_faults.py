@@ -18,15 +18,15 @@ from torch import Tensor
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LinkError, Unavailable
-from cluster.links.connect import Link, connect
+from cluster.links.connect import Endpoint, Link, connect
 from cluster.links.shared_memory import RING_BYTES
 from cluster.placement import ExpertPlacement
-from experts import peers, wire
+from experts import host_links, wire
+from experts.dispatch_plan import choose_copies
 from experts.host import ExpertHost
-from experts.load import ExpertLoad
 from experts.local import LocalExperts
-from experts.plan import choose_copies
 from experts.router import ExpertRouter
+from experts.stats import ExpertLoad
 from tests.support.experts.swarm import (
     GROUPS,
     HOSTS,
@@ -47,9 +47,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_experts(tmp_path_factory.mktemp("experts"))
 
 
+def local_experts(model_dir: Path, dtype: torch.dtype) -> LocalExperts:
+    return LocalExperts(SPEC, Checkpoint(model_dir), GROUPS, dtype=dtype, batch_invariant=True)
+
+
 @pytest.fixture(scope="module")
 def local(model_dir: Path) -> LocalExperts:
-    return LocalExperts(SPEC, Checkpoint(model_dir), GROUPS, torch.float32, "cpu", True)
+    return local_experts(model_dir, torch.float32)
 
 
 @pytest.fixture
@@ -125,12 +129,11 @@ def test_an_abandoned_handle_disturbs_nobody(shared_swarm: Swarm, local: LocalEx
         for _ in range(20):
             router.abandon(router.dispatch(0, *random_topk(SPEC, 5, 1)))
         assert_same_bits(router, local)
-        _, _, alive = router._peers.snapshot()
-        assert not any(peer.arrived or peer.outstanding for peer in alive.values())
+        assert router.num_outstanding == 0
 
 
 def test_bf16_travels_and_equals_local(swarm: Callable[..., Swarm], model_dir: Path) -> None:
-    exact = LocalExperts(SPEC, Checkpoint(model_dir), GROUPS, torch.bfloat16, "cpu", True)
+    exact = local_experts(model_dir, torch.bfloat16)
     hidden, ids, weights = random_topk(SPEC, 19)
     hidden = hidden.bfloat16()
     with swarm(ONE_COPY, dtype=torch.bfloat16).router() as router:
@@ -183,7 +186,7 @@ def test_a_host_that_hangs_is_left_at_the_deadline_and_found_again(
     swarm: Callable[..., Swarm], local: LocalExperts
 ) -> None:
     hosts = swarm()
-    with hosts.router(deadline_s=0.2) as router:
+    with hosts.router(timeout_s=0.2) as router:
         assert_same_bits(router, local)
         hosts.signal("a", signal.SIGSTOP)
         start = time.monotonic()
@@ -201,7 +204,7 @@ def test_a_slow_host_is_waited_for_and_asked_once(
     swarm: Callable[..., Swarm], local: LocalExperts
 ) -> None:
     hosts = swarm(ONE_COPY, make=SlowHost, compute_s=3.0)
-    with hosts.router(deadline_s=0.4) as router:
+    with hosts.router(timeout_s=0.4) as router:
         start = time.monotonic()
         assert torch.equal(run(router, 3, 4), run(local, 3, 4))
         assert time.monotonic() - start > 2.9
@@ -215,7 +218,7 @@ def test_a_long_call_waits_while_its_host_computes(
     """The second call is longer than the link's room, and nobody reads it for a while."""
     hosts = swarm(ONE_COPY, make=SlowHost, compute_s=1.0)
     num_tokens = 3 * RING_BYTES // (4 * SPEC.hidden_size)
-    with hosts.router(deadline_s=0.4) as router:
+    with hosts.router(timeout_s=0.4) as router:
         first = router.dispatch(0, *random_topk(SPEC, 4, 1))
         second = router.dispatch(0, *random_topk(SPEC, num_tokens, 2))
         assert torch.equal(router.combine(first), run(local, 1, 4))
@@ -226,10 +229,10 @@ def test_a_long_call_waits_while_its_host_computes(
 def test_a_host_that_computes_for_ever_is_left_in_the_end(
     swarm: Callable[..., Swarm], local: LocalExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "LONGEST_CALL_S", 0.5)
+    monkeypatch.setattr(host_links, "LONGEST_CALL_S", 0.5)
     hosts = swarm(make=SlowHost, compute_s=1.0)
     with (
-        hosts.router(deadline_s=0.2) as router,
+        hosts.router(timeout_s=0.2) as router,
         pytest.raises(Unavailable, match=r"took more than 0.5 s"),
     ):
         run(router, 3, 4)
@@ -257,25 +260,32 @@ def test_reconnecting_survives_what_nobody_foresaw(
             raise broken.pop()
         return connect(*args)
 
-    monkeypatch.setattr(peers, "connect", connect_later)
+    monkeypatch.setattr(host_links, "connect", connect_later)
     with shared_swarm.router() as router:  # the first attempt at each host fails
         assert set(router.problems()) == set(HOSTS)
         assert "no endpoint" in router.problems()["a"]
         router.wait_ready(5)
 
 
-def test_a_thread_that_died_is_replaced(shared_swarm: Swarm) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_reconnecting_thread_that_died_is_replaced(
+    shared_swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = shared_swarm.endpoints["a"]
+    errors = [LinkError("not yet"), SystemExit(), LinkError("not yet")]
+
+    def connect_later(to: Endpoint, *args: Any) -> Link:
+        if to == endpoint and errors:
+            raise errors.pop(0)
+        return connect(to, *args)
+
+    monkeypatch.setattr(host_links, "connect", connect_later)
     with shared_swarm.router() as router:
-        router.wait_ready(5)
-        known = router._peers
-        dead = threading.Thread(target=lambda: None)
-        dead.start()
-        dead.join()
-        known._reconnecting = dead
-        _, _, alive = known.snapshot()
-        link = alive["a"].link
-        assert link is not None
-        known.ban(alive["a"], link, "lost")
+        for thread in threading.enumerate():
+            if thread.name == "expert-reconnect":
+                thread.join(5)
+        assert len(errors) == 1 and list(router.problems()) == ["a"]
+        router.use(shared_swarm.placement, shared_swarm.endpoints)
         router.wait_ready(5)
 
 
@@ -287,9 +297,28 @@ def one_host(model_dir: Path, epoch: int = 1) -> Iterator[tuple[ExpertHost, Expe
     """A host in this process that owns everything."""
     placement = ExpertPlacement.spread(GROUPS, ["a"], epoch=epoch)
     checkpoint = Checkpoint(model_dir)
-    host = ExpertHost("a", SPEC, checkpoint, placement, torch.float32, "cpu", SECRET, True)
+    host = ExpertHost(
+        "a",
+        SPEC,
+        checkpoint,
+        placement,
+        dtype=torch.float32,
+        device="cpu",
+        secret=SECRET,
+        batch_invariant=True,
+    )
     with host:
         yield host, placement
+
+
+def router_to(host: ExpertHost, placement: ExpertPlacement, model_dir: Path) -> ExpertRouter:
+    return ExpertRouter(
+        SPEC,
+        placement,
+        {"a": host.endpoint},
+        secret=SECRET,
+        weights_hash=Checkpoint(model_dir).fingerprint,
+    )
 
 
 @pytest.mark.parametrize(
@@ -315,7 +344,11 @@ def test_a_wrong_router_is_refused_with_the_reason(
         host_id = asked["host_id"]
         placement = ExpertPlacement.spread(GROUPS, [host_id], epoch=asked["epoch"])
         with ExpertRouter(
-            SPEC, placement, {host_id: host.endpoint}, asked["secret"], asked["weights_hash"]
+            SPEC,
+            placement,
+            {host_id: host.endpoint},
+            secret=asked["secret"],
+            weights_hash=asked["weights_hash"],
         ) as router:
             with pytest.raises(Unavailable, match=reason):
                 run(router, 0, 3)
@@ -326,31 +359,42 @@ def test_a_wrong_router_is_refused_with_the_reason(
 def test_a_stale_epoch_is_refused_and_a_new_one_takes_over(
     model_dir: Path, local: LocalExperts
 ) -> None:
-    with one_host(model_dir) as (host, placement):
-        weights_hash = Checkpoint(model_dir).fingerprint
-        endpoints = {"a": host.endpoint}
-        with ExpertRouter(SPEC, placement, endpoints, SECRET, weights_hash) as router:
-            assert_same_bits(router, local)
-            newer = dataclasses.replace(placement, epoch=2)
-            host.use(newer)
-            with pytest.raises(Unavailable, match="serves epoch 2, not 1"):
-                run(router, 0, 3)
-            router.use(newer, endpoints)
-            router.wait_ready(5)
-            assert_same_bits(router, local)
-            assert host.stats().epoch == 2
+    with (
+        one_host(model_dir) as (host, placement),
+        router_to(host, placement, model_dir) as router,
+    ):
+        assert_same_bits(router, local)
+        newer = dataclasses.replace(placement, epoch=2)
+        host.use(newer)
+        with pytest.raises(Unavailable, match="serves epoch 2, not 1"):
+            run(router, 0, 3)
+        router.use(newer, {"a": host.endpoint})
+        router.wait_ready(5)
+        assert_same_bits(router, local)
+        assert host.stats().epoch == 2
 
 
 def test_a_call_that_breaks_a_host_bans_nobody(model_dir: Path, local: LocalExperts) -> None:
     checkpoint = Checkpoint(model_dir)
     with contextlib.ExitStack() as stack:
         hosts = [
-            ExpertHost(name, SPEC, checkpoint, TWO_COPIES, torch.float32, "cpu", SECRET, True)
+            ExpertHost(
+                name,
+                SPEC,
+                checkpoint,
+                TWO_COPIES,
+                dtype=torch.float32,
+                device="cpu",
+                secret=SECRET,
+                batch_invariant=True,
+            )
             for name in HOSTS
         ]
         endpoints = {host.host_id: stack.enter_context(host).endpoint for host in hosts}
         router = stack.enter_context(
-            ExpertRouter(SPEC, TWO_COPIES, endpoints, SECRET, checkpoint.fingerprint)
+            ExpertRouter(
+                SPEC, TWO_COPIES, endpoints, secret=SECRET, weights_hash=checkpoint.fingerprint
+            )
         )
         router.load = ExpertLoad(SPEC.num_layers + 1, SPEC.num_experts)
         hidden, ids, weights = random_topk(SPEC, 4)
@@ -359,7 +403,7 @@ def test_a_call_that_breaks_a_host_bans_nobody(model_dir: Path, local: LocalExpe
         assert router.stats().num_failures == 4  # each half, at each of its two copies
         assert not router.problems()
         assert_same_bits(router, local)
-        hosts[0]._serving = dataclasses.replace(hosts[0]._serving, epoch=5)
+        hosts[0].use(dataclasses.replace(TWO_COPIES, epoch=5))
         assert_same_bits(router, local)  # the other copy answers
         assert not router.problems()
 
@@ -377,8 +421,7 @@ def test_a_router_moves_to_other_hosts(shared_swarm: Swarm, local: LocalExperts)
 
 def test_a_host_counts_its_load(model_dir: Path) -> None:
     with one_host(model_dir) as (host, placement):
-        weights_hash = Checkpoint(model_dir).fingerprint
-        with ExpertRouter(SPEC, placement, {"a": host.endpoint}, SECRET, weights_hash) as router:
+        with router_to(host, placement, model_dir) as router:
             run(router, 0, 10, layer=1)
         stats = host.stats()
         assert stats.num_calls == 1
@@ -390,12 +433,11 @@ def test_nothing_is_left_open(model_dir: Path) -> None:
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     def once() -> None:
-        with one_host(model_dir) as (host, placement):
-            weights_hash = Checkpoint(model_dir).fingerprint
-            with ExpertRouter(
-                SPEC, placement, {"a": host.endpoint}, SECRET, weights_hash
-            ) as router:
-                run(router, 0, 3)
+        with (
+            one_host(model_dir) as (host, placement),
+            router_to(host, placement, model_dir) as router,
+        ):
+            run(router, 0, 3)
 
     once()
     before = num_open()
@@ -415,7 +457,13 @@ def join(parts: list[memoryview]) -> memoryview:
 
 def frame_of(num_tokens: int = 4) -> bytes:
     hidden, ids, weights = random_topk(SPEC, num_tokens)
-    return b"".join(wire.encode_call(9, 1, 1, hidden, slot_table(ids, weights)))
+    return b"".join(encode(hidden, slot_table(ids, weights)))
+
+
+def encode(hidden: Tensor, slots: Tensor, epoch: int = 1) -> list[memoryview]:
+    return wire.encode_call(
+        call_id=9, epoch=epoch, layer_idx=1, hidden_states=hidden, slot_table=slots
+    )
 
 
 def slot_table(ids: Tensor, weights: Tensor) -> Tensor:
@@ -428,13 +476,13 @@ def test_a_call_survives_the_wire(dtype: torch.dtype) -> None:
     hidden, ids, weights = random_topk(SPEC, 5)
     hidden = hidden.to(dtype)
     slots = slot_table(ids, weights)
-    parts = wire.encode_call(9, 3, 1, hidden, slots)
+    parts = encode(hidden, slots, epoch=3)
     call = wire.decode_call(join(parts), NUM_EXPERTS, SPEC.hidden_size)
     assert (call.call_id, call.epoch, call.layer_idx) == (9, 3, 1)
     assert torch.equal(call.hidden_states, hidden)
-    assert torch.equal(call.slots, slots)
+    assert torch.equal(call.slot_table, slots)
     reply = wire.decode_reply(join(wire.encode_rows(9, 3, hidden, 0.5)))
-    assert (reply.call_id, reply.status, reply.compute_s) == (9, wire.Status.OK, 0.5)
+    assert (reply.call_id, reply.status, reply.compute_s) == (9, wire.ReplyStatus.OK, 0.5)
     assert torch.equal(reply.rows, hidden)
 
 
@@ -453,7 +501,7 @@ def test_a_malformed_frame_gets_a_reply_and_never_a_crash(model_dir: Path) -> No
             if number(3) == 0:
                 broken = broken[: number(len(broken))]
             reply = wire.decode_reply(join(host.answer(memoryview(broken))))
-            assert reply.status is not wire.Status.FAILED, reply.reason
+            assert reply.status is not wire.ReplyStatus.FAILED, reply.reason
             with contextlib.suppress(LinkError):
                 wire.decode_reply(memoryview(broken))
         assert wire.decode_reply(join(host.answer(memoryview(bytearray(frame))))).rows.numel()
@@ -461,12 +509,12 @@ def test_a_malformed_frame_gets_a_reply_and_never_a_crash(model_dir: Path) -> No
 
 def test_a_stranger_on_a_good_link_harms_nobody(model_dir: Path, local: LocalExperts) -> None:
     with one_host(model_dir) as (host, placement):
-        weights_hash = Checkpoint(model_dir).fingerprint
-        hello = wire.Hello("a", weights_hash, 1, 0.25).encode()
+        fingerprint = Checkpoint(model_dir).fingerprint
+        hello = wire.RouterHello("a", fingerprint, 1, 0.25).encode()
         with connect(host.endpoint, SECRET, hello) as link:
             link.send([b"what is this?"])
-            assert wire.decode_reply(link.recv(5)).status is wire.Status.REFUSED
-        with ExpertRouter(SPEC, placement, {"a": host.endpoint}, SECRET, weights_hash) as router:
+            assert wire.decode_reply(link.recv(5)).status is wire.ReplyStatus.REFUSED
+        with router_to(host, placement, model_dir) as router:
             assert_same_bits(router, local)
 
 

@@ -99,7 +99,7 @@ def make_pair(tmp_path: Path) -> MakePair:
         experts = None
         if spec.is_moe:
             experts = LocalExperts(
-                spec, checkpoint, ExpertGroups(spec.num_experts, 2), torch.float32
+                spec, checkpoint, ExpertGroups(spec.num_experts, 2), dtype=torch.float32
             )
         return Pair(reference, GemmaDecoder.load(spec, checkpoint), experts, tmp_path)
 

@@ -76,7 +76,13 @@ class HostedExperts:
     def start(self, host_id: str) -> ExpertHost:
         source = self.source
         host = ExpertHost(
-            host_id, source.spec, source.checkpoint, self.placement, source.dtype, "cpu", SECRET
+            host_id,
+            source.spec,
+            source.checkpoint,
+            self.placement,
+            dtype=source.dtype,
+            device="cpu",
+            secret=SECRET,
         )
         host.start()
         self.handles[host_id].host = host

@@ -13,7 +13,7 @@ from cluster.checkpoint import Checkpoint
 from cluster.placement import ExpertGroups, ExpertPlacement
 from cluster.spec import ModelSpec
 from experts.host import ExpertHost
-from experts.router import ExpertRouter, Handle
+from experts.router import DispatchHandle, ExpertRouter
 
 SECRET = b"between threads"
 
@@ -25,7 +25,7 @@ class LosesHost(ExpertRouter):
 
     def dispatch(
         self, layer_idx: int, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
-    ) -> Handle:
+    ) -> DispatchHandle:
         handle = super().dispatch(layer_idx, hidden_states, topk_ids, topk_weights)
         if self.doomed is not None and self.doomed[0] == layer_idx:
             self.doomed[1].close()
@@ -48,17 +48,22 @@ def remote_experts(
                     spec,
                     checkpoint,
                     placement,
-                    torch.float32,
-                    "cpu",
-                    SECRET,
-                    batch_invariant,
+                    dtype=torch.float32,
+                    device="cpu",
+                    secret=SECRET,
+                    batch_invariant=batch_invariant,
                 )
             )
             for host_id in placement.host_ids
         ]
         endpoints = {host.host_id: host.endpoint for host in hosts}
         router = LosesHost(
-            spec, placement, endpoints, SECRET, checkpoint.fingerprint, deadline_s=30.0
+            spec,
+            placement,
+            endpoints,
+            secret=SECRET,
+            weights_hash=checkpoint.fingerprint,
+            timeout_s=30.0,
         )
         stack.enter_context(router)
         router.wait_ready(10)

@@ -76,8 +76,8 @@ class Swarm:
             ModelSpec.load(self.model_dir),
             Checkpoint(self.model_dir).fingerprint,
         )
-        options = {"deadline_s": 5.0, **options}
-        return ExpertRouter(spec, self.placement, self.endpoints, SECRET, weights_hash, **options)
+        keys: dict[str, Any] = {"secret": SECRET, "weights_hash": weights_hash, "timeout_s": 5.0}
+        return ExpertRouter(spec, self.placement, self.endpoints, **{**keys, **options})
 
     def signal(self, host_id: str, number: int) -> None:
         pid = self.processes[host_id].pid

@@ -17,7 +17,7 @@ from deployments.gateway.services.admin import Admin
 from deployments.gateway.services.usage import UsageService
 from deployments.messages import to_group_load
 from engine.request import Request, RequestState, SamplingParams
-from experts.load import ExpertLoad
+from experts.stats import ExpertLoad
 from protos.briolette.v1.admin_pb2 import ClusterStatus, GetStatusRequest, GroupLoad, TenantLoad
 from protos.briolette.v1.sessions_pb2 import Session
 

@@ -8,38 +8,38 @@ from cluster.errors import LinkError
 from cluster.links.connect import Link
 from experts import wire
 
-SEND_S = 10.0  # for a router to take a beat
+SEND_TIMEOUT_S = 10.0  # for a router to take a heartbeat
 
 
-class Beats:
-    """Tells one router, every `beat_s`, which call is still being computed, if any.
+class Heartbeat:
+    """Tells one router, every `interval_s`, which call is still being computed, if any.
 
-    From a thread of its own, since the one that computes can't; a process that is stopped or dead
-    says nothing.
+    It runs in a thread of its own, since the one that computes can't; a process that is stopped or
+    dead sends nothing. Use it as a context manager, and close the link before leaving.
     """
 
-    def __init__(self, link: Link, beat_s: float) -> None:
+    def __init__(self, link: Link, interval_s: float) -> None:
         self.call_id: int | None = None  # the call that is being computed
-        self._link, self._beat_s = link, beat_s
+        self._link, self._interval_s = link, interval_s
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="expert-beats", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="expert-heartbeat", daemon=True)
 
-    def __enter__(self) -> Beats:
+    def __enter__(self) -> Heartbeat:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The link is closed by now, so that no send lasts."""
+        # The link is closed by now, so no send blocks.
         self._ended.set()
         self._thread.join()
 
     def _run(self) -> None:
         before = None
-        while not self._ended.wait(self._beat_s):
+        while not self._ended.wait(self._interval_s):
             call_id = self.call_id
             if call_id is not None and call_id == before:  # short calls cost no frame
                 try:
-                    self._link.send(wire.encode_computing(call_id), SEND_S)
+                    self._link.send(wire.encode_computing(call_id), SEND_TIMEOUT_S)
                 except LinkError:
                     return  # the thread that computes will see it too
             before = call_id
