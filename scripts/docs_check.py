@@ -1,6 +1,7 @@
-"""Check what the texts name: files, links, modules to run, configuration keys, metrics, decisions.
+"""Check what texts name: files, links, modules to run, configuration keys, metrics, decisions.
 
-Prints each name that does not exist, and fails. `mkdocs build --strict` checks the site's links.
+Prints each name that does not exist, and fails. Of sources, only the files that they name are
+checked. `mkdocs build --strict` checks the site's links.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from cluster.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = "bench|cluster|demo|deployments|docs|engine|experts|helm|protos|scripts|tests"
+SOURCES = {".py", ".cpp", ".h", ".lua", ".proto", ".yaml", ".yml", ".js"}
 PATH = re.compile(rf"(?<![\w/.~:-])(?:{FOLDERS}|\.ci|\.github)/[\w./-]*\w")
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
 MODULE = re.compile(r"python -m ((?:bench|scripts)[a-z0-9_.]*[a-z0-9_])(?![A-Z])")
@@ -32,10 +34,20 @@ def texts() -> list[Path]:
     return sorted([*beside, *(ROOT / "docs").rglob("*.md")])
 
 
+def sources() -> list[Path]:
+    """All files whose comments may name another file."""
+    inside = [path for folder in FOLDERS.split("|") for path in (ROOT / folder).rglob("*.*")]
+    return sorted(path for path in inside if path.suffix in SOURCES)
+
+
+def missing_files(path: Path) -> Iterator[str]:
+    """Files that a text or a source names and that do not exist."""
+    return (name for name in PATH.findall(path.read_text()) if not (ROOT / name).exists())
+
+
 def missing(path: Path) -> Iterator[str]:
-    """What one text names and does not exist."""
+    """What else a text names and does not exist."""
     text = path.read_text()
-    yield from (name for name in PATH.findall(text) if not (ROOT / name).exists())
     for link in LINK.findall(text):
         if "://" not in link and not (path.parent / link).exists():
             yield link
@@ -61,10 +73,14 @@ def unlisted_decisions() -> Iterator[str]:
 
 
 def main() -> int:
-    found = [f"{path.relative_to(ROOT)}: {name}" for path in texts() for name in missing(path)]
-    found += unlisted_decisions()
-    print("\n".join(sorted(set(found))), end="\n" if found else "")
-    return 1 if found else 0
+    """Print all that is missing; return the exit code."""
+    found = [(path, name) for path in texts() for name in missing(path)]
+    found += [(path, name) for path in texts() + sources() for name in missing_files(path)]
+    lines = {f"{path.relative_to(ROOT)}: {name}" for path, name in found}
+    lines.update(unlisted_decisions())
+    for line in sorted(lines):
+        print(line)
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":
