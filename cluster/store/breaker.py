@@ -1,4 +1,4 @@
-"""A circuit breaker: stop asking what doesn't answer, try again later, say so once."""
+"""A circuit breaker: stop calling what fails, try again later, log each change once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ log = logging.getLogger(__name__)
 
 
 class Breaker:
-    """Closed while things work. Opened by a failure, it allows one try after a pause that doubles
-    with each further failure, and closes when a try succeeds. Any thread may call.
+    """A circuit breaker with exponential backoff. Any thread may call.
 
-    `what` begins the log lines, one for each change between working and not working; `on_change`
-    is told whether it works now.
+    It is closed while calls succeed. A failure opens it; then it allows one try after a pause that
+    doubles with each further failure, and closes when a try succeeds.
     """
 
     def __init__(
         self,
         what: str,
-        on_change: Callable[[bool], None] = lambda works: None,
         first_retry_s: float = FIRST_RETRY_S,
+        *,
+        on_change: Callable[[bool], None] = lambda works: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Start closed.
+
+        Args:
+            what: What it guards: begins the log lines, one for each change.
+            first_retry_s: The first pause.
+            on_change: Called with True when it closes, False when it opens.
+            clock: The clock by which pauses run.
+        """
         self._what = what
         self._on_change = on_change
         self._first_retry_s = first_retry_s
@@ -38,7 +46,7 @@ class Breaker:
 
     @property
     def is_closed(self) -> bool:
-        """Whether things worked when last seen."""
+        """True if the last call succeeded."""
         return self._pause_s is None
 
     @property
@@ -47,7 +55,7 @@ class Breaker:
         return 0.0 if self.is_closed else max(0.0, self._retry_at - self._clock())
 
     def failed(self, reason: str, bug: Exception | None = None) -> None:
-        """A call failed: hold off. Of a `bug` the log says where it came from."""
+        """Record that a call failed, and hold off. The log shows the traceback of a `bug`."""
         with self._lock:
             was_closed = self._pause_s is None
             if not was_closed and self.retry_in_s > 0:
@@ -60,7 +68,7 @@ class Breaker:
             self._on_change(False)
 
     def succeeded(self) -> None:
-        """A call worked."""
+        """Record that a call succeeded, and close."""
         if self._pause_s is None:  # the usual case takes no lock
             return
         with self._lock:

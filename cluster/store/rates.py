@@ -1,4 +1,4 @@
-"""Fetch or recompute: the choice, and the measured rates that it rests on."""
+"""Fetch or recompute: the decision, and the measured rates that it rests on."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from dataclasses import dataclass
 from statistics import median_low
 
 WEIGHT = 0.2  # of a new measurement in the moving average
-LIFE_S = 600.0  # of a measurement: a rate that forbids reads would last
-NUM_LOOKUPS = 9  # remembered; of two unlike ones the quick one counts
-LEAST_BYTES = 256 << 10  # a shorter read measures the latency, not the rate
+LIFE_S = 600.0  # of a measurement: a rate so low that nothing is read would last for ever
+NUM_LOOKUPS = 9  # in the median; of two, the quicker one counts
+MIN_READ_BYTES = 256 << 10  # a shorter read measures the latency, not the rate
 
 
 def worth_fetching(
     num_bytes: int, compute_s: float | None, read_bytes_per_s: float | None, latency_s: float
 ) -> bool:
-    """Whether reading so many bytes of KV is expected to end before computing them would.
+    """Return whether fetching KV values is expected to take less time than recomputing them.
 
-    What nobody has measured yet (None) speaks for fetching, which then measures it.
+    Args:
+        num_bytes: Bytes to fetch.
+        compute_s: Seconds to recompute them; None if unknown.
+        read_bytes_per_s: Measured rate of reads; None if unknown.
+        latency_s: Measured latency of a look-up.
+
+    Returns:
+        True also if either is unknown: fetching then measures it.
     """
     if read_bytes_per_s is None or compute_s is None:
         return True
@@ -29,24 +36,27 @@ def worth_fetching(
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What reads reached lately."""
+    """Measured bandwidth and latency of reads."""
 
-    read_bytes_per_s: float | None  # None until a read was long enough to tell
-    latency_s: float  # 0 until a look-up has told
+    read_bytes_per_s: float | None  # None before the first long read
+    latency_s: float  # 0 before the first look-up
 
 
 class RateMeter:
-    """A moving average of the rate of reads, and the median latency. Any thread may call."""
+    """Measures the moving average of the rate of reads, and the median latency. Any thread may
+    call.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._read_bytes_per_s: float | None = None
         self._last_read_at = 0.0
-        self._lookups: deque[tuple[float, float]] = deque(maxlen=NUM_LOOKUPS)  # when, seconds
+        self._lookups: deque[tuple[float, float]] = deque(maxlen=NUM_LOOKUPS)  # (moment, seconds)
 
     @property
     def rates(self) -> Rates:
+        """The rates measured within the last LIFE_S seconds."""
         oldest = self._clock() - LIFE_S
         with self._lock:
             rate = self._read_bytes_per_s if self._last_read_at >= oldest else None
@@ -54,13 +64,13 @@ class RateMeter:
         return Rates(rate, median_low(recent) if recent else 0.0)
 
     def saw_lookup(self, seconds: float) -> None:
-        """A look-up of keys took this long: about one round trip."""
+        """Record the seconds that a look-up took: about one round trip."""
         with self._lock:
             self._lookups.append((self._clock(), seconds))
 
     def saw_read(self, num_bytes: int, seconds: float) -> None:
-        """A read brought so many bytes, from being asked for to the last one."""
-        if num_bytes < LEAST_BYTES:
+        """Record a read: its bytes, and the seconds from the request to the last of them."""
+        if num_bytes < MIN_READ_BYTES:
             return
         with self._lock:
             # Averaged as time per byte: of two unlike reads the slow one takes the time.

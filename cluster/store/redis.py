@@ -1,4 +1,4 @@
-"""The connection to Redis or Valkey, and replies that go straight into memory of the caller's."""
+"""Connections to Redis or Valkey, with replies read straight into the caller's memory."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from redis.retry import Retry
 from cluster.errors import ConfigError, Unavailable
 from cluster.store.value import Buffer
 
-# What a server that is full, slow, gone, or of another opinion can cause.
+# Whatever a server can cause that is full, slow, gone or refuses a command.
 REDIS_ERRORS: tuple[type[Exception], ...] = (redis.RedisError, OSError)
 
-# What a link must carry within the timeout: so much is sent at once, and the kernel takes no more
-# than that ahead, where it would take megabytes.
+# What a network must carry within the timeout: so much is sent at once, and the kernel buffers no
+# more than that, where it would buffer megabytes.
 PIECE_BYTES = 128 << 10
 SCRATCH_BYTES = 4096  # holds the longest line of a reply
 
 
 @dataclass(frozen=True, slots=True)
 class RedisAddress:
-    """Where a server listens and how to enter: redis://, rediss:// (TLS) or unix://.
+    """The address of a Redis server and the way to authenticate.
 
-    A password stands in the URL or, unseen by `ps`, on the first line of `password_file`; it is
-    read at each connect. `ca_file` signs the server's certificate, where the system's don't.
-    `timeout_s` without a byte ends a call.
+    Attributes:
+        url: redis://, rediss:// (TLS) or unix://; may contain a password.
+        password_file: A file with the password on its first line, which `ps` doesn't show; read at
+            each connect.
+        ca_file: The CA of the server's certificate, if the system doesn't know it.
+        timeout_s: Seconds without a byte after which a call fails.
     """
 
     url: str
@@ -40,28 +43,28 @@ class RedisAddress:
     timeout_s: float = 2.0
 
     def unavailable(self, error: Exception) -> Unavailable:
-        """One of REDIS_ERRORS, as the sentence that a caller is told."""
+        """Return the error to raise for one of REDIS_ERRORS."""
         return Unavailable(f"Redis at {self} doesn't answer: {error}")
 
     def __str__(self) -> str:
-        """Without user name and password: for logs."""
+        """Return the URL without user name and password, for logs."""
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     def check(self) -> None:
-        """Raises ConfigError when the address can't be used, whether or not a server is there."""
+        """Raise ConfigError if the address can't be used, whether or not a server is there."""
         self._pool()
         if self.password_file is not None:
             _first_line(self.password_file)
 
     def client(self) -> redis.Redis:
-        """A client for calls that may block, each of which raises one of REDIS_ERRORS. Raises
-        ConfigError when the address can't be used.
+        """Return a client for calls that may block; each raises one of REDIS_ERRORS. Raises
+        ConfigError if the address can't be used.
         """
         return redis.Redis(connection_pool=self._pool())
 
     def connect(self) -> BulkConnection:
-        """A connection that is open and let in. Raises one of REDIS_ERRORS."""
+        """Return an open, authenticated connection. Raises one of REDIS_ERRORS."""
         connection: Any = self._pool().make_connection()
         connection.connect()
         return BulkConnection(connection)
@@ -87,10 +90,11 @@ class RedisAddress:
 
 
 class BulkConnection:
-    """One connection for one thread; after any of REDIS_ERRORS but ResponseError, close it.
+    """A connection for bulk replies, for one thread. After any of REDIS_ERRORS but ResponseError,
+    close it.
 
-    redis-py connects, enters and parses small replies; big ones are read here, since its parser
-    copies them twice. `command` and `reply` must not be called while a bulk reply is open.
+    redis-py connects, authenticates and parses small replies; big ones are read here, since its
+    parser copies them twice. `command` and `reply` must not be called while a bulk reply is open.
     """
 
     def __init__(self, connection: Any) -> None:
@@ -107,8 +111,8 @@ class BulkConnection:
         return self.reply()
 
     def send(self, chunks: Iterable[Buffer]) -> None:
-        """Send packed commands, of which nothing is copied. In pieces, so that the timeout counts
-        silence: a slow link could never carry a long value.
+        """Send packed commands without copying them. In pieces, so that the timeout is for silence:
+        a slow network could never carry a long value within it.
         """
         for chunk in chunks:
             rest = memoryview(chunk)
@@ -116,30 +120,30 @@ class BulkConnection:
                 rest = rest[self._socket.send(rest[:PIECE_BYTES]) :]
 
     def reply(self) -> Any:
-        """The next reply. Raises redis.ResponseError where it is an error."""
+        """Return the next reply. Raises redis.ResponseError if it is an error."""
         return self._connection.read_response()
 
     def command_or_error(self, *words: Any) -> Any:
-        """The same, with an error's ResponseError as the reply."""
+        """Send one command and return its reply, or its ResponseError."""
         self._connection.send_command(*words)
         return self.reply_or_error()
 
     def reply_or_error(self) -> Any:
-        """The next reply, or its ResponseError."""
+        """Return the next reply, or its ResponseError."""
         try:
             return self.reply()
         except redis.ResponseError as error:
             return error
 
     def is_stale(self) -> bool:
-        """Whether the other side closed while nothing was asked of it."""
+        """Return whether the server closed the connection since the last reply."""
         try:
             return bool(self._connection.can_read())
         except REDIS_ERRORS:
             return True
 
     def open_bulk(self) -> int | None:
-        """Begin reading a bulk reply: its length in bytes, or None where there is no such key."""
+        """Begin reading a bulk reply; return its length in bytes, None if there is no such key."""
         line = self._read_line()
         if line[:1] == b"-":
             raise redis.ResponseError(line[1:].decode(errors="replace"))
@@ -150,7 +154,7 @@ class BulkConnection:
         return int(line[1:])
 
     def read_into(self, view: memoryview, on_bytes: Callable[[memoryview], None]) -> None:
-        """Fill a view of bytes with what comes next; `on_bytes` sees each stretch as it came."""
+        """Fill a view with the next bytes; `on_bytes` is called with each piece as it arrives."""
         position = 0
         while position < len(view):
             if self._ahead:
@@ -163,13 +167,13 @@ class BulkConnection:
             position += count
 
     def read(self, num_bytes: int) -> bytes:
-        """The next few bytes."""
+        """Read the next few bytes."""
         taken = bytearray(num_bytes)
         self.read_into(memoryview(taken), lambda _: None)
         return bytes(taken)
 
     def skip(self, num_bytes: int) -> None:
-        """Pass over bytes of a bulk reply that nobody wants."""
+        """Discard the next bytes of a bulk reply."""
         waste = memoryview(bytearray(min(num_bytes, 1 << 16)))
         while num_bytes > 0:
             count = min(num_bytes, len(waste))
@@ -177,12 +181,12 @@ class BulkConnection:
             num_bytes -= count
 
     def end_bulk(self) -> None:
-        """Read the line end behind a bulk reply."""
+        """Read the line end after a bulk reply."""
         if self.read(2) != b"\r\n":
             raise redis.InvalidResponse("a bulk reply doesn't end where it should")
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._connection.disconnect()
 
     def _read_line(self) -> bytes:
@@ -194,7 +198,7 @@ class BulkConnection:
             line += bytes(self._ahead[:end])
             self._ahead = self._ahead[end:]
             if len(line) > SCRATCH_BYTES:
-                raise redis.InvalidResponse("a line without an end")
+                raise redis.InvalidResponse("a line is too long")
         return line[:-2]
 
     def _receive(self, view: memoryview) -> int:
@@ -205,21 +209,21 @@ class BulkConnection:
 
 
 def reason_of(error: Exception) -> tuple[str, Exception | None]:
-    """What to tell a breaker: why a call failed and, where it wasn't for Redis, the bug itself."""
+    """Return why a call failed and, if Redis wasn't the reason, the bug, for `Breaker.failed`."""
     if isinstance(error, REDIS_ERRORS):
         return str(error), None
     return f"{type(error).__name__}: {error}", error
 
 
 def packed(words: Sequence[Buffer]) -> bytes:
-    """A command of short words, packed as one piece."""
+    """Pack a command of short words."""
     head = b"*%d\r\n" % len(words)
     return head + b"".join(b"$%d\r\n%s\r\n" % (len(word), bytes(word)) for word in words)
 
 
 @dataclass(frozen=True, slots=True)
 class _Password(redis.CredentialProvider):
-    """Reads the file at each connect: it may have another password by then."""
+    """Credentials from a file that is read at each connect: it may change meanwhile."""
 
     path: Path
     user: str | None
@@ -236,5 +240,5 @@ def _first_line(path: Path) -> str:
     try:
         return path.read_text().partition("\n")[0].rstrip("\r")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise ConfigError(f"store.password_file {path} can't be read: {reason}.") from None

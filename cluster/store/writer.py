@@ -1,110 +1,139 @@
-"""Write-behind: a thread of its own sends to Redis what waits in the queue."""
+"""Write-behind: a thread sends queued values to Redis."""
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import redis
 
 from cluster.store.breaker import Breaker
-from cluster.store.redis import REDIS_ERRORS, BulkConnection, RedisAddress, reason_of
+from cluster.store.redis import REDIS_ERRORS, reason_of
 from cluster.store.sender import Outcomes, Sender
-from cluster.store.write_queue import Removal, Value, WriteQueue
+from cluster.store.value import StoredValue
 
-IDLE_S = 0.25  # then a look at whether a reader has found the server gone
-RETRY_S = 5.0  # what refuses to store is asked again after this, then twice as long, and so on
+BATCH_BYTES = 16 << 20
+BATCH_VALUES = 64
+IDLE_S = 0.25  # without work: then a look at whether a reader has found the server gone
+RETRY_S = 5.0  # after a server refused to store; twice as long after each further refusal
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Of the server, as it says itself."""
+class Removal:
+    """Keys whose values are to be removed, those that were queued before included."""
 
-    used_bytes: int
-    max_bytes: int  # 0: no limit
+    tenant: str
+    keys: Sequence[bytes]
+    num_bytes: int = 0
+
+
+Entry: TypeAlias = StoredValue | Removal
 
 
 class Writer:
-    """The queue and its thread.
+    """The write queue and the thread that empties it, in order. Any thread may call.
 
-    `on_outcome(outcome, value)` is called once for each value that was put, `on_used(tenant,
-    bytes)` with what a tenant uses after a write, `on_memory` after each batch. A value
-    that is being sent when the connection breaks is lost; those that wait behind it are sent later.
-    Where the server refuses to store, values are given up for a while: all, or on a server that is
-    full those of tenants that can make no room.
+    A value that is being sent when the connection breaks is lost; those queued behind it are sent
+    later. While the server refuses to store, values are refused too: everybody's or, on a full
+    server, those of tenants that can evict none of their own.
     """
 
     def __init__(
         self,
-        address: RedisAddress,
-        fingerprint: bytes,
+        sender: Sender,
         reach: Breaker,
         *,
-        queue_bytes: int,
-        ttl_ms: int,
-        budget_of: Callable[[str], int],
-        on_outcome: Callable[[str, Value], None],
-        on_used: Callable[[str, int], None],
-        on_memory: Callable[[Memory], None],
+        max_queue_bytes: int,
+        on_outcome: Callable[[str, StoredValue], None],
     ) -> None:
-        self._address = address
-        self._sender = Sender(fingerprint, ttl_ms, budget_of, on_used)
+        """Start the thread.
+
+        Args:
+            sender: The connection for writing, from now on this thread's.
+            reach: Open while Redis is away.
+            max_queue_bytes: Payload bytes that may be queued or in flight.
+            on_outcome: Called once for each value that was put, with what became of it.
+        """
+        self._sender = sender
         self._reach = reach
-        self._writing = Breaker(f"Writing to the KV store at {address}", first_retry_s=RETRY_S)
-        self._writing_of: dict[str, Breaker] = {}  # tenants that found the server full
+        self._writing = Breaker(f"Writing to the KV store at {sender.address}", RETRY_S)
+        self._tenant_writing: dict[str, Breaker] = {}  # of tenants that found the server full
+        self._max_queue_bytes = max_queue_bytes
         self._on_outcome = on_outcome
-        self._on_memory = on_memory
-        self._queue = WriteQueue(queue_bytes)
-        self._connection: BulkConnection | None = None
+        self._changed = threading.Condition()
+        self._queue: deque[Entry] = deque()
+        self._queue_bytes = 0
+        self._num_put = self._num_settled = 0
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="kv-writer", daemon=True)
         self._thread.start()
 
     @property
     def queue_bytes(self) -> int:
-        """Bytes that wait or are being sent."""
-        return self._queue.num_bytes
+        """Bytes queued or in flight."""
+        return self._queue_bytes
 
     @property
     def is_writable(self) -> bool:
-        """Whether everybody may write."""
-        tenants = list(self._writing_of.values())
+        """True if every tenant may write."""
+        tenants = list(self._tenant_writing.values())
         return self._writing.is_closed and not any(breaker.retry_in_s for breaker in tenants)
 
     def refusal(self, tenant: str, num_bytes: int) -> str | None:
-        """The outcome that a value of this size would have at once, if it can't be taken."""
+        """Return the outcome with which a value of this size would be refused now; None if it
+        would be queued.
+        """
         if not self._reach.is_closed:
             return "unreachable"
         if self._is_refused(tenant):
             return "server_full"
-        if not self._queue.has_room(num_bytes):
+        if self._queue_bytes + num_bytes > self._max_queue_bytes:
             return "queue_full"
         return None
 
-    def put(self, value: Value) -> bool:
-        """Queue a value; False where there is no place for it."""
-        refusal = self.refusal(value.tenant, value.num_bytes)
-        if refusal is None and not self._queue.put(value):
-            refusal = "queue_full"
+    def put(self, value: StoredValue) -> bool:
+        """Queue a value; return False if it was refused."""
+        with self._changed:
+            refusal = self.refusal(value.tenant, value.num_bytes)
+            if refusal is None:
+                self._enqueue(value)
         if refusal is not None:
             self._on_outcome(refusal, value)
         return refusal is None
 
     def remove(self, tenant: str, keys: Sequence[bytes]) -> None:
-        """Queue the removal of these values, those that wait before it included."""
-        self._queue.put(Removal(tenant, keys))
+        """Queue the removal of values, those that are queued now included."""
+        with self._changed:
+            self._enqueue(Removal(tenant, keys))
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that was put before is written or given up; whether that came in time."""
-        return self._queue.flush(timeout_s)
+        """Wait until all that was put before is written or given up; return whether that came in
+        time.
+        """
+        with self._changed:
+            num_put = self._num_put
+            return self._changed.wait_for(lambda: self._num_settled >= num_put, timeout_s)
 
     def close(self) -> None:
-        """Give up what still waits."""
-        self._queue.close()
+        """End the thread and give up what is queued."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
         self._thread.join()
 
+    def _enqueue(self, entry: Entry) -> None:
+        self._queue.append(entry)
+        self._queue_bytes += entry.num_bytes
+        self._num_put += 1
+        self._changed.notify_all()
+
+    # The thread
+
     def _run(self) -> None:
-        batch: Removal | list[Value] | None = []
+        batch: Removal | list[StoredValue] | None = []
         while batch is not None:
             try:
                 if isinstance(batch, Removal):
@@ -112,71 +141,88 @@ class Writer:
                 elif batch:
                     self._write(batch)
                 else:
-                    self._probe()
-            except Exception as error:  # the thread's border: a bug would end all writing for good
-                self._hang_up()
+                    self._sender.probe()
+                    self._reach.succeeded()
+            except Exception as error:  # border: the thread; a bug would end all writing for good
+                self._sender.hang_up()
                 self._reach.failed(*reason_of(error))
             batch = self._next_batch()
-        self._hang_up()
+        self._sender.hang_up()
 
-    def _next_batch(self) -> Removal | list[Value] | None:
-        """What to do; no values when the server should be tried again; None at the end."""
-        while not self._queue.is_closed:
-            if (pause_s := self._reach.retry_in_s) > 0:
-                self._queue.rest(pause_s)
-            elif not self._reach.is_closed:
-                return []
-            elif batch := self._queue.take(IDLE_S):
-                return batch
+    def _next_batch(self) -> Removal | list[StoredValue] | None:
+        """Wait for work: a removal or values; no values to probe the server; None at the end."""
+        with self._changed:
+            while not self._is_closed:
+                if (pause_s := self._reach.retry_in_s) > 0:
+                    self._changed.wait_for(lambda: self._is_closed, pause_s)
+                elif not self._reach.is_closed:
+                    return []
+                elif self._queue:
+                    return self._take()
+                else:
+                    self._changed.wait_for(lambda: self._queue or self._is_closed, IDLE_S)
         return None
 
-    def _probe(self) -> None:
-        """See whether the server answers (again)."""
-        self._hang_up()
-        self._connected().command("PING")
-        self._look_at_memory()
-        self._reach.succeeded()
-
-    def _look_at_memory(self) -> None:
-        """Ask the server how full it is, if it lets us."""
-        answer = self._connected().command_or_error("INFO", "memory")
-        if isinstance(answer, bytes):
-            lines = [line.partition(b":") for line in answer.split(b"\r\n")]
-            info = {name: value for name, _, value in lines}
-            used, limit = info.get(b"used_memory", b"0"), info.get(b"maxmemory", b"0")
-            self._on_memory(Memory(int(used), int(limit)))
+    def _take(self) -> Removal | list[StoredValue]:
+        """Take the next removal, or the values before it that make a batch."""
+        batch: list[StoredValue] = []
+        num_bytes = 0
+        while self._queue and len(batch) < BATCH_VALUES and num_bytes < BATCH_BYTES:
+            entry = self._queue[0]
+            if isinstance(entry, Removal):
+                if batch:
+                    break
+                self._queue.popleft()
+                return entry
+            self._queue.popleft()
+            batch.append(entry)
+            num_bytes += entry.num_bytes
+        return batch
 
     def _remove(self, removal: Removal) -> None:
         try:
-            self._sender.remove(self._connected(), removal)
+            self._sender.remove(removal.tenant, removal.keys)
         except REDIS_ERRORS:
-            self._queue.put_back(removal)
+            with self._changed:  # it is next once more, and isn't settled
+                self._queue.appendleft(removal)
+                self._num_settled -= 1
             raise
         finally:
-            self._queue.settled([removal])
+            self._settle([removal])
 
-    def _write(self, batch: Sequence[Value]) -> None:
-        """Send a batch, but for values put just before the server refused their tenant."""
+    def _write(self, batch: Sequence[StoredValue]) -> None:
+        """Send a batch, except for values put just before the server refused their tenant."""
         outcomes = {
             value: "server_full" if self._is_refused(value.tenant) else "unreachable"
             for value in batch
         }
         try:
             if wanted := [value for value in batch if outcomes[value] == "unreachable"]:
-                self._send(wanted, outcomes)
-                self._look_at_memory()
+                self._note_refusals(wanted, outcomes, self._sender.send(wanted, outcomes))
+                self._sender.look_at_memory()
         finally:
-            self._settled(outcomes)
+            self._report(outcomes)
 
-    def _settled(self, outcomes: Outcomes) -> None:
+    def _report(self, outcomes: Outcomes) -> None:
         try:
             for value, outcome in outcomes.items():
                 self._on_outcome(outcome, value)
         finally:
-            self._queue.settled(list(outcomes))
+            self._settle(list(outcomes))
 
-    def _send(self, values: Sequence[Value], outcomes: Outcomes) -> None:
-        refusal = self._sender.send(self._connected(), values, outcomes)
+    def _settle(self, entries: Sequence[Entry]) -> None:
+        """Count entries that were taken as done or given up."""
+        with self._changed:
+            self._queue_bytes -= sum(entry.num_bytes for entry in entries)
+            self._num_settled += len(entries)
+            self._changed.notify_all()
+
+    def _note_refusals(
+        self,
+        values: Sequence[StoredValue],
+        outcomes: Outcomes,
+        refusal: redis.ResponseError | None,
+    ) -> None:
         if refusal is not None and not isinstance(refusal, redis.OutOfMemoryError):
             self._writing.failed(f"Redis refuses to store: {refusal}")
             return
@@ -184,29 +230,17 @@ class Writer:
         unable = {v.tenant for v in values if outcomes[v] == "server_full"} - able
         if able or unable:
             self._writing.succeeded()
-        for tenant in able & self._writing_of.keys():
-            self._writing_of[tenant].succeeded()
+        for tenant in able & self._tenant_writing.keys():
+            self._tenant_writing[tenant].succeeded()
         for tenant in unable:
             self._breaker_of(tenant).failed(f"Redis refuses to store: {refusal}")
 
     def _is_refused(self, tenant: str) -> bool:
-        breaker = self._writing_of.get(tenant)
+        breaker = self._tenant_writing.get(tenant)
         return self._writing.retry_in_s > 0 or (breaker is not None and breaker.retry_in_s > 0)
 
     def _breaker_of(self, tenant: str) -> Breaker:
-        if tenant not in self._writing_of:
-            what = f"Writing to the KV store at {self._address} for {tenant!r}"
-            self._writing_of[tenant] = Breaker(what, first_retry_s=RETRY_S)
-        return self._writing_of[tenant]
-
-    def _connected(self) -> BulkConnection:
-        if self._connection is not None and self._connection.is_stale():
-            self._hang_up()
-        if self._connection is None:
-            self._connection = self._address.connect()
-        return self._connection
-
-    def _hang_up(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
+        if tenant not in self._tenant_writing:
+            what = f"Writing to the KV store at {self._sender.address} for {tenant!r}"
+            self._tenant_writing[tenant] = Breaker(what, RETRY_S)
+        return self._tenant_writing[tenant]

@@ -22,7 +22,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import quote
 
-USE, LOOK = b"use", b"look"  # what LOOK_UP is for
+TOUCH, LOOK = b"touch", b"look"  # whether LOOK_UP counts as a use of the values
 OVERHEAD_BYTES = 512  # of Redis for one value: its key in four places, tables, rounding
 
 

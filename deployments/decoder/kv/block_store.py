@@ -18,7 +18,7 @@ from torch import Tensor
 from cluster.spec import AttentionKind
 from cluster.store.kv_store import KVStore, StoreStatus
 from deployments.decoder.kv.copies import BlockCopier
-from deployments.decoder.kv.fetches import Fetches, note_use
+from deployments.decoder.kv.fetches import Fetches, touch_values
 from deployments.decoder.kv.landing import Landing
 from deployments.decoder.kv.traces import BlockIds, KnownKeys, Trace
 from deployments.decoder.kv.values import GLOBAL, SLIDING, BlockRun, ValueLayout
@@ -90,7 +90,7 @@ class KVBlockStore:
             for run in self._layout.global_runs(start, stop):
                 self._put_global(request, trace, run)
             if start == 0:
-                note_use(self._store, request, self._layout.needed(0, stop))
+                touch_values(self._store, request, self._layout.needed(0, stop))
         self._put_sliding(request, trace, [b for b in blocks if b.kind is SLIDING])
 
     def discard(self, request: Request) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.spec import AttentionKind
 from cluster.store.kv_store import KVStore
-from cluster.store.reader import Lookup, Read
+from cluster.store.reader import PendingLookup, PendingRead
 from deployments.decoder.kv.copies import BlockCopier, as_bytes
 from deployments.decoder.kv.traces import KnownKeys
 from deployments.decoder.kv.values import BlockRun, ValueLayout
@@ -108,7 +108,7 @@ class Fetches:
         elif fetch.wanted is not None and fetch.read is not None and fetch.read.done():
             fetch.result = self._arrived(request, fetch.wanted, fetch.read.result())
         if fetch.result is None and time.monotonic() > fetch.give_up_at:
-            self._store.gave_up()
+            self._store.count_given_up()
             if fetch.read is not None:
                 fetch.read.cancel()
             fetch.result = NOTHING_FETCHED
@@ -158,7 +158,7 @@ class Fetches:
             (run.key(request.block_hashes), [as_bytes(fetch.rows(run))]) for run in fetch.wanted
         ]
         fetch.read = self._store.read(request.tenant, wanted)
-        note_use(self._store, request, fetch.wanted)
+        touch_values(self._store, request, fetch.wanted)
 
     def _allocate(self, fetch: _Fetch, wanted: Sequence[BlockRun]) -> None:
         for kind, copier in self._copiers.items():
@@ -182,11 +182,11 @@ class Fetches:
         return self._prefill_s(start * self._block_size, stop * self._block_size)
 
 
-def note_use(store: KVStore, request: Request, runs: Iterable[BlockRun]) -> None:
+def touch_values(store: KVStore, request: Request, runs: Iterable[BlockRun]) -> None:
     """Of a tenant's values those go first that nobody used for long: whoever needs the end of a
     prefix needs its beginning, and nobody the windows of earlier turns.
     """
-    store.look_up(request.tenant, [run.key(request.block_hashes) for run in runs], is_use=True)
+    store.look_up(request.tenant, [run.key(request.block_hashes) for run in runs], touch=True)
 
 
 @dataclass(slots=True)
@@ -199,12 +199,12 @@ class _Fetch:
     found: set[BlockRun]
     questions: Iterator[list[BlockRun]]  # still to be asked
     asked: dict[bytes, BlockRun] = field(default_factory=dict)  # the last one, by key
-    lookup: Lookup | None = None
+    lookup: PendingLookup | None = None
     give_up_at: float | None = None  # on time.monotonic's clock: by then it would be computed
     wanted: list[BlockRun] | None = None
     memory: dict[AttentionKind, Tensor] = field(default_factory=dict)  # rows of blocks
     first_block: dict[AttentionKind, int] = field(default_factory=dict)  # in the first row
-    read: Read | None = None
+    read: PendingRead | None = None
     result: Fetched | None = None
 
     def rows(self, run: BlockRun) -> Tensor:

@@ -37,7 +37,7 @@ def test_use_prolongs_a_life(address: RedisAddress, stores: Stores) -> None:
     put_all(store, KEYS[:2])
     end = time.monotonic() + 1.3
     while time.monotonic() < end:
-        store.look_up("t", KEYS[:1], is_use=True).result(5)
+        store.look_up("t", KEYS[:1], touch=True).result(5)
         store.look_up("t", KEYS[1:2]).result(5)
         time.sleep(0.1)
     assert store.look_up("t", KEYS[:2]).result(5) == [SIZE, None]
@@ -50,7 +50,7 @@ def test_the_budget_takes_the_oldest_used_of_its_tenant(
     put_all(store, KEYS[:3])
     put_all(store, KEYS[:3], tenant="other")
     time.sleep(0.005)  # the order of uses is kept by the millisecond
-    store.look_up("t", KEYS[:1], is_use=True).result(5)
+    store.look_up("t", KEYS[:1], touch=True).result(5)
     time.sleep(0.005)
     store.look_up("t", KEYS[:3]).result(5)
     put_all(store, KEYS[3:4])

@@ -15,7 +15,6 @@ from cluster.config import StoreConfig
 from cluster.metrics import Metrics
 from cluster.store.kv_store import KVStore
 from cluster.store.redis import RedisAddress
-from cluster.store.write_queue import Value
 from tests.support.store.redis_servers import redis_server, wait_until
 from tests.support.store.stores import (
     FINGERPRINT,
@@ -114,14 +113,15 @@ def test_a_full_queue_drops_and_counts(
 def test_flush_waits_only_for_what_was_put_before(
     address: RedisAddress, stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another tenant puts a value whenever one of its own is written: the queue is never empty."""
-    store, numbers = stores(address), itertools.count()
+    """Another tenant puts a value whenever one of its own is sent: the queue is never empty."""
+    numbers = itertools.count()
 
-    def put_another(outcome: str, value: Value) -> None:
-        if outcome == "written" and value.tenant == "other":
+    def budget_of(tenant: str) -> int:
+        if tenant == "other":
             store.put("other", b"%d" % next(numbers), [b"v"])
+        return 1 << 30
 
-    monkeypatch.setattr(store._writer, "_on_outcome", put_another)
+    store = stores(address, budget_of=budget_of)
     store.put("other", b"first", [b"v"])
     for key in KEYS:
         assert store.put("t", key, [payload(key)]) and store.flush(2)

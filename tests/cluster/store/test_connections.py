@@ -15,7 +15,7 @@ from cluster.errors import ConfigError
 from cluster.store.redis import RedisAddress
 from tests.support.store.redis_proxy import Cut, make_certificate
 from tests.support.store.redis_servers import redis_server, wait_until
-from tests.support.store.stores import KEYS, Stores, count, payload, put_all, read_all
+from tests.support.store.stores import KEYS, Stores, command, count, payload, put_all, read_all
 
 
 def test_passwords(tmp_path: Path, stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
@@ -41,17 +41,18 @@ def test_a_new_password_holds_for_the_next_connection(tmp_path: Path, stores: St
     secret.write_text("old\nand more\n")
     with redis_server(tmp_path, "--requirepass", "old") as address:
         socket_path = address.url.removeprefix("unix://")
-        admin = RedisAddress(f"unix://:old@{socket_path}").client()
-        admin.execute_command("ACL", "SETUSER", "me", "on", "allkeys", "+@all", ">old")
+        admin = RedisAddress(f"unix://:old@{socket_path}")
+        command(admin, "ACL", "SETUSER", "me", "on", "allkeys", "+@all", ">old")
         for url in (address.url, f"unix://me@{socket_path}"):
             secret.write_text("old\nand more\n")
             store = stores(RedisAddress(url, secret), connections=1)
             client = RedisAddress(url, secret).client()
             put_all(store, KEYS[:2])
             assert client.ping() and read_all(store, KEYS[:1]) == [payload(KEYS[0])]
-            admin.config_set("requirepass", "new")
-            admin.execute_command("ACL", "SETUSER", "me", "resetpass", ">new")
-            admin.client_kill_filter(_type="normal", skipme=True)
+            command(admin, "CONFIG", "SET", "requirepass", "new")
+            admin = RedisAddress(f"unix://:new@{socket_path}")
+            command(admin, "ACL", "SETUSER", "me", "resetpass", ">new")
+            command(admin, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
             secret.unlink()
             with pytest.raises(redis.AuthenticationError, match="can't be read"):
                 client.ping()
@@ -59,8 +60,9 @@ def test_a_new_password_holds_for_the_next_connection(tmp_path: Path, stores: St
             assert client.ping() and read_all(store, KEYS[:1]) == [payload(KEYS[0])]
             put_all(store, KEYS[1:2])
             assert store.is_up
-            admin.config_set("requirepass", "old")
-            admin.execute_command("ACL", "SETUSER", "me", "resetpass", ">old")
+            command(admin, "CONFIG", "SET", "requirepass", "old")
+            admin = RedisAddress(f"unix://:old@{socket_path}")
+            command(admin, "ACL", "SETUSER", "me", "resetpass", ">old")
 
 
 def test_logs_show_no_password() -> None:

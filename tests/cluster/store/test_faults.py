@@ -10,8 +10,10 @@ import pytest
 import redis
 from prometheus_client import CollectorRegistry
 
+from cluster.metrics import Metrics
 from cluster.store.redis import RedisAddress
 from cluster.store.scripts import value_name
+from cluster.store.sender import Sender
 from cluster.store.value import HEADER_BYTES
 from tests.support.store.redis_proxy import Cut
 from tests.support.store.redis_servers import redis_server, wait_until
@@ -30,10 +32,16 @@ from tests.support.store.stores import (
 
 def damage(address: RedisAddress, how: str) -> None:
     name, client = value_name("t", KEYS[0]), address.client()
+
+    def stored(tenant: str, key: bytes) -> bytes:
+        value = client.get(value_name(tenant, key))
+        assert isinstance(value, bytes)
+        return value
+
     if how == "a byte of the payload":
         client.setrange(name, HEADER_BYTES + 777, b"\x00")
     elif how == "a byte of the checksum":
-        client.setrange(name, HEADER_BYTES - 1, bytes([client.getrange(name, 47, 47)[0] ^ 1]))
+        client.setrange(name, HEADER_BYTES - 1, bytes([stored("t", KEYS[0])[47] ^ 1]))
     elif how == "no magic":
         client.setrange(name, 0, b"XXXX")
     elif how == "appended":
@@ -43,9 +51,9 @@ def damage(address: RedisAddress, how: str) -> None:
     elif how == "shorter than a header":
         client.set(name, b"BRKV")
     elif how == "of another key":
-        client.set(name, client.get(value_name("t", KEYS[1])))
+        client.set(name, stored("t", KEYS[1]))
     elif how == "of another tenant":
-        client.set(name, client.get(value_name("other", KEYS[0])))
+        client.set(name, stored("other", KEYS[0]))
     elif how == "another version":
         client.setrange(name, 4, b"\x63\x00")
     else:
@@ -146,10 +154,11 @@ def test_a_server_that_dies_mid_read(tmp_path: Path, stores: Stores) -> None:
         wait_until(lambda: store.is_up)
 
 
-@pytest.mark.parametrize("where", ["_send", "_look_at_memory", "_on_outcome"])
+@pytest.mark.parametrize("where", ["send", "look_at_memory", "outcome"])
 def test_a_bug_in_the_writer_is_told_once_and_writing_goes_on(
     address: RedisAddress,
     stores: Stores,
+    metrics: Metrics,
     registry: CollectorRegistry,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -158,10 +167,13 @@ def test_a_bug_in_the_writer_is_told_once_and_writing_goes_on(
     store = stores(address)
     put_all(store, KEYS[:1])
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(store._writer, where, broken)
+        if where == "outcome":
+            patch.setattr(metrics, "kv_store_writes_total", broken)
+        else:
+            patch.setattr(Sender, where, broken)
         assert store.put("t", KEYS[1], [payload(KEYS[1])]) and store.flush(5)
         wait_until(lambda: caplog.records)
-        if where == "_send":
+        if where == "send":
             assert store.take_lost() == [("t", KEYS[1])]
             assert count(registry, "writes", "unreachable") == 1
         time.sleep(0.5)  # within which the server is tried again
@@ -185,7 +197,7 @@ def test_a_bug_in_a_reader_is_told_once_and_reading_goes_on(
         patch.setattr("cluster.store.reader.parse_header", broken)
         assert read_all(store) == [None] * len(KEYS)
         wait_until(lambda: len(caplog.records) == 2)  # broken, and works again
-        patch.setattr(store._reader, "_look_up", broken)
+        patch.setattr("cluster.store.reader.tenant_prefix", broken)
         assert store.look_up("t", KEYS).result(5) == [None] * len(KEYS)
         wait_until(lambda: len(caplog.records) == 4)
     assert count(registry, "reads", "unreachable") == len(KEYS)

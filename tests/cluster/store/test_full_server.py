@@ -98,14 +98,14 @@ def test_a_server_that_refuses_all_is_left_alone_by_all(
         assert not store.takes("one", 1) and not store.takes("other", 1)
         assert count(registry, "writes", "server_full") == 1
         assert gauge(registry, "writable") == 0
-        assert store.look_up("one", KEYS, is_use=True).result(5) == [None] * len(KEYS)
+        assert store.look_up("one", KEYS, touch=True).result(5) == [None] * len(KEYS)
         assert store.is_up, "it still can be read"
 
 
 def test_on_a_full_server_the_queue_is_given_up(
     tmp_path: Path, stores: Stores, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.store.write_queue.BATCH_VALUES", 1)
+    monkeypatch.setattr("cluster.store.writer.BATCH_VALUES", 1)
     with redis_server(tmp_path, "--maxmemory", "1") as address:
         store = stores(address)
         pause(address, 0.4)

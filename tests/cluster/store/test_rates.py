@@ -61,13 +61,13 @@ def test_a_cancelled_read_tells_the_rate_too(
     store = stores(address, connections=1)
     put_all(store)
     read_all(store, KEYS[:1])  # so that it is connected before the server pauses
-    monkeypatch.setattr("cluster.store.rates.LEAST_BYTES", 1)
+    monkeypatch.setattr("cluster.store.rates.MIN_READ_BYTES", 1)
     pause(address, 1.0)
     read = store.read("t", [(key, [bytearray(SIZE)]) for key in KEYS])
-    wait_until(lambda: read._num_under_way)
+    wait_until(lambda: read.num_in_flight)
     read.cancel()
     came = read.result(5)
-    assert 0 < sum(came) < len(KEYS), "what was under way still comes"
+    assert 0 < sum(came) < len(KEYS), "what was in flight still comes"
     wait_until(lambda: store.rates.read_bytes_per_s)
 
 
@@ -89,7 +89,7 @@ def test_decisions_rest_on_what_reads_reached(
 
 def test_a_breaker_backs_off_and_tries_again() -> None:
     now, changes = [0.0], list[bool]()
-    breaker = Breaker("It", changes.append, first_retry_s=1.0, clock=lambda: now[0])
+    breaker = Breaker("It", first_retry_s=1.0, on_change=changes.append, clock=lambda: now[0])
     breaker.failed("broken")
     breaker.failed("broken")  # one that began before
     assert not breaker.is_closed and breaker.retry_in_s == 1.0

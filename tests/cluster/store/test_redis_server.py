@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -59,7 +60,7 @@ def test_a_killed_server_is_started_again_with_its_data(tmp_path: Path) -> None:
         assert killed is not None
         (tmp_path / "temp-rewriteaof-1.aof").write_text("half")
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: server.pid not in (None, killed) and server._answers())
+        wait_until(lambda: server.pid not in (None, killed) and server.answers())
         assert server.address.client().get("key") == b"value"
         assert not list(tmp_path.glob("temp-*")), "what the killed one left"
 
@@ -68,18 +69,18 @@ def test_where_it_can_not_be_started_again_at_once_that_is_tried_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with RedisServer(tmp_path, MAX_BYTES) as server, caplog.at_level(logging.WARNING):
-        start, killed = server._start, server.pid
+        start, killed = subprocess.Popen, server.pid
         failures = [OSError("no processes left"), OSError("no files left")]
 
-        def start_later() -> subprocess.Popen[bytes]:
+        def start_later(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
             if failures:
                 raise failures.pop()
-            return start()
+            return start(*args, **options)
 
-        monkeypatch.setattr(server, "_start", start_later)
+        monkeypatch.setattr("cluster.store.redis_server.subprocess.Popen", start_later)
         assert killed is not None
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: server.pid not in (None, killed) and server._answers())
+        wait_until(lambda: server.pid not in (None, killed) and server.answers())
     assert not failures and "couldn't be started (no processes left)" in caplog.text
 
 
@@ -132,7 +133,7 @@ def test_it_outlives_the_thread_that_made_it(tmp_path: Path) -> None:
 def test_two_servers_never_share_a_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.store.redis_server.LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr("cluster.store.redis_server.LOCK_TIMEOUT_S", 0.2)
     with RedisServer(tmp_path, MAX_BYTES) as server:
         with pytest.raises(Unavailable, match="Another Redis server uses this directory"):
             RedisServer(tmp_path, MAX_BYTES)

@@ -13,16 +13,7 @@ from cluster.tenants.admission import OpenAdmission
 from cluster.tenants.keys import new_key, split_key
 from cluster.tenants.quota import Quota, TokenBucket
 from cluster.tenants.tenancy import Tenant
-
-
-class Clock:
-    """Time that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -31,7 +32,7 @@ from cluster.tenants.directory import TENANTS, TenantDirectory, eviction_policy
 from cluster.tenants.keys import new_key
 from cluster.tenants.sessions import Sessions
 from cluster.tenants.tenancy import Tenant
-from tests.cluster.tenants.test_keys import Clock
+from tests.support.clock import Clock
 from tests.support.store.redis_servers import redis_server, wait_until
 
 LOCAL_KEY, LOCAL = new_key(0.0)
@@ -344,18 +345,18 @@ def test_a_session_that_is_kept_while_its_tenant_goes_goes_too(
 ) -> None:
     tenants.create(Tenant("ann"))
     with sessions_of_a_late_gateway(address, monkeypatch) as sessions, address.client() as client:
-        remove, num_removed = tenants._remove_values, 0
+        scan, num_scans = redis.Redis.scan_iter, 0
 
-        def remove_and_keep(name: str) -> None:
-            nonlocal num_removed
-            remove(name)
-            num_removed += 1
-            if num_removed == 1:
+        def scan_and_keep(self: redis.Redis, **options: Any) -> Iterator[Any]:
+            nonlocal num_scans
+            yield from scan(self, **options)
+            num_scans += 1
+            if num_scans == 1:
                 keep(sessions)
 
-        monkeypatch.setattr(tenants, "_remove_values", remove_and_keep)
+        monkeypatch.setattr(redis.Redis, "scan_iter", scan_and_keep)
         tenants.delete("ann")
-        assert num_removed == 2 and client.keys("briolette:{ann}*") == []
+        assert num_scans == 2 and client.keys("briolette:{ann}*") == []
 
 
 def test_a_deletion_that_breaks_off_can_be_asked_for_again(
@@ -364,21 +365,21 @@ def test_a_deletion_that_breaks_off_can_be_asked_for_again(
     tenants.create(Tenant("ann"))
     with sessions_of_a_late_gateway(address, monkeypatch) as sessions, address.client() as client:
         keep(sessions, "default")
-        remove, num_asked = tenants._remove_values, 0
+        scan, num_scans = redis.Redis.scan_iter, 0
 
-        def remove_once(name: str) -> None:
-            nonlocal num_asked
-            num_asked += 1
-            if num_asked > 1:
+        def scan_once(self: redis.Redis, **options: Any) -> Iterator[Any]:
+            nonlocal num_scans
+            num_scans += 1
+            if num_scans > 1:
                 raise redis.ConnectionError("gone")
-            remove(name)
+            yield from scan(self, **options)
             keep(sessions)
 
-        monkeypatch.setattr(tenants, "_remove_values", remove_once)
+        monkeypatch.setattr(redis.Redis, "scan_iter", scan_once)
         with pytest.raises(Unavailable):
             tenants.delete("ann")
         assert client.keys("briolette:{ann}*")
-        monkeypatch.setattr(tenants, "_remove_values", remove)
+        monkeypatch.setattr(redis.Redis, "scan_iter", scan)
         for name in ("ann", "default"):
             with pytest.raises(UnknownTenant, match=name):
                 tenants.delete(name)
@@ -457,10 +458,11 @@ def test_what_redis_lost_last_is_put_back(address: RedisAddress, admission: KeyA
 
 
 def test_a_change_right_after_a_loss_first_puts_back_what_was_lost(
-    address: RedisAddress, admission: KeyAdmission
+    address: RedisAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the next look, which is a matter of luck."""
-    with admission.tenants._refreshing, address.client() as client:
+    monkeypatch.setattr("cluster.tenants.followed.POLL_S", 60.0)
+    with admitting(address) as admission, address.client() as client:
         tenants = admission.tenants.directory
         key = tenants.create(ANN)
         client.flushall()
@@ -471,9 +473,9 @@ def test_a_change_right_after_a_loss_first_puts_back_what_was_lost(
         tenants.update("ann", lambda tenant: replace(tenant, is_disabled=True))
         client.restore(TENANTS, 0, before, replace=True)  # without its last change
         tenants.create(Tenant("cat"))
-    admission.tenants.refresh()
-    assert set(admission.tenants.snapshot.records) == {"ann", "bob", "cat"}
-    assert isinstance(refusal(admission, key), PermissionDenied)
+        admission.tenants.refresh()
+        assert set(admission.tenants.snapshot.records) == {"ann", "bob", "cat"}
+        assert isinstance(refusal(admission, key), PermissionDenied)
 
 
 def test_a_loss_in_the_middle_of_a_change_is_put_back_too(
@@ -495,21 +497,23 @@ def test_a_loss_in_the_middle_of_a_change_is_put_back_too(
 
 def test_other_tenants_at_the_same_version_are_seen_and_those_before_are_kept(
     address: RedisAddress,
-    admission: KeyAdmission,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Changed elsewhere, by one who had not seen what Redis then lost."""
-    first = admission.tenants.directory.create(ANN)
-    admission.tenants.refresh()
-    with admission.tenants._refreshing, address.client() as client:
+    """Changed elsewhere, by a process that had not seen what Redis then lost."""
+    monkeypatch.setattr("cluster.tenants.followed.POLL_S", 60.0)
+    with admitting(address) as admission, address.client() as client:
+        first = admission.tenants.directory.create(ANN)
+        admission.tenants.refresh()
         client.flushall()
         other = TenantDirectory(address)
         other.create(Tenant("bob"))
         other.close()
         client.hset(TENANTS, "=lineage", admission.tenants.snapshot.lineage)
-    admission.tenants.refresh()
-    assert set(admission.tenants.snapshot.records) == {"bob"} and not is_let_in(admission, first)
+        admission.tenants.refresh()
+        assert set(admission.tenants.snapshot.records) == {"bob"}
+        assert not is_let_in(admission, first)
     assert "the 1 that were known until now are in" in caplog.text
     assert "ann" in (tmp_path / "tenants.json.bak").read_text()
 
@@ -520,8 +524,8 @@ def test_another_clusters_redis_is_taken_as_it_is(tmp_path: Path) -> None:
     with redis_server(tmp_path / "old") as address, admitting(address) as admission:
         tenants = TenantDirectory(address)
         key = tenants.create(ANN)
-        for weight in (1.0, 2.0, 3.0):
-            tenants.update("ann", lambda tenant, weight=weight: replace(tenant, weight=weight))
+        for _ in range(3):
+            tenants.update("ann", lambda tenant: replace(tenant, weight=tenant.weight + 1))
         admission.tenants.refresh()
     (tmp_path / "old" / "tenants.json").rename(tmp_path / "new" / "tenants.json")
     with redis_server(tmp_path / "new") as address:

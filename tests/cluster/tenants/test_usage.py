@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx2 as httpx
 import pytest
+from redis.client import Pipeline
 from rich.console import Console
 
 from cluster.errors import InvalidRequest, PermissionDenied, Unavailable
 from cluster.store.redis import RedisAddress
-from cluster.tenants import usage
 from cluster.tenants.admission import OpenLease
 from cluster.tenants.tenancy import Tenant
 from cluster.tenants.usage import KEPT_S, UsageBooks, Used, today
@@ -89,7 +90,7 @@ def test_counting_without_redis_is_in_memory() -> None:
 
 
 def test_an_outage_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "FLUSH_S", 0.05)
+    monkeypatch.setattr("cluster.tenants.usage.FLUSH_S", 0.05)
     with redis_server(tmp_path) as address:
         books = UsageBooks(address)
         books.count("ann", REQUEST, DAY)
@@ -108,25 +109,25 @@ def test_an_outage_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_batch_whose_answer_got_lost_counts_once(
     address: RedisAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    books, write = UsageBooks(address), UsageBooks._write
+    books, execute = UsageBooks(address), Pipeline.execute
 
-    def written_but_not_answered(self: UsageBooks, batch: usage._Books) -> None:
-        write(self, batch)
+    def execute_without_answer(self: Pipeline, raise_on_error: bool = True) -> Any:
+        execute(self, raise_on_error)
         raise OSError("the connection broke")
 
-    monkeypatch.setattr(UsageBooks, "_write", written_but_not_answered)
+    monkeypatch.setattr(Pipeline, "execute", execute_without_answer)
     books.count("ann", REQUEST, DAY)
     for _ in range(2):
         with pytest.raises(Unavailable):
             books.flush()
     books.count("ann", REQUEST, DAY)  # meanwhile: another batch
-    monkeypatch.setattr(UsageBooks, "_write", write)
+    monkeypatch.setattr(Pipeline, "execute", execute)
     assert rows(books) == [(DAY, "ann", times(2))]
     books.close()
 
 
 def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "MAX_WAITING", 3)
+    monkeypatch.setattr("cluster.tenants.usage.MAX_WAITING", 3)
     books = UsageBooks(None)
     for i in range(5):
         books.count("ann", REQUEST, DAY + timedelta(days=i))
@@ -238,9 +239,10 @@ def test_late_and_failed_requests_count(
 def test_a_part_that_stops_counts_what_it_cuts_short(part: str) -> None:
     decoder, tokenizer, http = Decoder(make_tokenizer()), make_tokenizer(), httpx.Client()
     decoder.runner.step_s = 0.02
-    with running_gateway(tokenizer, decoder.find) as gateway:
+    books = UsageBooks(None)
+    with running_gateway(tokenizer, decoder.find, usage=books) as gateway:
         wait_for(lambda: serving(gateway))
-        books, channel = gateway._usage._books, grpc.insecure_channel(f"127.0.0.1:{gateway.port}")
+        channel = grpc.insecure_channel(f"127.0.0.1:{gateway.port}")
         over_grpc = InferenceStub(channel).Complete(complete("abc", max_tokens=400))
         body = {"prompt": "abcde", "max_tokens": 400, "stream": True}
         request = http.build_request("POST", f"{gateway.base_url}/completions", json=body)

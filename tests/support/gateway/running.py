@@ -19,6 +19,7 @@ from cluster.links.connect import Endpoint
 from cluster.metrics import Metrics
 from cluster.tenants.admission import Admission, OpenAdmission
 from cluster.tenants.sessions import Sessions
+from cluster.tenants.usage import UsageBooks
 from deployments.gateway.gateway import Gateway, GatewayParts
 from engine.text.tokenizer import Tokenizer
 from tests.support.gateway.fake_decoder import SECRET
@@ -33,6 +34,7 @@ def running_gateway(
     admission: Admission | None = None,
     local_socket: Path | None = None,
     log_dir: Path | None = None,
+    usage: UsageBooks | None = None,
     **config: Any,
 ) -> Iterator[Gateway]:
     """A gateway on a free port, on an asyncio loop in a thread."""
@@ -52,6 +54,7 @@ def running_gateway(
             sessions=kept,
             log_dir=log_dir,
             local_socket=local_socket,
+            usage=usage or UsageBooks(None),
         )
         gateway = Gateway(settings, parts)
         await gateway.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -10,6 +11,7 @@ from cluster.config import StoreConfig
 from cluster.metrics import Metrics
 from cluster.spec import AttentionKind
 from cluster.store.kv_store import KVStore
+from cluster.store.reader import PendingLookup
 from cluster.store.redis import RedisAddress
 from cluster.store.scripts import tenant_prefix
 from deployments.decoder.kv.block_store import KVBlockStore, kv_tensors
@@ -31,6 +33,17 @@ TEXT = make_texts(160)[0]  # of 150 tokens
 PROMPT = TEXT[:101]  # can be resumed after 25 blocks
 
 
+class RecordingStore(KVStore):
+    """A store that tells its last look-up."""
+
+    last_lookup: PendingLookup | None = None
+
+    def look_up(self, tenant: str, keys: Sequence[bytes], *, touch: bool = False) -> PendingLookup:
+        lookup = super().look_up(tenant, keys, touch=touch)
+        self.last_lookup = self.last_lookup if touch else lookup
+        return lookup
+
+
 class Deployment:
     """Engines that come and go on one model, before one Redis."""
 
@@ -38,7 +51,9 @@ class Deployment:
         self.subject = subject
         self.registry = CollectorRegistry()
         config = {"timeout_s": address.timeout_s, **config}
-        self.kv_store = KVStore(address, b"m", "m", Metrics(self.registry), StoreConfig(**config))
+        self.kv_store = RecordingStore(
+            address, b"m", "m", Metrics(self.registry), StoreConfig(**config)
+        )
         self.redis = address.client()
         self.alone = EngineCore(self.runner(), KV, spec_limits=self.limits)
         self.prefill_rate: float | None = None
@@ -94,9 +109,9 @@ class Deployment:
         self.alone.add(request_id="alone", prompt_ids=prompt, sampling=GREEDY)
         return tokens_of(drain(self.alone)["alone"])
 
-    def look_up(self, request: Request) -> None:
-        """Until Redis has said what it has."""
-        lookup = self.blocks._fetches._fetches[request].lookup
+    def wait_for_lookup(self) -> None:
+        """Wait until Redis has answered the last look-up."""
+        lookup = self.kv_store.last_lookup
         assert lookup is not None
         wait_until(lookup.done)
 

@@ -28,14 +28,22 @@ def registry() -> CollectorRegistry:
 
 
 @pytest.fixture
-def stores(registry: CollectorRegistry) -> Iterator[Stores]:
-    metrics = Metrics(registry)
+def metrics(registry: CollectorRegistry) -> Metrics:
+    return Metrics(registry)
+
+
+@pytest.fixture
+def stores(metrics: Metrics) -> Iterator[Stores]:
     with ExitStack() as stack:
 
-        def make(address: RedisAddress, fingerprint: bytes = FINGERPRINT, **config: Any) -> KVStore:
-            return stack.enter_context(
-                KVStore(address, fingerprint, "m", metrics, StoreConfig(**config))
-            )
+        def make(
+            address: RedisAddress,
+            fingerprint: bytes = FINGERPRINT,
+            budget_of: Callable[[str], int] | None = None,
+            **config: Any,
+        ) -> KVStore:
+            store = KVStore(address, fingerprint, "m", metrics, StoreConfig(**config), budget_of)
+            return stack.enter_context(store)
 
         yield make
 

@@ -42,9 +42,13 @@ def count(registry: CollectorRegistry, kind: str, outcome: str) -> float:
     return registry.get_sample_value(name, {"model": "m", "outcome": outcome}) or 0.0
 
 
-def pause(address: RedisAddress, seconds: float) -> None:
+def command(address: RedisAddress, *words: object) -> None:
     with address.client() as client:
-        client.execute_command("CLIENT", "PAUSE", round(seconds * 500), "ALL")
+        client.execute_command(*words)
+
+
+def pause(address: RedisAddress, seconds: float) -> None:
+    command(address, "CLIENT", "PAUSE", round(seconds * 500), "ALL")
 
 
 def booked(address: RedisAddress, tenant: str = "t") -> int:

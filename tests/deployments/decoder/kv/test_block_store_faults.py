@@ -39,7 +39,7 @@ def test_damaged_and_missing_values_are_computed(
 
     deployment.start()
     request = deployment.add(PROMPT)
-    deployment.look_up(request)
+    deployment.wait_for_lookup()
     deployment.redis.flushall()
     assert deployment.finish(request) == 0
     assert deployment.count("reads", outcome="missing") > 0
@@ -52,7 +52,7 @@ def test_redis_dies_between_its_promise_and_the_values(
     deployment.ask(PROMPT)
     deployment.start()
     request = deployment.add(PROMPT)
-    deployment.look_up(request)
+    deployment.wait_for_lookup()
     deployment.redis.shutdown(nosave=True)
     assert deployment.finish(request) == 0
     assert deployment.count("reads", outcome="unreachable") > 0

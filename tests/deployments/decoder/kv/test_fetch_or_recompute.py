@@ -10,6 +10,7 @@ import pytest
 from cluster.store.rates import RateMeter, Rates
 from cluster.store.redis import RedisAddress
 from tests.support.store.engines import GREEDY, PROMPT, Deployment
+from tests.support.store.stores import pause
 
 
 def test_a_slow_link_makes_it_compute(
@@ -36,7 +37,7 @@ def test_a_read_that_lasts_longer_than_computing_is_given_up(
     deployment.prefill_rate = 500.0
     deployment.start()
     request = deployment.add(PROMPT)
-    deployment.redis.execute_command("CLIENT", "PAUSE", 900, "ALL")
+    pause(address, 1.8)
     started_s = time.monotonic()
     assert deployment.finish(request) in (0, 100)
     assert time.monotonic() - started_s < 0.9
