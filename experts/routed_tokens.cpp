@@ -1,4 +1,4 @@
-// What a decoder does with each layer's choices of experts, on the CPU. experts/choices.py calls it.
+// What a decoder does with each layer's choices of experts, on the CPU. experts/routed_tokens.py calls it.
 //
 // It stands on the path of every layer, beside hosts that wait, so it passes over the choices once
 // for each question instead of building them up from many small array operations.
