@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cluster.spec import AttentionKind
 from engine.cache.kv_cache import KVCache
+from engine.cache.kv_cache_group import cdiv
 from engine.scheduling.scheduler_output import SchedulerOutput
 from engine.spans import Overlay, overlays
 
@@ -73,7 +74,7 @@ def build_batch(output: SchedulerOutput, kv: KVCache) -> Batch:
 
     block_idx, offset = np.divmod(positions, kv.block_size)
     token_rows = np.repeat(rows, query_lens)
-    max_blocks = -(-int(seq_lens.max()) // kv.block_size)
+    max_blocks = cdiv(int(seq_lens.max()), kv.block_size)
     samples = np.array([s.samples for s in scheduled])
     return Batch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),

@@ -234,7 +234,7 @@ class EngineCore:
         """Return for each of the tenant's sessions how many of its first tokens are cached."""
         return {
             owner[1]: num_blocks * self.kv.block_size
-            for owner, num_blocks in self.kv.index.kept_blocks().items()
+            for owner, num_blocks in self.kv.index.resumable_blocks().items()
             if owner is not None and owner[0] == tenant
         }
 

@@ -1,4 +1,4 @@
-"""Block hashes: each names the content of a block and of all blocks before it."""
+"""Block hashes: names of the content of a block and of all blocks before it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ HASH_BYTES = 20  # finding two prompts with one hash takes some 2**80 tries
 
 
 def tenant_salt(tenant: str, shared_tenants: Collection[str] = ()) -> bytes:
-    """What keeps a tenant's hashes apart; the same for all that have opted in to sharing."""
+    """Return what sets a tenant's hashes apart; tenants that share prefixes have one salt."""
     return b"shared" if tenant in shared_tenants else b"tenant " + tenant.encode()
 
 
 def block_hash(parent: bytes, token_bytes: bytes, media: bytes = b"") -> bytes:
-    """Names a block and everything before it. `media` names its images and audio."""
+    """Hash a block and everything before it.
+
+    Args:
+        parent: The hash of the block before it.
+        token_bytes: Its token ids, 4 bytes each, little-endian.
+        media: Names its images and audio (`media_digests`).
+
+    Returns:
+        HASH_BYTES bytes.
+    """
     return blake2b(parent + token_bytes + media, digest_size=HASH_BYTES).digest()
 
 
@@ -28,7 +37,7 @@ class BlockHasher:
     """Hashes the blocks of requests, each once.
 
     `fingerprint` names all that the bits of keys and values depend on beside the tokens: weights,
-    dtype, the layout of a row.
+    dtype, the KV layout.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The protocol of a slower tier of KV blocks, and the one that holds none."""
+"""BlockStore: the protocol of a slower tier of KV blocks, and NullBlockStore, which holds none."""
 
 from __future__ import annotations
 
@@ -19,43 +19,47 @@ class StoredBlock(NamedTuple):
 
 
 class BlockStore(Protocol):
-    """Where blocks outlive the pools. It is given the runner's KV tensors when it is made.
+    """A slower tier in which blocks outlive the pools; its maker gives it the runner's KV tensors.
 
-    All methods are called between steps, from the thread that computes them: none may wait for a
-    network or a disk, and none may raise for what happens there. A store that lost something
-    answers that it has nothing, and the request is computed.
+    All methods are called between steps, in the thread that computes them: none may wait for a
+    network or a disk, or raise an error of theirs. A store that lost something answers that it has
+    nothing, and the tokens are computed.
     """
 
     def fetch(self, request: Request, num_cached_tokens: int) -> bool:
-        """A request arrived; its block_hashes are those of all its full blocks, and it could
-        resume after `num_cached_tokens` without the store. True: blocks are on their way, let it
-        wait; False: start it without them.
+        """Begin to fetch the blocks of a request; True if it shall wait for them.
+
+        Its `block_hashes` are those of all its full blocks, and without the store it could resume
+        after `num_cached_tokens`.
         """
 
     def fetched(self, request: Request) -> Fetched | None:
-        """Hashes, by kind, of the blocks that are here for `load`; none if there is nothing for
-        the request, None while they are on their way.
+        """Return the hashes, by kind, of the blocks that `load` can fill now.
+
+        Empty if the store has nothing for the request; None while its blocks are being fetched.
         """
 
     def load(self, request: Request, blocks: Sequence[StoredBlock]) -> bool:
-        """Fill blocks, all of them fetched; false if that failed and their content is undefined."""
+        """Fill blocks, all of them fetched; False if that failed and their content is undefined."""
 
     def release(self, request: Request) -> None:
-        """The request was started or has ended: what was fetched for it, or still is on its way,
-        isn't needed. Also called for requests that never fetched.
+        """Drop what was or is being fetched for a request, which has started or ended.
+
+        Also called for requests that never fetched.
         """
 
     def save(self, request: Request, blocks: Sequence[StoredBlock]) -> None:
-        """Blocks that became full, and the windows of checkpoints, some of them saved before. They
-        may be overwritten after this returns: copy them, or order the copy before later steps.
+        """Save blocks that became full, and the windows of checkpoints, some of them saved before.
+
+        They may be overwritten after this returns: copy them, or order the copy before later steps.
         """
 
     def discard(self, request: Request) -> None:
-        """What the request has read or computed can't be trusted: keep nothing of it."""
+        """Remove everything that the request has read or computed, which can't be trusted."""
 
 
 class NullBlockStore:
-    """Holds no blocks."""
+    """A store without blocks."""
 
     def fetch(self, request: Request, num_cached_tokens: int) -> bool:
         return False

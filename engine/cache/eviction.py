@@ -1,4 +1,4 @@
-"""Which kept checkpoint goes first: the policy, and the queue that follows it."""
+"""Eviction: the priority of a checkpoint, and the queue that evicts the lowest first."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ T = TypeVar("T")
 
 
 def eviction_priority(last_used: float, num_blocks_saved: int, num_bytes: int) -> float:
-    """What goes first has the lowest: GreedyDual-Size (Cao and Irani, 1997).
+    """Return a checkpoint's priority; the lowest is evicted first.
 
-    A checkpoint is worth the blocks that need not be computed again, per byte that goes with it.
-    One with which nothing goes, because others keep its whole window, is worth nothing: requests
-    can resume there without it. The clock, which stands at the priority of the last one evicted,
-    is added when a checkpoint is used, so that worth outlives use only for a while.
+    GreedyDual-Size (Cao and Irani, 1997): a checkpoint is worth the blocks that need not be
+    computed again, per byte that its eviction frees. One that frees nothing, because others pin its
+    whole window, is worth nothing: requests can resume there without it. The eviction clock is the
+    priority of the last one evicted; a checkpoint that is used gets the clock's value on top, so
+    that unused ones lose against it in time.
+
+    Args:
+        last_used: The eviction clock when the checkpoint was last used.
+        num_blocks_saved: Blocks that a request needs not compute thanks to it.
+        num_bytes: Bytes that its eviction frees.
     """
     return last_used + (num_blocks_saved / num_bytes if num_bytes else 0)
 
 
 class EvictionQueue(Generic[T]):
-    """Checkpoints, the lowest priority first.
+    """A queue of checkpoints, the lowest priority first.
 
-    Priorities rise while a checkpoint waits (it is used, or the one before it is evicted) and
-    candidates stop being ones; both are looked at only when an entry comes up. Where a priority
-    sinks (a neighbour that shared its window is gone) the entry comes up late. O(log n) amortised.
+    While a checkpoint is queued its priority rises (it is used, or the one before it is evicted),
+    or it stops being a candidate; both are checked only when it comes up. If a priority falls (a
+    neighbour that shared its window is gone), it comes up late. O(log n) amortised.
     """
 
     def __init__(
@@ -37,14 +43,15 @@ class EvictionQueue(Generic[T]):
         self._priority = priority
         self._is_candidate = is_candidate
         self._heap: list[tuple[float, int, T]] = []
-        self._members: set[T] = set()  # those in the heap, each once
-        self._order = count()  # among equals the first to come goes first
+        self._members: set[T] = set()  # nodes in the heap, each once
+        self._order = count()  # breaks ties: first in, first out
         self._next_sweep = 64
 
     def __contains__(self, node: T) -> bool:
         return node in self._members
 
     def add(self, node: T) -> None:
+        """Queue a node; one that is queued already is ignored."""
         if node in self._members:
             return
         if len(self._heap) >= self._next_sweep:
@@ -53,7 +60,7 @@ class EvictionQueue(Generic[T]):
         heapq.heappush(self._heap, (self._priority(node), next(self._order), node))
 
     def pop(self) -> tuple[float, T]:
-        """The next to go. The caller knows that there is one."""
+        """Remove the candidate with the lowest priority; the caller knows that there is one."""
         while True:
             priority, order, node = heapq.heappop(self._heap)
             if not self._is_candidate(node):
@@ -65,7 +72,7 @@ class EvictionQueue(Generic[T]):
                 return priority, node
 
     def _sweep(self) -> None:
-        """Leave out those that are no candidates, so that the heap can't grow without evictions."""
+        """Drop nodes that are no candidates, so that the heap can't grow without evictions."""
         self._heap = [entry for entry in self._heap if self._is_candidate(entry[2])]
         heapq.heapify(self._heap)
         self._members = {node for _, _, node in self._heap}

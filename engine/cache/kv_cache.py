@@ -1,4 +1,27 @@
-"""The KV cache as the scheduler sees it: two groups of blocks, and each request's block tables."""
+"""KVCache: the paged KV cache as the scheduler sees it, with each request's block tables.
+
+- group: all layers of one attention kind, global or sliding, that own keys and values. It has its
+  own pool of blocks and its own block tables.
+- block: the keys and values of `block_size` positions in all layers of a group.
+- block table: a row of block ids for each running request; entry i holds the positions
+  [i * block_size, (i + 1) * block_size).
+- null block: id 0, which stands in a table where no block is held.
+- prefix: full blocks that are cached, after which a request can resume.
+- checkpoint: the end of a prefix whose sliding window is pinned, so that requests can resume there.
+
+An example: blocks of 4 positions, a sliding window of 5, a request of 14 tokens. A query at
+position 13 reads positions 9 to 13 in sliding layers, so that two blocks have gone back:
+
+    positions    0-3   4-7   8-11  12-13
+    global      [B1,   B2,   B3,   B4]
+    sliding     [NULL, NULL, B7,   B8]
+
+The request has a checkpoint after 3 blocks, which pins B7. Another one with the same first 12
+tokens resumes there and shares what it reads, with two references each of B1, B2, B3 and B7:
+
+    global      [B1,   B2,   B3,   B5]
+    sliding     [NULL, NULL, B7,   B9]
+"""
 
 from __future__ import annotations
 
@@ -26,23 +49,23 @@ class KVCacheConfig:
 
     block_size: int  # tokens per block
     num_blocks: Mapping[AttentionKind, int]
-    block_bytes: Mapping[AttentionKind, int] = field(default_factory=dict)  # 1 where left out
+    block_bytes: Mapping[AttentionKind, int] = field(default_factory=dict)  # 1 if left out
     kv_layout: KVLayout = "values"
 
 
 @dataclass(slots=True)
 class _Running:
-    """A request's row in the block tables, and how far its blocks are in the prefix index."""
+    """A request's row in the block tables, and its place in the prefix index."""
 
     row: int
-    node: PrefixNode | None = None  # of its last full block
-    branch: int | None = None  # blocks after which it left what was cached
+    node: PrefixNode | None = None  # its last full block
+    branch: int | None = None  # after so many blocks its tokens differ from what was cached
 
 
 class KVCache:
-    """The groups together, with one row of each for every running request, and the prefix index.
+    """All groups, with a row of each for every running request, and the prefix index.
 
-    Bookkeeping only: the tensors belong to the model runner. Without a hasher nothing is cached.
+    It does the bookkeeping only: the tensors belong to the model runner.
     """
 
     def __init__(
@@ -55,7 +78,20 @@ class KVCache:
         hasher: BlockHasher | None = None,
         checkpoint_blocks: int = 0,
     ) -> None:
-        """Raises NotEnoughMemory when a group can't hold what one request needs to go on."""
+        """Allocate the tables.
+
+        Args:
+            config: Sizes of the groups.
+            sliding_window: Positions that a query reads in sliding layers, its own included.
+            max_num_seqs: Rows of the block tables.
+            max_model_len: Tokens of the longest request.
+            hasher: Names blocks by their content; None: no prefix is cached.
+            checkpoint_blocks: Leave a checkpoint every so many blocks; 0: only where prompts and
+                requests end, and where prompts part.
+
+        Raises:
+            NotEnoughMemory: A group can't hold the blocks that one request needs at once.
+        """
         self.block_size = config.block_size
         self._block_bytes = {kind: config.block_bytes.get(kind, 1) for kind in config.num_blocks}
         windows = {AttentionKind.GLOBAL: None, AttentionKind.SLIDING: sliding_window}
@@ -80,23 +116,26 @@ class KVCache:
 
     @property
     def num_free_rows(self) -> int:
+        """Requests that can still be added."""
         return len(self._free_rows)
 
     @property
     def max_request_tokens(self) -> int | None:
-        """Tokens of the longest request that fits alone; None where no group grows with it."""
+        """Tokens of the longest request that fits alone; None if there is no global group."""
         group = self.groups.get(AttentionKind.GLOBAL)
         return None if group is None else (group.pool.num_blocks - 1) * self.block_size
 
     @property
     def requests(self) -> set[Request]:
+        """Requests that have a row."""
         return set(self._running)
 
     def row(self, request: Request) -> int:
+        """Return the request's row in the block tables of all groups."""
         return self._running[request].row
 
     def held_bytes(self, request: Request) -> int:
-        """Of the blocks that a request reads; others may read them, too."""
+        """Return the bytes of the blocks that a request references, shared ones included."""
         running = self._running.get(request)
         if running is None:
             return 0
@@ -106,7 +145,7 @@ class KVCache:
     # Starting
 
     def find_prefix(self, request: Request, fetched: Fetched = NOTHING_FETCHED) -> Prefix:
-        """Where the request can resume; at least one of its tokens is left to be computed."""
+        """Return where the request can resume, with at least one of its tokens left to compute."""
         if self._hasher is None:
             return Prefix(0, 0)
         self._hasher.extend(request)
@@ -117,8 +156,10 @@ class KVCache:
         return prefix
 
     def can_hold(self, request: Request, prefix: Prefix, without: Collection[Request] = ()) -> bool:
-        """Whether a request that resumes after the prefix fits into what is free now, beside what
-        the running ones know and have no blocks for yet, or would fit `without` some of them.
+        """True if all blocks of a request that resumes after the prefix fit.
+
+        They have to fit into the free blocks, less those that the running requests still need for
+        tokens that they know already. With `without`, as if some of these had been preempted.
         """
         hashes = request.block_hashes[: prefix.num_blocks]
         needed = request.num_tokens, longest_step(request.spans)
@@ -130,7 +171,7 @@ class KVCache:
         return True
 
     def can_ever_hold(self, num_tokens: int, longest_step: int) -> bool:
-        """Whether a request of so many tokens fits when it is alone."""
+        """True if a request of so many tokens fits when it is alone."""
         return all(
             group.num_needed(num_tokens, longest_step) < group.pool.num_blocks
             for group in self.groups.values()
@@ -146,7 +187,8 @@ class KVCache:
     def add(self, request: Request, prefix: Prefix) -> list[StoredBlock]:
         """Give a request a row that begins with the prefix; `free` takes row and blocks back.
 
-        Returns the blocks that aren't cached: to be filled from a store, then `loaded`.
+        Returns:
+            Blocks of the prefix that aren't in memory; call `loaded` once a store has filled them.
         """
         assert request not in self._running
         hashes = request.block_hashes[: prefix.num_blocks]
@@ -155,7 +197,7 @@ class KVCache:
             running.node = self.index.enter(hashes[num_cached - 1], request.owner)
         if prefix.num_cached > prefix.num_blocks:
             running.branch = prefix.num_cached
-        # All that is cached is referenced before room is made: it mustn't be evicted for the rest.
+        # Reference what is cached before making room, so that it isn't evicted for the rest.
         missing = {k: group.take_cached(running.row, hashes) for k, group in self.groups.items()}
         blocks = []
         for kind, entries in missing.items():
@@ -166,7 +208,7 @@ class KVCache:
         return blocks
 
     def loaded(self, request: Request, num_blocks: int) -> None:
-        """All blocks of the request's prefix are filled; others can resume there too."""
+        """Index the request's prefix, whose blocks are all filled now."""
         running, hashes = self._running[request], request.block_hashes[:num_blocks]
         for group in self.groups.values():
             group.register(running.row, 0, hashes)
@@ -177,23 +219,25 @@ class KVCache:
     # Running
 
     def max_new_tokens(self, request: Request) -> int:
-        """How many tokens more the request could compute with the blocks that are free now."""
+        """Return how many more tokens of the request the free blocks can hold."""
         row = self.row(request)
         limit = min(group.max_tokens(row) for group in self.groups.values())
         return limit - request.num_computed_tokens
 
     def allocate(self, request: Request, num_new_tokens: int) -> None:
-        """Blocks for the next `num_new_tokens` (at most `max_new_tokens`) of the request."""
+        """Allocate blocks for the request's next tokens, at most `max_new_tokens`."""
         row, num_tokens = self.row(request), request.num_computed_tokens + num_new_tokens
         for kind, group in self.groups.items():
             self.index.make_room(kind, group.num_missing(row, num_tokens))
             group.allocate(row, num_tokens)
 
     def commit(self, request: Request) -> list[StoredBlock]:
-        """The request's tokens up to num_computed_tokens are computed: index the blocks that are
-        full now, keep the windows of checkpoints, free what later tokens don't see.
+        """Index the blocks that are full now that tokens up to num_computed_tokens are computed.
 
-        Returns the blocks that a slower tier may save, all of them still referenced.
+        Leaves checkpoints, and frees the blocks that windows have moved past.
+
+        Returns:
+            Blocks that a slower tier may save, all of them still referenced.
         """
         blocks = []
         if self._hasher is not None:
@@ -208,16 +252,17 @@ class KVCache:
         return blocks
 
     def checkpoint(self, request: Request) -> list[StoredBlock]:
-        """Keep the window at the last full block, so that others can resume there.
+        """Make the last full block a checkpoint, so that others can resume there.
 
-        Returns the window's blocks, still referenced; none where it was kept before.
+        Returns:
+            The window's blocks, still referenced; none if it was a checkpoint before.
         """
         node = self._running[request].node
         if node is None or self._uncut(request, node.depth) < node.depth:
             return []
-        was_kept = node.is_kept
-        self.index.keep(node, request.owner)
-        if was_kept:
+        was_checkpoint = node.is_checkpoint
+        self.index.add_checkpoint(node, request.owner)
+        if was_checkpoint:
             return []
         sliding = self.groups.get(AttentionKind.SLIDING)
         if sliding is None:
@@ -228,18 +273,19 @@ class KVCache:
         ]
 
     def forget(self, request: Request) -> None:
-        """Nobody shall resume from what this request has read or computed."""
+        """Keep others from resuming from what this request has read or computed."""
         node = self._running[request].node
         if node is not None:
             self.index.forget(node)
 
     def drop(self, owner: Owner) -> int:
-        """Keep nothing for `owner` alone; returns the bytes that nothing is kept in any more."""
-        before = self._kept_bytes()
+        """Remove what is cached for `owner` alone; returns the bytes that this frees."""
+        before = self._held_bytes()
         self.index.drop(owner)
-        return before - self._kept_bytes()
+        return before - self._held_bytes()
 
     def free(self, request: Request) -> None:
+        """Take a request's row and its references back."""
         running = self._running.pop(request)
         for group in self.groups.values():
             group.free(running.row)
@@ -247,7 +293,7 @@ class KVCache:
             self.index.leave(running.node)
         self._free_rows.append(running.row)
 
-    def _kept_bytes(self) -> int:
+    def _held_bytes(self) -> int:
         return sum(
             (group.pool.num_blocks - group.pool.num_unused) * self._block_bytes[kind]
             for kind, group in self.groups.items()
@@ -258,7 +304,7 @@ class KVCache:
         return 0 if node is None else node.depth
 
     def _index_block(self, request: Request, index: int) -> list[StoredBlock]:
-        """Let others find a full block; returned if it is a global one that is new."""
+        """Index a full block; it is returned if it is a global one that is new."""
         running, block_hash = self._running[request], request.block_hashes[index]
         is_new = block_hash not in self.index
         for group in self.groups.values():
@@ -273,8 +319,9 @@ class KVCache:
         return uncut_blocks(request.spans, num_blocks, self.block_size)
 
     def _is_checkpoint(self, request: Request, num_blocks: int) -> bool:
-        """The end of the prompt (as far as the same prompt could resume), where the request left
-        what was cached (others may follow it up to there), and every so many blocks.
+        """True at the last block that the same prompt could resume after, where the request's
+        tokens began to differ from what was cached (others may share them up to there), and every
+        `checkpoint_blocks` blocks.
         """
         every, branch = self._checkpoint_blocks, self._running[request].branch
         return (

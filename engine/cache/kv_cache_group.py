@@ -1,4 +1,4 @@
-"""One KV cache group: the block tables of the running requests over the pool of one kind."""
+"""KVCacheGroup: the block tables of the running requests over the pool of one attention kind."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ IntArray = npt.NDArray[np.int64]
 
 
 class KVCacheGroup:
-    """Blocks of one attention kind and, for each row (a running request), its block table.
+    """The blocks of one attention kind, and a block table for each row (a running request).
 
     Entry i of a table holds positions [i * block_size, (i + 1) * block_size). With a window, a
-    query at position p reads [p - window + 1, p]: entries wholly before that go back to the pool
-    and become the null block, so live entries are [_begin, _end) of each row.
+    query at position p reads [p - window + 1, p]: blocks wholly before that are freed and their
+    entries become the null block, so that the live entries of a row are [_begin, _end).
     """
 
     def __init__(
@@ -32,31 +32,33 @@ class KVCacheGroup:
     ) -> None:
         self.block_size = block_size
         self.window = window
-        self.window_blocks = None if window is None else _cdiv(window - 1, block_size)
+        self.window_blocks = None if window is None else cdiv(window - 1, block_size)
         self.pool = BlockPool(num_blocks)
-        width = _cdiv(max_model_len, block_size)
+        width = cdiv(max_model_len, block_size)
         self.block_tables: IntArray = np.full((max_num_seqs, width), NULL_BLOCK, dtype=np.int64)
         self._begin = [0] * max_num_seqs
         self._end = [0] * max_num_seqs
 
     def num_held(self, row: int) -> int:
+        """Return how many blocks the row references."""
         return self._end[row] - self._begin[row]
 
     def first_read(self, num_blocks: int) -> int:
-        """The first block that a request reads which resumes after `num_blocks` full blocks."""
+        """Return the first block that a request reads if it resumes after `num_blocks` blocks."""
         return 0 if self.window_blocks is None else max(0, num_blocks - self.window_blocks)
 
     def num_needed(self, num_tokens: int, longest_step: int = 1) -> int:
-        """Blocks that a request of `num_tokens` needs at once, in the smallest of steps or in one
-        of `longest_step` tokens.
+        """Return how many blocks a request of `num_tokens` needs at once.
+
+        `longest_step` are the most tokens that some step has to compute together.
         """
-        num_blocks = _cdiv(num_tokens, self.block_size)
+        num_blocks = cdiv(num_tokens, self.block_size)
         if self.window_blocks is None:
             return num_blocks
-        return min(num_blocks, self.window_blocks + 1 + _cdiv(longest_step - 1, self.block_size))
+        return min(num_blocks, self.window_blocks + 1 + cdiv(longest_step - 1, self.block_size))
 
     def read_only_by(self, rows: Iterable[int]) -> set[int]:
-        """The blocks that nobody would read any more if these rows were freed."""
+        """Return the blocks that no other row reads."""
         readers: Counter[int] = Counter()
         for row in rows:
             readers.update(self.block_tables[row, self._begin[row] : self._end[row]].tolist())
@@ -69,8 +71,13 @@ class KVCacheGroup:
         longest_step: int = 1,
         freed: Collection[int] = (),
     ) -> int:
-        """Free blocks that a request takes at once (`num_needed`) which resumes after the blocks of
-        these hashes; a cached block that nobody reads, or one of the `freed`, is free until then.
+        """Return how many free blocks a new request takes at once.
+
+        Args:
+            block_hashes: The prefix that it resumes after.
+            num_tokens: Its tokens.
+            longest_step: The most tokens that some step has to compute together.
+            freed: Blocks to count as free, beside the cached ones that no request reads.
         """
 
         def is_read(index: int) -> bool:
@@ -80,25 +87,26 @@ class KVCacheGroup:
             )
 
         num_blocks = len(block_hashes)
-        if self.window is None:  # whoever reads a block reads all before it
+        if self.window is None:  # a request that reads a block reads all before it
             num_read = bisect_left(range(num_blocks), True, key=lambda index: not is_read(index))
         else:
             num_read = sum(map(is_read, range(self.first_read(num_blocks), num_blocks)))
         return self.num_needed(num_tokens, longest_step) - num_read
 
     def num_missing(self, row: int, num_tokens: int) -> int:
-        """Blocks that the row still needs to hold `num_tokens` tokens."""
-        return max(0, _cdiv(num_tokens, self.block_size) - self._end[row])
+        """Return how many more blocks the row needs to hold `num_tokens` tokens."""
+        return max(0, cdiv(num_tokens, self.block_size) - self._end[row])
 
     def num_claimed(self, row: int, num_tokens: int, longest_step: int) -> int:
-        """Of these, those that it needs at once (`num_needed`): a block that its window leaves is
-        free for the next one.
+        """Return how many more blocks the row needs at once to get to `num_tokens` tokens.
+
+        That is fewer than `num_missing` with a window, which frees a block as it moves to the next.
         """
         at_once = max(1, self.num_needed(num_tokens, longest_step) - self.num_held(row))
         return min(self.num_missing(row, num_tokens), at_once)
 
     def max_tokens(self, row: int) -> int:
-        """The length up to which the row can grow with the blocks that are free now."""
+        """Return the number of tokens up to which the row can grow into the free blocks."""
         return (self._end[row] + self.pool.num_free) * self.block_size
 
     def allocate(self, row: int, num_tokens: int) -> None:
@@ -110,8 +118,10 @@ class KVCacheGroup:
             self._end[row] = end + missing
 
     def take_cached(self, row: int, block_hashes: Sequence[bytes]) -> list[int]:
-        """Let an empty row begin after the blocks of these hashes, with a reference of each one
-        that it reads and the pool has. Returns the entries that are still to be filled.
+        """Begin an empty row after the blocks of these hashes, referencing those it reads.
+
+        Returns:
+            Entries whose blocks the pool doesn't have, to be filled.
         """
         begin, end = self.first_read(len(block_hashes)), len(block_hashes)
         self._begin[row], self._end[row] = begin, end
@@ -126,14 +136,16 @@ class KVCacheGroup:
         return missing
 
     def fill(self, row: int, missing: Sequence[int]) -> list[int]:
-        """New blocks for the entries that `take_cached` found missing."""
+        """Allocate new blocks for the entries that `take_cached` found missing."""
         block_ids = self.pool.allocate(len(missing))
         self.block_tables[row, list(missing)] = block_ids
         return block_ids
 
     def register(self, row: int, first: int, block_hashes: Sequence[bytes]) -> None:
-        """The row's blocks from `first` on are full and computed, as far as its window hasn't left
-        them; of two with the same content the second one goes.
+        """Name the content of the row's blocks from `first` on, which are full and computed.
+
+        Entries before its window are skipped. If another block has the same content already, the
+        row takes that one and frees its own.
         """
         num_left = max(0, self._begin[row] - first)
         begin, end = first + num_left, first + len(block_hashes)
@@ -150,14 +162,15 @@ class KVCacheGroup:
                 self.block_tables[row, index] = shared
 
     def leave_window(self, row: int, position: int) -> None:
-        """Free the blocks that nobody reads who resumes in the block of `position`, or later.
+        """Free the blocks before the window of a query in `position`'s block or later.
 
-        A query at `position` itself may need one block less, but the request could end here, and
-        then the window at its last full block is what is kept.
+        A query at `position` itself may need one block less, but if the request ends here, the
+        window at its last full block becomes a checkpoint.
         """
         self._drop(row, min(self.first_read(position // self.block_size), self._end[row]))
 
     def free(self, row: int) -> None:
+        """Drop all of the row's references; it is empty then."""
         self._drop(row, self._end[row])
         self._begin[row] = self._end[row] = 0
 
@@ -169,21 +182,22 @@ class KVCacheGroup:
             self._begin[row] = stop
 
     def check_integrity(self) -> None:
-        """Assert that pool and tables agree: a block stands in tables once per reference."""
+        """Assert that pool and tables agree: a block is in tables once per reference."""
         self.pool.check_integrity()
         live = self.block_tables[self.block_tables != NULL_BLOCK]
         counts = np.bincount(live, minlength=self.pool.num_blocks)
         references = [self.pool.ref_cnt(block_id) for block_id in range(self.pool.num_blocks)]
-        assert counts.tolist() == references, "a block is leaked or stands in a table unreferenced"
+        assert counts.tolist() == references, "a block is leaked, or in a table without a reference"
         for row, (begin, end) in enumerate(zip(self._begin, self._end, strict=True)):
             is_live = self.block_tables[row] != NULL_BLOCK
             assert is_live[begin:end].all() and is_live.sum() == end - begin, f"row {row} has holes"
 
 
 def sliding_blocks(window: int, chunk: int, block_size: int, max_model_len: int) -> int:
-    """The most blocks that `chunk` queries in a row touch: window - 1 + chunk keys, unaligned."""
-    return min(_cdiv(window + chunk - 2, block_size) + 1, _cdiv(max_model_len, block_size))
+    """Return the most blocks that `chunk` successive queries read: window - 1 + chunk keys."""
+    return min(cdiv(window + chunk - 2, block_size) + 1, cdiv(max_model_len, block_size))
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
+    """Divide two integers and round up."""
     return -(-a // b)

@@ -1,4 +1,4 @@
-"""How large the KV cache groups become: bytes per block, what one request needs, how to share."""
+"""KV cache sizing: bytes per block, what one request needs, and shares of the memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from cluster.errors import NotEnoughMemory
 from cluster.spec import AttentionKind, KVLayout, ModelSpec
 from engine.cache.kv_cache import KVCacheConfig
-from engine.cache.kv_cache_group import sliding_blocks
+from engine.cache.kv_cache_group import cdiv, sliding_blocks
 
-# With prefix caching, of the bytes that one request leaves: at most so much for the windows of
-# other running requests, and so much for windows that are kept. The global group has the rest.
-RUNNING_SHARE, KEPT_SHARE = 0.5, 0.25
+# With prefix caching, shares of the bytes that the first request leaves: at most so much for the
+# windows of other running requests, and so much for those of checkpoints. The global group gets
+# the rest.
+RUNNING_SHARE, CHECKPOINT_SHARE = 0.5, 0.25
 
 
 def kv_bytes_per_block(
@@ -23,7 +24,15 @@ def kv_bytes_per_block(
     dtype: torch.dtype,
     kv_layout: KVLayout = "values",
 ) -> int:
-    """Bytes of one block over all layers of `kind` that own keys and values; 0 if none does."""
+    """Return the bytes of one block in all layers of `kind` that own keys and values.
+
+    Args:
+        spec: The model's geometry.
+        kind: The KV cache group.
+        block_size: Positions of a block; 1: bytes per token.
+        dtype: Of keys and values.
+        kv_layout: What is stored of a token (decision 9).
+    """
     elements = sum(
         block_size * layer.kv_elements(kv_layout)
         for layer in spec.layers
@@ -41,8 +50,8 @@ def min_kv_bytes(
     max_num_batched_tokens: int = 512,
     kv_layout: KVLayout = "values",
 ) -> int:
-    """Bytes that the KV cache of one request of `max_model_len` tokens takes, null blocks too."""
-    num_global = 1 + _cdiv(max_model_len, block_size)
+    """Return the bytes of a KV cache for one request of `max_model_len` tokens, null blocks too."""
+    num_global = 1 + cdiv(max_model_len, block_size)
     per_step, per_seq = _sliding_needs(spec, max_model_len, block_size, max_num_batched_tokens)
     per_block = {
         k: kv_bytes_per_block(spec, k, block_size, dtype, kv_layout) for k in AttentionKind
@@ -60,8 +69,9 @@ def longest_context(
     max_num_batched_tokens: int = 512,
     kv_layout: KVLayout = "values",
 ) -> int:
-    """The most tokens, up to the model's context, that one request can have in `kv_bytes`; at
-    least 1, whether it fits or not.
+    """Return the most tokens that one request can have in `kv_bytes`.
+
+    It is at most the model's context, and at least 1, whether that fits or not.
     """
 
     def needed(max_model_len: int) -> int:
@@ -90,23 +100,34 @@ def size_kv_cache(
     prefix_caching: bool = True,
     kv_layout: KVLayout = "values",
 ) -> KVCacheConfig:
-    """Share `kv_bytes` between the groups.
+    """Divide memory between the groups.
 
-    The sliding group gets what max_num_seqs requests can use at once (fewer where memory is short),
-    the global group all the rest, and at least one request of max_model_len tokens.
+    The sliding group gets what max_num_seqs requests can use at once (fewer if memory is short),
+    the global group all the rest, and at least what one request of max_model_len tokens needs.
 
-    With prefix caching the sliding group also gets room for the windows of checkpoints: each is as
-    large as a running request's, so that without it a busy engine would keep none, and global
-    blocks can't be resumed without a window. Room that nobody runs in keeps windows too, and
-    running requests evict them when they need it.
+    With prefix caching the sliding group also gets room for the windows of checkpoints. Each is as
+    large as a running request's, so that without it a busy engine would evict them all, and nothing
+    could resume. Idle room holds such windows too; running requests evict them when they need it.
 
-    Raises NotEnoughMemory when not even one such request fits.
+    Args:
+        spec: The model's geometry.
+        kv_bytes: Bytes for both groups.
+        max_model_len: Tokens of the longest request.
+        dtype: Of keys and values.
+        block_size: Positions of a block.
+        max_num_seqs: Requests of one step.
+        max_num_batched_tokens: Tokens of one step.
+        prefix_caching: True if prefixes are cached.
+        kv_layout: What is stored of a token (decision 9).
+
+    Raises:
+        NotEnoughMemory: Not even one request of max_model_len tokens fits.
     """
     per_block = {
         k: kv_bytes_per_block(spec, k, block_size, dtype, kv_layout) for k in AttentionKind
     }
     global_bytes, sliding_bytes = per_block[AttentionKind.GLOBAL], per_block[AttentionKind.SLIDING]
-    min_global = 1 + _cdiv(max_model_len, block_size)
+    min_global = 1 + cdiv(max_model_len, block_size)
     per_step, per_seq = _sliding_needs(spec, max_model_len, block_size, max_num_batched_tokens)
     needed = min_global * global_bytes + (per_step + per_seq) * sliding_bytes
     spare = kv_bytes - needed
@@ -120,8 +141,8 @@ def size_kv_cache(
     if sliding_bytes:
         for_windows = int(spare * RUNNING_SHARE) if prefix_caching else spare
         num_others = min(max_num_seqs - 1, for_windows // (per_seq * sliding_bytes))
-        num_kept = int(spare * KEPT_SHARE) // sliding_bytes if prefix_caching else 0
-        num_sliding = per_step + (1 + num_others) * per_seq + num_kept
+        num_pinned = int(spare * CHECKPOINT_SHARE) // sliding_bytes if prefix_caching else 0
+        num_sliding = per_step + (1 + num_others) * per_seq + num_pinned
     if global_bytes:
         num_global = (kv_bytes - num_sliding * sliding_bytes) // global_bytes
         if not prefix_caching:  # more than every request at full length could never be used
@@ -137,14 +158,10 @@ def size_kv_cache(
 def _sliding_needs(
     spec: ModelSpec, max_model_len: int, block_size: int, max_num_batched_tokens: int
 ) -> tuple[int, int]:
-    """Sliding blocks for a step's tokens, and for each request.
+    """Return the sliding blocks for a step's tokens, and those for each request.
 
-    Windows are left behind after each step, and a step computes max_num_batched_tokens in all: a
-    window (and a block's edge) per request, and the step's tokens once.
+    Windows move on after each step, and a step computes max_num_batched_tokens in all: so a window
+    (and a block's edge) per request, and the step's tokens once.
     """
-    per_step = 1 + _cdiv(min(max_num_batched_tokens, max_model_len), block_size)
+    per_step = 1 + cdiv(min(max_num_batched_tokens, max_model_len), block_size)
     return per_step, 1 + sliding_blocks(spec.sliding_window, 1, block_size, max_model_len)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

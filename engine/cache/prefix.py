@@ -1,8 +1,8 @@
-"""The prefix index: which prefixes are kept, and where a request can resume.
+"""PrefixIndex: which prefixes are cached, and where a request can resume.
 
-A prefix can be resumed only where both KV groups are there: every global block before it, and the
-sliding window that ends at it. Global blocks are shared by all that follows them, but each window
-is as large as the next one, so windows are kept at checkpoints only.
+A request can resume only where both KV groups are complete: it needs every global block before that
+point, and the sliding window that ends there. Global blocks are shared by all prefixes that go on
+from them, but every point has a window of its own, so windows are kept at checkpoints only.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from engine.request import Owner
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
 
-Fetched = Mapping[AttentionKind, Collection[bytes]]  # hashes of blocks that a slower tier can fill
+Fetched = Mapping[AttentionKind, Collection[bytes]]  # block hashes that a slower tier can load
 NOTHING_FETCHED: Fetched = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What of a request need not be computed."""
+    """The part of a request that need not be computed."""
 
-    num_blocks: int  # full blocks after which it can resume
-    num_cached: int  # blocks of it in the index, with or without a window at their end
+    num_blocks: int  # full blocks after which the request can resume
+    num_cached: int  # full blocks in the index, with or without a window at their end
 
 
 @dataclass(slots=True, eq=False)
 class PrefixNode:
     """A full, computed block as the end of a prefix.
 
-    A node lives while a checkpoint is kept at it or behind it, or a running request has come to it
-    or past it; so whoever is in the index has all its ancestors there.
+    A node lives while it or a descendant is a checkpoint, or a running request has computed up to
+    it or further. So the ancestors of a node in the index are in the index, too.
     """
 
     block_hash: bytes
@@ -43,17 +43,18 @@ class PrefixNode:
     depth: int  # blocks of the prefix, this one included
     num_children: int = 0
     num_users: int = 0  # running requests of which this is the last full block
-    is_kept: bool = False  # a checkpoint: requests resume here, the window that ends here is kept
-    kept_before: PrefixNode | None = None  # a checkpoint among its ancestors, when it became one
-    last_used: float = 0.0  # the eviction clock then
-    owners: set[Owner] = field(default_factory=set)  # of a checkpoint: who left it or resumed here
+    is_checkpoint: bool = False  # requests can resume here: the window that ends here is pinned
+    previous: PrefixNode | None = None  # the checkpoint before it, when it became one
+    last_used: float = 0.0  # on the eviction clock
+    owners: set[Owner] = field(default_factory=set)  # their requests left it or resumed here
 
     @property
     def is_idle_leaf(self) -> bool:
+        """True if no node follows and no running request is here."""
         return self.num_children == 0 and self.num_users == 0
 
     def ancestors(self) -> Iterator[PrefixNode]:
-        """Itself first, the first block of the prefix last."""
+        """Yield the node itself first, the first block of the prefix last."""
         node: PrefixNode | None = self
         while node is not None:
             yield node
@@ -61,9 +62,9 @@ class PrefixNode:
 
 
 class PrefixIndex:
-    """The kept prefixes of all tenants, as a tree of full blocks over the pools of both groups.
+    """The cached prefixes of all tenants, as a tree of full blocks over the pools of both groups.
 
-    A checkpoint keeps its window's sliding blocks, each node its global block. Where a window
+    Each node pins its global block, and each checkpoint its window's sliding blocks. If a window
     needs no block (no sliding layers, or a window of one token), every block is a checkpoint.
     """
 
@@ -79,8 +80,10 @@ class PrefixIndex:
         self._window_blocks = window_blocks
         self._nodes: dict[bytes, PrefixNode] = {}
         self._queues = {
-            GLOBAL: EvictionQueue(self._priority, lambda node: node.is_kept and node.is_idle_leaf),
-            SLIDING: EvictionQueue(self._priority, lambda node: node.is_kept),
+            GLOBAL: EvictionQueue(
+                self._priority, lambda node: node.is_checkpoint and node.is_idle_leaf
+            ),
+            SLIDING: EvictionQueue(self._priority, lambda node: node.is_checkpoint),
         }
         self._clock = 0.0
         self.num_evicted = dict.fromkeys(pools, 0)  # counter, blocks
@@ -89,7 +92,7 @@ class PrefixIndex:
         return block_hash in self._nodes
 
     def find(self, block_hashes: Sequence[bytes], fetched: Fetched = NOTHING_FETCHED) -> Prefix:
-        """The longest prefix whose blocks are all cached or fetched, in every group."""
+        """Return the longest prefix whose blocks are all cached or fetched, in every group."""
         num_blocks = len(block_hashes)
         num_cached = bisect_left(
             range(num_blocks), True, key=lambda i: block_hashes[i] not in self._nodes
@@ -98,24 +101,24 @@ class PrefixIndex:
         while end < num_blocks and block_hashes[end] in global_ones:
             end += 1
         while (hole := self._hole(block_hashes, end, fetched.get(SLIDING, ()))) is not None:
-            end = hole  # no window may contain it
+            end = hole  # no window may contain the missing block
         return Prefix(end, num_cached)
 
     def _hole(self, hashes: Sequence[bytes], end: int, fetched: Collection[bytes]) -> int | None:
-        """The first block that the window which ends after `end` blocks lacks."""
+        """Return the first block that is missing in the window that ends after `end` blocks."""
         for i in range(max(0, end - self._window_blocks), end):
             if self._pools[SLIDING].find(hashes[i]) is None and hashes[i] not in fetched:
                 return i
         return None
 
-    # Running requests: each stands at one node, the last full block that it has computed
+    # Running requests: each is at one node, the last full block that it has computed
 
     def enter(self, block_hash: bytes, owner: Owner = None) -> PrefixNode:
-        """A request resumes from what is cached up to this block."""
+        """Place a request that resumes after this block, and mark its checkpoint as used."""
         node = self._nodes[block_hash]
         node.num_users += 1
         for ancestor in node.ancestors():
-            if ancestor.is_kept:
+            if ancestor.is_checkpoint:
                 ancestor.last_used = self._clock
                 ancestor.owners.add(owner)
                 break
@@ -124,60 +127,62 @@ class PrefixIndex:
     def advance(
         self, node: PrefixNode | None, block_hash: bytes, owner: Owner = None
     ) -> PrefixNode:
-        """A request at `node` (None: at the start) holds the next block, full and registered."""
+        """Move a request from `node` (None: the start) to its next block, full and registered."""
         child = self._nodes.get(block_hash)
         if child is None:
             child = PrefixNode(block_hash, node, 1 if node is None else node.depth + 1)
             self._nodes[block_hash] = child
             if self._global_pool is not None:
-                self._global_pool.keep(self._global_pool.block_of(block_hash))
+                self._global_pool.pin(self._global_pool.block_of(block_hash))
             if node is not None:
                 node.num_children += 1
         child.num_users += 1
         if node is not None:
             node.num_users -= 1
         if self._window_blocks == 0:
-            self.keep(child, owner)
+            self.add_checkpoint(child, owner)
         return child
 
     def leave(self, node: PrefixNode) -> None:
-        """A request is gone, and its references with it."""
+        """Remove a request that is at `node`; its references are gone already."""
         node.num_users -= 1
         self._prune(node)
 
     # Checkpoints
 
     def window(self, node: PrefixNode) -> list[bytes]:
-        """Hashes of the sliding blocks that a request which resumes at `node` reads."""
+        """Return the hashes of the sliding blocks that a request resuming at `node` reads."""
         nodes = zip(range(self._window_blocks), node.ancestors(), strict=False)
         return [ancestor.block_hash for _, ancestor in nodes]
 
-    def keep(self, node: PrefixNode, owner: Owner = None) -> None:
-        """Make `node` a checkpoint; its window's sliding blocks are registered and held."""
+    def add_checkpoint(self, node: PrefixNode, owner: Owner = None) -> None:
+        """Make `node` a checkpoint; its window's sliding blocks are registered and referenced."""
         node.last_used = self._clock
         node.owners.add(owner)
-        if node.is_kept:
+        if node.is_checkpoint:
             return
-        node.is_kept = True
-        node.kept_before = next((n for n in node.ancestors() if n.is_kept and n is not node), None)
-        self._keep_blocks(SLIDING, self.window(node))
+        node.is_checkpoint = True
+        node.previous = next(
+            (n for n in node.ancestors() if n.is_checkpoint and n is not node), None
+        )
+        self._pin(SLIDING, self.window(node))
         self._offer(node)
 
     def forget(self, node: PrefixNode) -> None:
-        """Keep nothing of the prefix that ends at `node`: what is in it can't be trusted."""
+        """Remove all checkpoints up to `node`, whose content can't be trusted."""
         for ancestor in node.ancestors():
-            if ancestor.is_kept:
-                self._drop(ancestor)
+            if ancestor.is_checkpoint:
+                self._remove_checkpoint(ancestor)
 
     def drop(self, owner: Owner) -> None:
-        """Keep nothing for `owner` alone; checkpoints that others have used too stay theirs."""
+        """Remove the checkpoints of `owner`, except those that others have used, too."""
         for node in [node for node in self._nodes.values() if owner in node.owners]:
             node.owners.remove(owner)
             if not node.owners:
-                self._drop(node)
+                self._remove_checkpoint(node)
 
-    def kept_blocks(self) -> dict[Owner, int]:
-        """After how many blocks, at most, each owner can resume."""
+    def resumable_blocks(self) -> dict[Owner, int]:
+        """Return for each owner the most blocks after which it can resume."""
         deepest: dict[Owner, int] = {}
         for node in self._nodes.values():
             for owner in node.owners:
@@ -185,47 +190,47 @@ class PrefixIndex:
         return deepest
 
     def make_room(self, kind: AttentionKind, num_blocks: int) -> None:
-        """Evict until the pool can allocate `num_blocks`, of which it has that many free."""
+        """Evict until the pool can allocate `num_blocks`; it must have as many free."""
         if self._pools[kind].num_unused >= num_blocks:
             return
         before = {k: pool.num_unused for k, pool in self._pools.items()}
         while self._pools[kind].num_unused < num_blocks:
             priority, node = self._queues[kind].pop()
             self._clock = max(self._clock, priority)
-            self._drop(node)
+            self._remove_checkpoint(node)
         for k, pool in self._pools.items():
             self.num_evicted[k] += pool.num_unused - before[k]
 
-    def _drop(self, node: PrefixNode) -> None:
-        """No checkpoint any more. Blocks that are of no use without it are unused at once."""
-        node.is_kept = False
+    def _remove_checkpoint(self, node: PrefixNode) -> None:
+        """Unpin the node's window, and drop the nodes that nothing needs without it."""
+        node.is_checkpoint = False
         node.owners.clear()
-        self._unkeep_blocks(SLIDING, self.window(node))
-        fallback = self._kept_before(node)
-        if fallback is not None:  # whoever would have used `node` will use this one
+        self._unpin(SLIDING, self.window(node))
+        fallback = self._previous(node)
+        if fallback is not None:  # requests that would have used `node` will use this one
             fallback.last_used = max(fallback.last_used, node.last_used)
         self._prune(node)
 
     def _prune(self, node: PrefixNode | None) -> None:
-        """Remove it and its ancestors as far as nobody needs them."""
-        while node is not None and node.is_idle_leaf and not node.is_kept:
+        """Remove the node and its ancestors as far as nothing needs them."""
+        while node is not None and node.is_idle_leaf and not node.is_checkpoint:
             del self._nodes[node.block_hash]
-            self._unkeep_blocks(GLOBAL, [node.block_hash])
+            self._unpin(GLOBAL, [node.block_hash])
             node = node.parent
             if node is not None:
                 node.num_children -= 1
-        if node is not None and node.is_kept:
+        if node is not None and node.is_checkpoint:
             self._offer(node)
 
     def _offer(self, node: PrefixNode) -> None:
-        """Evicting a checkpoint frees its window; its global blocks only where nothing follows."""
+        """Queue a checkpoint for eviction, of its window and, from an idle leaf, global blocks."""
         if self._window_blocks:
             self._queues[SLIDING].add(node)
         if node.is_idle_leaf:
             self._queues[GLOBAL].add(node)
 
     def _priority(self, node: PrefixNode) -> float:
-        fallback = self._kept_before(node)
+        fallback = self._previous(node)
         num_saved = node.depth - (0 if fallback is None else fallback.depth)
         num_bytes = self._num_own(node) * self._block_bytes.get(SLIDING, 0)
         if node.is_idle_leaf:
@@ -233,29 +238,29 @@ class PrefixIndex:
         return eviction_priority(node.last_used, num_saved, num_bytes)
 
     def _num_own(self, node: PrefixNode) -> int:
-        """Blocks of its window that no other checkpoint keeps."""
+        """Count the blocks of its window that no other checkpoint pins."""
         if self._window_blocks == 0:
             return 0
         pool = self._pools[SLIDING]
-        return sum(pool.keep_cnt(pool.block_of(h)) == 1 for h in self.window(node))
+        return sum(pool.pin_cnt(pool.block_of(h)) == 1 for h in self.window(node))
 
-    def _kept_before(self, node: PrefixNode) -> PrefixNode | None:
-        """Where a request would resume without `node`."""
-        before = node.kept_before
-        while before is not None and not before.is_kept:
-            before = before.kept_before
-        node.kept_before = before  # so that no dropped one is passed twice
+    def _previous(self, node: PrefixNode) -> PrefixNode | None:
+        """Return the checkpoint at which a request would resume without `node`."""
+        before = node.previous
+        while before is not None and not before.is_checkpoint:
+            before = before.previous
+        node.previous = before  # so that no removed one is passed twice
         return before
 
-    def _keep_blocks(self, kind: AttentionKind, hashes: Iterable[bytes]) -> None:
+    def _pin(self, kind: AttentionKind, hashes: Iterable[bytes]) -> None:
         if (pool := self._pools.get(kind)) is not None:
             for block_hash in hashes:
-                pool.keep(pool.block_of(block_hash))
+                pool.pin(pool.block_of(block_hash))
 
-    def _unkeep_blocks(self, kind: AttentionKind, hashes: Iterable[bytes]) -> None:
+    def _unpin(self, kind: AttentionKind, hashes: Iterable[bytes]) -> None:
         if (pool := self._pools.get(kind)) is not None:
             for block_hash in hashes:
-                pool.unkeep(pool.block_of(block_hash))
+                pool.unpin(pool.block_of(block_hash))
 
     def check_integrity(self, users: Iterable[PrefixNode]) -> None:
         """Assert that the tree, its counts and the pools agree; `users` are the requests' nodes."""
@@ -265,17 +270,21 @@ class PrefixIndex:
         for node in nodes:
             if node.parent is not None:
                 expected[node.parent][0] += 1
-            for block_hash in self.window(node) if node.is_kept else ():
+            for block_hash in self.window(node) if node.is_checkpoint else ():
                 windows[block_hash] = windows.get(block_hash, 0) + 1
         for node in users:
             expected[node][1] += 1
         for node, counts in expected.items():
             assert counts == [node.num_children, node.num_users], "wrong counts in the prefix tree"
-            assert node.is_kept or not node.is_idle_leaf, "a node that nobody needs"
-            assert node.is_kept == bool(node.owners), "a checkpoint of nobody's"
-            assert not node.is_kept or node in self._queues[SLIDING] or not self._window_blocks
-            assert not (node.is_kept and node.is_idle_leaf) or node in self._queues[GLOBAL]
+            assert node.is_checkpoint or not node.is_idle_leaf, "a node that nothing needs"
+            assert node.is_checkpoint == bool(node.owners), "a checkpoint without an owner"
+            assert (
+                not node.is_checkpoint or node in self._queues[SLIDING] or not self._window_blocks
+            )
+            assert not (node.is_checkpoint and node.is_idle_leaf) or node in self._queues[GLOBAL]
         kept = {GLOBAL: dict.fromkeys(self._nodes, 1), SLIDING: windows}
         for kind, pool in self._pools.items():
-            counts_of = {block_hash: pool.keep_cnt(i) for block_hash, i in pool.registered()}
-            assert {h: n for h, n in counts_of.items() if n} == kept[kind], "wrong blocks are kept"
+            counts_of = {block_hash: pool.pin_cnt(i) for block_hash, i in pool.registered()}
+            assert {h: n for h, n in counts_of.items() if n} == kept[kind], (
+                "wrong blocks are pinned"
+            )

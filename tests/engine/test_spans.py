@@ -210,7 +210,7 @@ def test_no_window_is_kept_inside_a_span() -> None:
     """The request ends where its last full block does."""
     scheduler = make_scheduler(max_num_batched_tokens=32)
     finish(scheduler, request_with("r", 26, span(10, 16), max_tokens=1))
-    assert scheduler.kv.index.kept_blocks() == {None: 2}
+    assert scheduler.kv.index.resumable_blocks() == {None: 2}
 
 
 def test_where_two_prompts_part_behind_an_image_a_window_is_kept_before_it() -> None:

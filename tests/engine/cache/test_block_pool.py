@@ -1,57 +1,27 @@
-"""The block pool, the sizes of the two groups, and the blocks that a window leaves behind."""
+"""The block pool, block tables, and the blocks that a window moves past."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import NotEnoughMemory
-from cluster.spec import AttentionKind, KVLayout, ModelSpec
+from cluster.spec import AttentionKind
+from engine.cache.block_hash import BlockHasher
 from engine.cache.block_pool import NULL_BLOCK, BlockPool
 from engine.cache.kv_cache import KVCache, KVCacheConfig
-from engine.cache.kv_sizing import (
-    KEPT_SHARE,
-    RUNNING_SHARE,
-    kv_bytes_per_block,
-    longest_context,
-    min_kv_bytes,
-    size_kv_cache,
-)
+from engine.cache.kv_cache_group import cdiv
 from engine.request import Request, SamplingParams
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
-KV_LAYOUTS: tuple[KVLayout, ...] = ("values", "projection", "separate")
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def make_request(num_tokens: int) -> Request:
     return Request("r", list(range(num_tokens)), SamplingParams(), seed=0, max_tokens=1)
-
-
-def make_spec(**overrides: object) -> ModelSpec:
-    config = {
-        "model_type": "gemma4_text",
-        "vocab_size": 100,
-        "hidden_size": 64,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "global_head_dim": 32,
-        "intermediate_size": 128,
-        "sliding_window": 64,
-        "hidden_size_per_layer_input": 0,
-    }
-    return ModelSpec.from_config(config | overrides)
 
 
 def test_a_pool_hands_out_every_block_but_the_null_block() -> None:
@@ -84,14 +54,14 @@ def test_a_block_is_found_by_its_hash_while_somebody_holds_it() -> None:
     pool = BlockPool(4)
     (block,) = pool.allocate(1)
     pool.register(block, b"hash")
-    pool.keep(block)
+    pool.pin(block)
     pool.free([block])
     assert (pool.num_used, pool.num_cached, pool.num_unused, pool.num_free) == (0, 1, 2, 3)
     with pytest.raises(AssertionError):
         pool.allocate(3)
     assert pool.find(b"hash") == block
     pool.take(block)
-    pool.unkeep(block)
+    pool.unpin(block)
     assert pool.find(b"hash") == block and pool.num_used == 1
     pool.free([block])
     assert pool.find(b"hash") is None and pool.num_unused == 3
@@ -116,9 +86,9 @@ def test_no_block_is_lost_or_given_twice(seed: int, num_blocks: int) -> None:
                 pool.free([held.pop(rng.randrange(len(held)))])
             case 2 if named := [block for _, block in pool.registered()]:
                 kept.append(rng.choice(named))
-                pool.keep(kept[-1])
+                pool.pin(kept[-1])
             case 3 if kept:
-                pool.unkeep(kept.pop(rng.randrange(len(kept))))
+                pool.unpin(kept.pop(rng.randrange(len(kept))))
             case 4 if kept:
                 held.append(rng.choice(kept))
                 pool.take(held[-1])
@@ -127,7 +97,7 @@ def test_no_block_is_lost_or_given_twice(seed: int, num_blocks: int) -> None:
         assert pool.num_cached == len(set(kept) - set(held))
     pool.free(held)
     for block in kept:
-        pool.unkeep(block)
+        pool.unpin(block)
     assert pool.num_free == num_blocks - 1
 
 
@@ -154,7 +124,7 @@ def test_a_request_holds_what_its_queries_read_and_little_more(
         assert (
             sliding.num_held(row) <= cdiv(window - 1, block_size) + cdiv(chunk - 1, block_size) + 1
         )
-        assert kv.groups[GLOBAL].num_held(row) == -(-stop // block_size)
+        assert kv.groups[GLOBAL].num_held(row) == cdiv(stop, block_size)
         request.num_computed_tokens = stop
         kv.commit(request)
         kv.check_integrity()
@@ -178,96 +148,6 @@ def test_a_kind_without_layers_has_no_group() -> None:
     assert kv.max_request_tokens == 32
 
 
-def test_bytes_count_only_layers_that_own_keys_and_values() -> None:
-    spec = make_spec()
-    assert kv_bytes_per_block(spec, GLOBAL, 16, torch.float32) == 2 * 16 * 2 * 32 * 4
-    assert kv_bytes_per_block(spec, SLIDING, 16, torch.bfloat16) == 5 * 2 * 16 * 2 * 16 * 2
-    shared = make_spec(num_hidden_layers=12, num_kv_shared_layers=6)
-    assert kv_bytes_per_block(shared, GLOBAL, 16, torch.float32) == 2 * 16 * 2 * 32 * 4
-
-
-def test_one_row_is_half_and_holds_a_longer_context() -> None:
-    spec, dtype = make_spec(attention_k_eq_v=True), torch.float32
-    for kind, share in ((GLOBAL, 2), (SLIDING, 1)):
-        of = {rows: kv_bytes_per_block(spec, kind, 16, dtype, rows) for rows in KV_LAYOUTS}
-        assert of["values"] == of["projection"] and of["values"] * share == of["separate"]
-    longest = {r: longest_context(spec, 5_000_000, dtype=dtype, kv_layout=r) for r in KV_LAYOUTS}
-    assert (
-        longest["values"] == longest["projection"] == pytest.approx(2 * longest["separate"], abs=32)
-    )
-    configs = {
-        r: size_kv_cache(spec, 5_000_000, 1024, dtype=dtype, kv_layout=r) for r in KV_LAYOUTS
-    }
-    assert configs["values"].num_blocks[GLOBAL] > 1.5 * configs["separate"].num_blocks[GLOBAL]
-    assert {rows: config.kv_layout for rows, config in configs.items()} == {
-        rows: rows for rows in KV_LAYOUTS
-    }
-
-
-@pytest.mark.parametrize("kv_bytes", [2_000_000, 5_000_000, 10**9])
-def test_sizes_use_the_budget_and_hold_a_request_of_full_length(kv_bytes: int) -> None:
-    spec = make_spec()
-    config = size_kv_cache(spec, kv_bytes, 1024, dtype=torch.float32, max_num_seqs=8)
-    per_block = {kind: kv_bytes_per_block(spec, kind, 16, torch.float32) for kind in AttentionKind}
-    used = sum(config.num_blocks[kind] * per_block[kind] for kind in AttentionKind)
-    assert used <= kv_bytes
-    assert config.num_blocks[GLOBAL] - 1 >= 1024 // 16
-    assert used > kv_bytes - per_block[GLOBAL]
-    KVCache(config, sliding_window=64, max_num_seqs=8, max_model_len=1024)
-
-
-def test_sizes_without_prefix_caching_stop_at_what_can_be_used() -> None:
-    options: dict[str, Any] = {"dtype": torch.float32, "max_num_seqs": 8, "prefix_caching": False}
-    config = size_kv_cache(make_spec(), 10**9, 1024, **options)
-    assert config.num_blocks[GLOBAL] == 1 + 8 * 1024 // 16
-
-
-def test_a_share_of_the_memory_is_for_kept_windows() -> None:
-    spec, kv_bytes = make_spec(), 20_000_000
-    options: dict[str, Any] = {"dtype": torch.float32, "max_num_seqs": 4}
-    without = size_kv_cache(spec, kv_bytes, 1024, prefix_caching=False, **options)
-    kept = size_kv_cache(spec, kv_bytes, 1024, **options)
-    spare = kv_bytes - min_kv_bytes(spec, 1024, dtype=torch.float32)
-    num_kept = int(KEPT_SHARE * spare) // kept.block_bytes[SLIDING]
-    assert kept.num_blocks[SLIDING] == without.num_blocks[SLIDING] + num_kept
-    assert (
-        min_kv_bytes(spec, 1024, dtype=torch.float32) < kv_bytes / 2
-    )  # the share is one to speak of
-
-    # Where memory is short running requests get no more than half of it, and contexts the rest.
-    options["max_num_seqs"] = 1000
-    short = size_kv_cache(spec, kv_bytes, 1024, **options)
-    for_sliding = short.num_blocks[SLIDING] * short.block_bytes[SLIDING]
-    assert (RUNNING_SHARE + KEPT_SHARE) * spare * 0.95 < for_sliding
-    assert (
-        short.num_blocks[GLOBAL] * short.block_bytes[GLOBAL]
-        > (1 - RUNNING_SHARE - KEPT_SHARE) * spare
-    )
-
-
-def test_sizes_of_a_model_without_sliding_layers() -> None:
-    spec = make_spec(layer_types=["full_attention"] * 6)
-    config = size_kv_cache(spec, 10_000_000, 1024, dtype=torch.float32)
-    assert config.num_blocks[SLIDING] == 0 and config.num_blocks[GLOBAL] > 64
-
-
-def test_too_little_memory_says_how_much_is_needed() -> None:
-    with pytest.raises(NotEnoughMemory, match=r"1024 tokens takes \d+\.\d MB; 0\.1 MB are free"):
-        size_kv_cache(make_spec(), 100_000, 1024, dtype=torch.float32)
-
-
-def test_the_longest_context_just_fits() -> None:
-    spec = make_spec()
-    for kv_bytes in (200_000, 500_000, 2_000_000):
-        longest = longest_context(spec, kv_bytes, dtype=torch.float32)
-        size_kv_cache(spec, kv_bytes, longest, dtype=torch.float32)
-        with pytest.raises(NotEnoughMemory, match="Lower engine"):
-            size_kv_cache(spec, kv_bytes, longest + 1, dtype=torch.float32)
-    whole = spec.max_position_embeddings
-    assert longest_context(spec, 10**12, dtype=torch.float32) == whole
-    assert longest_context(spec, 1, dtype=torch.float32) == 1
-
-
 def test_a_window_that_does_not_fit_is_refused() -> None:
     config = KVCacheConfig(16, {GLOBAL: 100, SLIDING: 3})
     with pytest.raises(NotEnoughMemory, match="sliding_attention"):
@@ -280,6 +160,34 @@ def test_an_only_sliding_cache_bounds_no_length() -> None:
     )
     request = make_request(10_000)
     assert kv.max_request_tokens is None and kv.can_hold(request, kv.find_prefix(request))
+
+
+def test_the_example_in_the_head_of_the_module() -> None:
+    config = KVCacheConfig(4, {GLOBAL: 9, SLIDING: 12})
+    kv = KVCache(
+        config,
+        sliding_window=5,
+        max_num_seqs=2,
+        max_model_len=16,
+        hasher=BlockHasher(4, "model"),
+    )
+    first, second = make_request(14), make_request(14)
+    second.prompt_ids[12:] = [90, 91]
+    for request in (first, second):
+        prefix = kv.find_prefix(request)
+        kv.add(request, prefix)
+        request.num_computed_tokens = 4 * prefix.num_blocks
+        kv.allocate(request, request.num_pending_tokens)
+        request.num_computed_tokens = 14
+        kv.commit(request)
+    tables = {kind: group.block_tables for kind, group in kv.groups.items()}
+    assert tables[GLOBAL].tolist() == [[1, 2, 3, 4], [1, 2, 3, 5]]
+    (null, gone, third, fourth), resumed = tables[SLIDING].tolist()
+    assert null == gone == NULL_BLOCK and NULL_BLOCK not in (third, fourth)
+    assert resumed[:3] == [NULL_BLOCK, NULL_BLOCK, third] and resumed[3] != fourth
+    sliding, full = kv.groups[SLIDING].pool, kv.groups[GLOBAL].pool
+    assert sliding.ref_cnt(third) == 2 and [full.ref_cnt(i) for i in (1, 2, 3)] == [2, 2, 2]
+    assert sliding.pin_cnt(third) == 1
 
 
 def test_config_is_a_value() -> None:

@@ -17,7 +17,7 @@ from engine.scheduling.policy import Policy, Work
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.scheduler_output import SchedulerOutput
 from engine.scheduling.token_costs import CACHED, DECODE, TokenCosts
-from tests.cluster.store.test_kv_size import spec_of
+from tests.support.engine.geometry import spec_of
 from tests.support.engine.schedulers import make_request, make_scheduler, run_step, shares
 
 SMALL = {"num_global": 129, "num_sliding": 65, "max_num_batched_tokens": 32}

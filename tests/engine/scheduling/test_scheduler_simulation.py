@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import Overloaded
 from engine.batch import build_batch
+from engine.cache.kv_cache_group import cdiv
 from engine.request import FinishReason, Owner, Request, RequestState
 from engine.scheduling.fair_share import FairShare
 from engine.scheduling.policy import FirstComeFirstServed, Policy
@@ -24,7 +25,6 @@ from tests.support.engine.memory_store import MemoryStore
 from tests.support.engine.schedulers import (
     GLOBAL,
     SLIDING,
-    cdiv,
     evict_all,
     make_request,
     make_scheduler,
@@ -130,11 +130,11 @@ class Simulation:
         assert self.store is None or not self.store.on_their_way
 
     def drop(self, owner: Owner) -> None:
-        kept = self.scheduler.kv.index.kept_blocks()
+        kept = self.scheduler.kv.index.resumable_blocks()
         kept.pop(owner, None)
         self.num_dropped_bytes += self.scheduler.kv.drop(owner)
         self.scheduler.check_integrity()
-        assert self.scheduler.kv.index.kept_blocks() == kept, "others have lost something"
+        assert self.scheduler.kv.index.resumable_blocks() == kept, "others have lost something"
 
     def add(self, request: Request) -> None:
         try:

@@ -19,10 +19,6 @@ GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
 SHARING = ("b", "c")  # tenants
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def make_scheduler(
     *,
     block_size: int = 4,
