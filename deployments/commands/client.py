@@ -1,4 +1,4 @@
-"""A client of `briolette.v1` for the command line: plain, blocking, with our errors."""
+"""A blocking client of `briolette.v1` that raises the errors of `cluster.errors`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,15 @@ from typing import Any
 
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
 
 from cluster.errors import (
     BrioletteError,
     ConfigError,
     DeadlineExceeded,
-    InvalidRequest,
-    PermissionDenied,
-    QuotaExceeded,
-    SessionInUse,
-    StoreFull,
-    TenantExists,
     Unauthenticated,
     Unavailable,
-    UnknownModel,
-    UnknownSession,
-    UnknownTenant,
 )
 from deployments.commands.access import KEY_VARIABLE, Access
 from protos.briolette.v1.admin_pb2 import (
@@ -56,30 +49,29 @@ from protos.briolette.v1.sessions_pb2 import (
 )
 from protos.briolette.v1.sessions_pb2_grpc import SessionsStub
 
-ERRORS: dict[str, type[BrioletteError]] = {
-    error.status: error
-    for error in (
-        InvalidRequest,
-        Unavailable,
-        DeadlineExceeded,
-        ConfigError,
-        SessionInUse,
-        StoreFull,
-        Unauthenticated,
-        PermissionDenied,
-        TenantExists,
-    )
+QUICK_S = 10.0  # timeout of calls that compute nothing
+PARK_S = 90.0  # timeout of calls that wait until the store has written or deleted everything
+DETAILS = "grpc-status-details-bin"  # https://grpc.github.io/grpc/core/md_doc_statuscodes.html
+
+# Errors of gRPC itself, which have no reason: nobody answers, or not in time.
+BY_STATUS: dict[str, type[BrioletteError]] = {
+    error.status: error for error in (Unavailable, DeadlineExceeded)
 }
-QUICK_S = 10.0  # for calls that compute nothing
-PARK_S = 90.0  # for those that wait until the store has, or is rid of, everything
 
 
 class Client:
-    """One connection to a gateway; closes at the end of a `with` block."""
+    """A connection to a gateway, which closes at the end of a `with` block.
+
+    Every method raises the error that the gateway answers with, or Unavailable without a gateway.
+    """
 
     def __init__(self, address: str, access: Access = Access()) -> None:  # noqa: B008
-        """Raises ConfigError for files of `access` that can't be read."""
-        self._channel = grpc.intercept_channel(_channel(address, access), _ShowKey(access.key))
+        """Prepare to connect to `address`, host:port or unix:PATH; connects with the first call.
+
+        Raises:
+            ConfigError: A file of `access` can't be read.
+        """
+        self._channel = grpc.intercept_channel(_channel(address, access), _SendKey(access.key))
         self._inference = InferenceStub(self._channel)
         self._admin = AdminStub(self._channel)
         self._sessions = SessionsStub(self._channel)
@@ -92,11 +84,22 @@ class Client:
         timeout_s: float | None = None,
         thinking: bool = False,
     ) -> Iterator[Generation]:
-        """The pieces of an answer as they come; leaving early cancels the request."""
+        """Ask the model; closing the iterator early cancels the request.
+
+        Args:
+            messages: The conversation, or with `session` only what is new in it.
+            sampling: How to choose tokens, and how many.
+            session: Name of a session that the server keeps; "" for none.
+            timeout_s: Deadline of the whole answer.
+            thinking: Let the model think before it answers.
+
+        Yields:
+            Pieces of the answer; the last one has the reason of the end and the timings.
+        """
         request = ChatRequest(
             messages=messages, sampling=sampling, session=session, thinking=thinking
         )
-        with _our_errors(UnknownModel):
+        with _our_errors():
             call = self._inference.Chat(request, timeout=timeout_s)
             try:
                 yield from call
@@ -104,64 +107,72 @@ class Client:
                 call.cancel()
 
     def status(self) -> ClusterStatus:
+        """Return the newest status of the cluster."""
         with _our_errors():
             return self._admin.GetStatus(GetStatusRequest(), timeout=5.0)
 
     def usage(self, tenant: str = "", since: str = "") -> Sequence[DayUsage]:
-        """By day and tenant; `since` is a day as 2026-11-24, by default 30 days ago."""
+        """Return the usage by day and tenant.
+
+        Args:
+            tenant: Name of one tenant; "" for all that the key may see.
+            since: First day, as in 2026-11-24; "" for 30 days ago.
+        """
         request = GetUsageRequest(tenant=tenant, since=since)
         with _our_errors():
             return self._admin.GetUsage(request, timeout=QUICK_S).days
 
     def list_sessions(self) -> Sequence[Session]:
-        """The last used one first."""
+        """Return the tenant's sessions, the most recently used one first."""
         with _our_errors():
             return self._sessions.ListSessions(ListSessionsRequest(), timeout=QUICK_S).sessions
 
     def get_session(self, name: str) -> GetSessionResponse:
-        """Raises UnknownSession, as all that follow do."""
-        with _our_errors(UnknownSession):
+        """Return a session with its messages. Raises UnknownSession."""
+        with _our_errors():
             return self._sessions.GetSession(GetSessionRequest(name=name), timeout=QUICK_S)
 
     def park_session(self, name: str) -> ParkSessionResponse:
-        with _our_errors(UnknownSession):
+        """Free the memory that holds a session, once the store has it. Raises UnknownSession."""
+        with _our_errors():
             return self._sessions.ParkSession(ParkSessionRequest(name=name), timeout=PARK_S)
 
     def resume_session(self, name: str) -> ResumeSessionResponse:
-        """As long as it takes, since what the store lacks is computed."""
-        with _our_errors(UnknownSession):
+        """Bring a session into memory, computing what the store lacks. Raises UnknownSession."""
+        with _our_errors():
             return self._sessions.ResumeSession(ResumeSessionRequest(name=name))
 
     def delete_session(self, name: str) -> DeleteSessionResponse:
-        with _our_errors(UnknownSession):
+        """Delete a session from memory and store. Raises UnknownSession."""
+        with _our_errors():
             return self._sessions.DeleteSession(DeleteSessionRequest(name=name), timeout=PARK_S)
 
     def list_tenants(self) -> Sequence[Tenant]:
-        """By name."""
+        """Return all tenants, sorted by name."""
         with _our_errors():
             return self._admin.ListTenants(ListTenantsRequest(), timeout=QUICK_S).tenants
 
     def create_tenant(self, tenant: Tenant) -> str:
-        """Its key. Raises TenantExists."""
+        """Create a tenant and return its key. Raises TenantExists."""
         with _our_errors():
             request = CreateTenantRequest(tenant=tenant)
             return self._admin.CreateTenant(request, timeout=PARK_S).key
 
     def update_tenant(self, tenant: Tenant, *fields: str) -> Tenant:
-        """Raises UnknownTenant, as all that follow do."""
-        with _our_errors(UnknownTenant):
+        """Change the named fields of a tenant and return it. Raises UnknownTenant."""
+        with _our_errors():
             request = UpdateTenantRequest(tenant=tenant, update_mask=FieldMask(paths=fields))
             return self._admin.UpdateTenant(request, timeout=QUICK_S)
 
     def rotate_key(self, name: str, grace_s: float) -> str:
-        """The new one."""
-        with _our_errors(UnknownTenant):
+        """Return a new key; old ones expire after `grace_s` seconds. Raises UnknownTenant."""
+        with _our_errors():
             request = RotateKeyRequest(name=name, grace_s=grace_s)
             return self._admin.RotateKey(request, timeout=QUICK_S).key
 
     def delete_tenant(self, name: str) -> None:
-        """With all that the store has of it, as long as that takes."""
-        with _our_errors(UnknownTenant):
+        """Delete a tenant with everything that the store has of it. Raises UnknownTenant."""
+        with _our_errors():
             self._admin.DeleteTenant(DeleteTenantRequest(name=name))
 
     def __enter__(self) -> Client:
@@ -171,8 +182,8 @@ class Client:
         self._channel.close()
 
 
-class _ShowKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
-    """Sends the key with every call."""
+class _SendKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    """Adds the key to every call."""
 
     def __init__(self, key: str | None) -> None:
         self._metadata = [("authorization", f"Bearer {key}")] if key else []
@@ -199,18 +210,30 @@ def _read(path: Path | None) -> bytes | None:
 
 
 @contextmanager
-def _our_errors(not_found: type[BrioletteError] = BrioletteError) -> Iterator[None]:
+def _our_errors() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
         assert isinstance(error, grpc.Call)
-        kind = {**ERRORS, "NOT_FOUND": not_found}.get(error.code().name, BrioletteError)
-        sentence = error.details() or error.code().name
-        delay_s: Any = dict(error.trailing_metadata() or ()).get("retry-after-s")
-        if kind is StoreFull and delay_s is not None:  # of the two, what waiting helps against
-            kind = QuotaExceeded
-        if kind is Unauthenticated:
-            sentence += f" (briolette takes a key from --key or {KEY_VARIABLE}.)"
-        failure = kind(sentence)
-        failure.retry_after_s = None if delay_s is None else float(delay_s)
-        raise failure from None
+        raise to_error(error) from None
+
+
+def to_error(call: grpc.Call) -> BrioletteError:
+    """Return the error of a failed call; its class is named by `google.rpc.ErrorInfo`."""
+    metadata: dict[str, Any] = dict(call.trailing_metadata() or ())
+    kind = _reason(metadata.get(DETAILS, b"")).lower()
+    by_status = BY_STATUS.get(call.code().name, BrioletteError)
+    error_type = BrioletteError.by_kind.get(kind, by_status)
+    sentence = call.details() or call.code().name
+    if error_type is Unauthenticated:
+        sentence += f" (Give a key with --key or {KEY_VARIABLE}.)"
+    error = error_type(sentence)
+    if (delay_s := metadata.get("retry-after-s")) is not None:
+        error.retry_after_s = float(delay_s)
+    return error
+
+
+def _reason(details: bytes) -> str:
+    """Return the reason in the details of a gRPC status, "" if there is none."""
+    info = ErrorInfo()
+    return next((info.reason for d in Status.FromString(details).details if d.Unpack(info)), "")

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status.rpc_status import to_status
 
@@ -118,18 +118,22 @@ def key_of(context: Context) -> str | None:
 
 
 async def abort(context: Context, error: BrioletteError) -> NoReturn:
-    """End a call with an error's status and sentence, and with the delay to try again after, as
-    google.rpc.RetryInfo in the details of the status and as `retry-after-s`, in seconds.
+    """End a call with an error's status and sentence.
+
+    The details of the status have its kind in capitals, as the reason of a google.rpc.ErrorInfo,
+    and the delay before a retry, if any, as google.rpc.RetryInfo; it is in `retry-after-s` too.
     """
-    code, sentence, delay_s = grpc.StatusCode[error.status], error.sentence, error.retry_after_s
-    trailing: tuple[tuple[str, str | bytes], ...] = ()
+    code, delay_s = grpc.StatusCode[error.status], error.retry_after_s
+    status = Status(code=code.value[0], message=error.sentence)
+    status.details.add().Pack(ErrorInfo(reason=error.kind.upper(), domain="briolette"))
+    trailing: list[tuple[str, str | bytes]] = []
     if delay_s is not None:
         info = RetryInfo()
         info.retry_delay.FromNanoseconds(round(delay_s * 1e9))
-        status = Status(code=code.value[0], message=sentence)
         status.details.add().Pack(info)
-        trailing = (*to_status(status).trailing_metadata, ("retry-after-s", f"{delay_s:.3f}"))
-    await context.abort(code, sentence, trailing)
+        trailing.append(("retry-after-s", f"{delay_s:.3f}"))
+    trailing += to_status(status).trailing_metadata
+    await context.abort(code, error.sentence, tuple(trailing))
 
 
 async def read(context: Context, request_type: type[Message]) -> Message:

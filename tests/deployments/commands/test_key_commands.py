@@ -106,7 +106,7 @@ def test_from_the_first_tenant_to_its_deletion(
     said("keys", "set", "ann", "--no-admin", "--expires", "30d")
     assert re.search(r"ann \w{8} \w{8} .* until \d{4}-\d\d-\d\d", said("keys"))
     assert said("keys", "delete", "ann").startswith("Deleted ann, its sessions")
-    assert "is unknown. (briolette takes a key from" in said("chat", "--key", new, "hi")
+    assert "is unknown. (Give a key with --key" in said("chat", "--key", new, "hi")
     said("keys", "delete", "bob")
 
 

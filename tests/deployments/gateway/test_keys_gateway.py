@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
@@ -234,10 +234,11 @@ def test_over_quota_says_when_to_come_back(cluster: Cluster) -> None:
     error = caught.value
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     status = rpc_status.from_call(error)
-    info = RetryInfo()
+    reason, info = ErrorInfo(), RetryInfo()
     assert status is not None and status.message == error.details()
     assert "used its 60 tokens a minute" in status.message
-    assert status.details[0].Unpack(info)
+    assert status.details[0].Unpack(reason) and status.details[1].Unpack(info)
+    assert (reason.reason, reason.domain) == ("QUOTA_EXCEEDED", "briolette")
     assert 5 < info.retry_delay.ToNanoseconds() / 1e9 <= 10
     trailing = dict(error.trailing_metadata())
     assert float(trailing["retry-after-s"]) == pytest.approx(info.retry_delay.seconds, abs=1)
@@ -321,11 +322,9 @@ def test_requests_in_flight_end_with_the_call(cluster: Cluster) -> None:
     assert cluster.complete(key)
 
 
-def test_the_decoder_is_told_weight_and_budget(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[tuple[str, int | None]] = []
-    monkeypatch.setattr(cluster.decoder.loop, "_on_budget", lambda *args: told.append(args))
+def test_the_decoder_is_told_weight_and_budget(cluster: Cluster) -> None:
+    told = cluster.decoder.budgets
+    told.clear()
     key = cluster.create("heavy", weight=3.0, kv_bytes=5 << 20)
     cluster.complete(key)
     cluster.set("heavy", kv_bytes=0)

@@ -230,7 +230,7 @@ def test_while_values_can_not_be_written_nothing_is_given_up(
         lambda: cluster.sessions.DeleteSession(DeleteSessionRequest(name="trip")),
     ):
         status, sentence = failure(call)
-        assert status == "UNAVAILABLE" and "waits to be written" in sentence
+        assert status == "UNAVAILABLE" and "Writing the session" in sentence
     assert [session.tokens_in_memory for session in cluster.list()] == [64]
 
 

@@ -82,6 +82,7 @@ class Decoder:
         self.runner = runner or CountingRunner()
         self.registry = CollectorRegistry()
         self.ready = True
+        self.budgets: list[tuple[str, int | None]] = []  # as requests told them
         self.engine = EngineCore(
             self.runner,
             KVCacheConfig(16, dict.fromkeys(AttentionKind, num_blocks)),
@@ -95,7 +96,11 @@ class Decoder:
         )
         meter = EngineMeter(Metrics(self.registry), "counter")
         self.loop = StepLoop(
-            engine=self.engine, meter=meter, fill_status=self._fill_status, store=store
+            engine=self.engine,
+            meter=meter,
+            fill_status=self._fill_status,
+            store=store,
+            on_budget=lambda tenant, num_bytes: self.budgets.append((tenant, num_bytes)),
         )
         self.open()
 

@@ -54,7 +54,7 @@ def running_gateway(
             sessions=kept,
             log_dir=log_dir,
             local_socket=local_socket,
-            usage=usage or UsageBooks(None),
+            usage_books=usage or UsageBooks(None),
         )
         gateway = Gateway(settings, parts)
         await gateway.start()
