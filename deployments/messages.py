@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cluster.placement import ExpertGroups
 from cluster.store.kv_store import StoreStatus
 from engine.outputs import EngineStats, RequestOutput
 from engine.request import FinishReason, SamplingParams
 from engine.sampler import TokenLogprobs
+from engine.text.grammar import JSON_OBJECT, Grammar
 from experts.stats import ExpertLoad
 from protos.briolette.v1 import inference_pb2
 from protos.briolette.v1.admin_pb2 import EngineLoad, GroupLoad, KvBlocks, KvStore
@@ -40,17 +39,43 @@ ENDS_WITHOUT_ANSWER = {
 }
 
 
+DEFAULTS = SamplingParams()
+
+
 def to_sampling_params(sampling: Sampling) -> SamplingParams:
-    """The wire's fields as the engine's. Raises InvalidRequest for a value out of range."""
-    given: dict[str, Any] = {
-        field.name: value for field, value in sampling.ListFields() if field.has_presence
-    }
+    """Convert sampling parameters. Raises InvalidRequest for a value out of range."""
+    has = sampling.HasField
     return SamplingParams(
-        **given,
+        temperature=sampling.temperature if has("temperature") else DEFAULTS.temperature,
+        top_k=sampling.top_k if has("top_k") else None,
+        top_p=sampling.top_p if has("top_p") else DEFAULTS.top_p,
+        min_p=sampling.min_p if has("min_p") else DEFAULTS.min_p,
+        repetition_penalty=(
+            sampling.repetition_penalty
+            if has("repetition_penalty")
+            else DEFAULTS.repetition_penalty
+        ),
+        presence_penalty=sampling.presence_penalty,  # 0 where it isn't set, and so is the default
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed if has("seed") else None,
+        logprobs=sampling.logprobs if has("logprobs") else None,
         stop=sampling.stop,
         stop_token_ids=sampling.stop_token_ids,
+        max_tokens=sampling.max_tokens if has("max_tokens") else None,
         ignore_eos=sampling.ignore_eos,
+        json_schema=sampling.json_schema if has("json_schema") else None,
+        json_object=sampling.json_object,
+        regex=sampling.regex if has("regex") else None,
+        lark=sampling.lark if has("lark") else None,
     )
+
+
+def to_grammar(sampling: Sampling) -> Grammar | None:
+    """Return the format that the answer's text must have; None for any text."""
+    kind = sampling.WhichOneof("format")
+    if kind is None or kind == "json_object":
+        return JSON_OBJECT if sampling.json_object else None
+    return Grammar(kind, getattr(sampling, kind))
 
 
 def to_output(output: RequestOutput, queue_s: float, saved_prefill_s: float) -> Output:

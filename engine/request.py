@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest
 from engine.spans import MediaSpan
-from engine.text.grammar import Grammar, GrammarKind
+from engine.text.grammar import JSON_OBJECT, Grammar, GrammarKind
 from engine.text.guide import Guide
 
 Owner = tuple[str, str] | None  # tenant and session; None: no session
@@ -87,7 +87,7 @@ class SamplingParams:
     def grammar(self) -> Grammar | None:
         """What the answer's text must be."""
         if self.json_object:
-            return Grammar("json_schema", '{"type": "object"}')
+            return JSON_OBJECT
         kinds: tuple[GrammarKind, ...] = ("json_schema", "regex", "lark")
         for kind in kinds:
             if (text := getattr(self, kind)) is not None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cluster.errors import Overloaded
-from deployments.messages import to_sampling_params
+from deployments.messages import to_grammar
 from engine.text.grammars import Grammars
 from protos.briolette.v1.stream_pb2 import Add, ToDecoder
 
@@ -103,23 +103,23 @@ class FormatQueue:
         self.drop(rid for rid, message in waiting if message.gateway_id == gateway_id)
 
     def _needs_compiling(self, add: Add) -> bool:
-        if self._grammars is None or add.sampling.WhichOneof("format") is None:
+        grammar = to_grammar(add.sampling)
+        if self._grammars is None or grammar is None:
             return False
         try:
-            grammar = to_sampling_params(add.sampling).grammar
-            return grammar is not None and not self._grammars.is_compiled(grammar)
+            return not self._grammars.is_compiled(grammar)
         except Exception:  # border: a gateway's reader; the error is raised again when it is added
             return False
 
     def _run(self) -> None:
         while (message := self._next()) is not None:
             adds = message.content.adds
-            if len(message.dropped) < len(adds):
+            grammar = to_grammar(adds[0].sampling)
+            is_wanted = len(message.dropped) < len(adds)
+            if self._grammars is not None and grammar is not None and is_wanted:
                 # border: a format in its queue; the error is raised again when it is added
                 with suppress(Exception):
-                    grammar = to_sampling_params(adds[0].sampling).grammar
-                    if self._grammars is not None and grammar is not None:
-                        self._grammars.compile(grammar)
+                    self._grammars.compile(grammar)
             with self._changed:  # a request is always either here or with the receiver
                 for add in adds:
                     self._waiting.pop(add.request_id, None)

@@ -28,3 +28,6 @@ class Grammar:
         """Raise InvalidRequest if the grammar exceeds MAX_CHARS."""
         if len(self.text) > MAX_CHARS:
             raise InvalidRequest(f"The {self.noun} has more than {MAX_CHARS:,} characters.")
+
+
+JSON_OBJECT = Grammar("json_schema", '{"type": "object"}')  # any JSON object
