@@ -1,4 +1,4 @@
-"""The answers of all requests, as their tokens come: their parts, their formats, their ends."""
+"""AnswerStreams: the answers of all requests, token by token: their parts, formats and ends."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from engine.text.tokenizer import Tokenizer
 
 
 class End(NamedTuple):
-    """Why an answer ends with its last token."""
+    """The end of an answer with its last token."""
 
     reason: FinishReason
-    matched_stop: str | int | None = None  # the stop string or stop token id that it met
+    matched_stop: str | int | None = None  # the stop string or stop token id that ended it
 
 
 class AnswerStreams:
-    """Takes sampled tokens into their requests and turns them into parts of the answers; without a
-    tokenizer these stay empty.
-    """
+    """Appends sampled tokens to their requests and turns them into parts of the answers."""
 
     def __init__(
         self,
@@ -29,18 +27,20 @@ class AnswerStreams:
         grammars: Grammars | None,
         eos_token_ids: Collection[int],
     ) -> None:
+        """Without a tokenizer answers have token ids only, and there are no grammars."""
         self._tokenizer, self._grammars = tokenizer, grammars
         self._eos_token_ids = eos_token_ids
         self._streams: dict[str, AnswerStream] = {}
 
     @property
     def request_ids(self) -> Set[str]:
-        """Of the answers that are open."""
+        """Ids of the requests whose answers are open."""
         return self._streams.keys()
 
     def begin(self, request: Request, chat: bool) -> End | None:
-        """Open its answer. Output that it comes with was returned back then; returns the end that
-        this is, if it is one.
+        """Open a request's answer; returns its end if its last output token is one.
+
+        Output that it comes with is taken into account, but not returned again.
         """
         self._guide(request)
         self._open(request, chat)
@@ -51,28 +51,28 @@ class AnswerStreams:
         return self._end_of(request, delta.matched_stop)
 
     def append(self, request: Request, token_id: int) -> tuple[AnswerDelta, End | None]:
-        """Take a sampled token; returns what it adds to the answer, and the end that it is."""
+        """Append a sampled token; returns what it adds to the answer, and the end if it is one."""
         request.output_ids.append(token_id)
         if request.guide is not None:
             request.guide.advance(token_id)
         delta = AnswerDelta()
-        if not self._is_stop_token(request, token_id):  # which is no part of the answer
+        if not self._is_stop_token(request, token_id):  # the answer doesn't include it
             delta = self._push(request, [token_id])
         return delta, self._end_of(request, delta.matched_stop)
 
     def finish(self, request: Request) -> AnswerDelta:
-        """Close the answer of a finished request; returns what was held back."""
+        """Close the answer of a finished request; returns the rest that was held back."""
         stream = self._streams.pop(request.request_id, None)
         delta = AnswerDelta() if stream is None else stream.finish()
-        self._note_lasting(request)
+        self._set_lasting_tokens(request)
         return delta
 
     def withdraw(self, request: Request) -> None:
-        """Drop what `begin` has left, as far as it got."""
+        """Undo `begin`, also one that failed halfway."""
         self._streams.pop(request.request_id, None)
 
     def _guide(self, request: Request) -> None:
-        """Begin to follow the grammar that the answer must keep to, if there is one."""
+        """Begin to follow the request's grammar, if it has one."""
         grammar = request.sampling.grammar
         if grammar is not None and self._grammars is not None:
             request.guide = self._grammars.guide(grammar, request.prompt_ids)
@@ -98,7 +98,7 @@ class AnswerStreams:
         return delta
 
     def _end_of(self, request: Request, matched: str | None) -> End | None:
-        """The end that the last output token is; `matched`: the stop string that it completes."""
+        """Return the end that the last output token is; `matched` is a stop string it completes."""
         last = request.output_ids[-1]
         if self._is_stop_token(request, last):
             stream = self._streams.get(request.request_id)
@@ -117,9 +117,10 @@ class AnswerStreams:
         is_eos = token_id in self._eos_token_ids and not sampling.ignore_eos
         return is_eos or token_id in sampling.stop_token_ids
 
-    def _note_lasting(self, request: Request) -> None:
-        """A session goes on without the thoughts of a turn that has ended; with calls it goes on
-        in the same turn.
+    def _set_lasting_tokens(self, request: Request) -> None:
+        """Record how many tokens its session goes on with: not the thoughts of a turn that ended.
+
+        After tool calls the turn goes on.
         """
         is_turn_over = request.finish_reason is not FinishReason.TOOL_CALLS
         if request.session is not None and self._tokenizer is not None and is_turn_over:

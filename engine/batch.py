@@ -1,4 +1,4 @@
-"""Batch: the tensors of one step, built from what the scheduler chose."""
+"""Batch: the tensors of one step, built from the scheduler's output."""
 
 from __future__ import annotations
 
@@ -29,21 +29,24 @@ class Batch:
     query_lens: list[int]  # per request, its tokens in this step
     seq_lens: list[int]  # per request, its tokens in the KV cache after this step
     # Entry i of a row holds positions [i * block_size, (i + 1) * block_size); 0 is the null block,
-    # where nothing is kept: behind the window, or past the end.
+    # before the window and past the end.
     block_tables: Mapping[AttentionKind, Tensor]  # [num_requests, max_blocks] int64
     slot_mapping: Mapping[AttentionKind, Tensor]  # [num_tokens] int64, block * block_size + offset
     logits_indices: Tensor  # [num_logits] int64, the last row of each request that samples
-    overlays: Sequence[Overlay] = ()  # embeddings that take the place of tokens
+    overlays: Sequence[Overlay] = ()  # embeddings in place of tokens
 
     @property
     def num_tokens(self) -> int:
+        """Rows of the batch."""
         return int(self.input_ids.shape[0])
 
     @property
     def num_requests(self) -> int:
+        """Requests of the batch."""
         return len(self.query_lens)
 
     def to(self, device: torch.device | str) -> Batch:
+        """Copy all tensors to a device, without waiting for it."""
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -56,7 +59,7 @@ class Batch:
 
 
 def build_batch(output: SchedulerOutput, kv: KVCache) -> Batch:
-    """Lay out the scheduled tokens. Blocks for them are already in the requests' tables."""
+    """Lay out the scheduled tokens, whose blocks are in the requests' block tables already."""
     scheduled = output.scheduled
     starts = np.array([s.request.num_computed_tokens for s in scheduled], dtype=np.int64)
     query_lens = np.array([s.num_new_tokens for s in scheduled], dtype=np.int64)

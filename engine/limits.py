@@ -1,10 +1,10 @@
-"""What can be asked of an engine: the limits of its model, its KV cache and its steps."""
+"""RequestLimits: what a request may ask for, by the model, the KV cache and the token budget."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
@@ -16,35 +16,42 @@ from engine.spans import MediaSpan, check_spans, longest_step
 
 @dataclass(frozen=True, slots=True)
 class SpecLimits:
-    """What the core must know of the model."""
+    """The facts of a model that the engine core needs."""
 
     max_model_len: int  # tokens, prompt and output together
     sliding_window: int
     vocab_size: int
+    _: KW_ONLY
     eos_token_ids: tuple[int, ...] = ()
-    hidden_size: int = 0  # of a span's embeddings
+    hidden_size: int = 0  # width of media embeddings
 
     @staticmethod
     def from_spec(spec: ModelSpec, max_model_len: int | None = None) -> SpecLimits:
+        """Read the limits from a model's spec; `max_model_len` may shorten its context."""
+        longest = spec.max_position_embeddings
         return SpecLimits(
-            min(max_model_len or spec.max_position_embeddings, spec.max_position_embeddings),
-            spec.sliding_window,
-            spec.vocab_size,
-            spec.eos_token_ids,
-            spec.hidden_size,
+            max_model_len=min(max_model_len or longest, longest),
+            sliding_window=spec.sliding_window,
+            vocab_size=spec.vocab_size,
+            eos_token_ids=spec.eos_token_ids,
+            hidden_size=spec.hidden_size,
         )
 
 
 class RequestLimits:
-    """Refuses what can never be answered, with InvalidRequest or ContextTooLong."""
+    """Refuses requests that can never be answered."""
 
     def __init__(self, spec: SpecLimits, kv: KVCache, token_budget: int) -> None:
         self._spec = spec
         self._kv = kv
-        self._token_budget = token_budget  # of a step
+        self._token_budget = token_budget  # tokens of a step
 
     def check_ids(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        """Every id is in the vocabulary."""
+        """Check that there is a prompt and that every id is in the vocabulary.
+
+        Raises:
+            InvalidRequest: It isn't so.
+        """
         if not prompt_ids:
             raise InvalidRequest("The prompt is empty.")
         if not all(self._are_known(token_ids) for token_ids in (prompt_ids, output_ids)):
@@ -53,8 +60,10 @@ class RequestLimits:
     def check_spans(
         self, spans: Sequence[MediaSpan], num_prompt_tokens: int
     ) -> Sequence[MediaSpan]:
-        """The spans in order. Tokens that see each other need one step for them all, so a span
-        that no step can hold is refused too.
+        """Check spans, and that a step can hold each bidirectional one; returns them in order.
+
+        Raises:
+            InvalidRequest: A span is malformed, or too long for a step.
         """
         if not spans:
             return ()
@@ -74,13 +83,17 @@ class RequestLimits:
 
     def _are_known(self, token_ids: Sequence[int]) -> bool:
         try:
-            ids = np.array(array("I", token_ids))  # min() and max() take four times as long
+            ids = np.array(array("I", token_ids))  # min() and max() would take four times as long
         except OverflowError:  # negative, or far too large
             return False
         return bool((ids < self._spec.vocab_size).all())
 
     def max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """Resolve max_tokens against the context and the KV cache: what can't fit is refused."""
+        """Resolve max_tokens against the context and the KV cache; None: as many as fit.
+
+        Raises:
+            ContextTooLong: Prompt and max_tokens exceed them.
+        """
         limit, what = self._spec.max_model_len, "the model's context"
         capacity = self._kv.max_request_tokens
         if capacity is not None and capacity < limit:

@@ -1,28 +1,28 @@
-"""How long prompts take to compute, as measured in the steps that mostly did that."""
+"""PrefillMeter: how long prompts take to compute, fitted to the steps that did mostly that."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-LEAST_TOKENS = 16  # a step with fewer measures what every step costs
-LEAST_SHARE = 0.75  # of the step's tokens
+LEAST_TOKENS = 16  # in a shorter step, what every step costs weighs too much
+LEAST_SHARE = 0.75  # of prompts in the step's tokens
 REMEMBERED_TOKENS = 32768  # older ones weigh half
-LEAST_SPREAD = 1e-3  # of depths; measured at one depth, the two parts can't be told apart
+LEAST_SPREAD = 1e-3  # of depths: at a single depth the two parts can't be separated
 
 
 class PrefillMeter:
-    """Seconds for a token and, as attention reads what came before, for each position before it.
+    """Estimates the seconds of a prefill: a part per token, and one per pair of positions.
 
-    A least squares fit over the steps of late, of seconds = per_token * tokens + per_pair * pairs,
-    where pairs are the sum of the tokens' positions; neither part is negative.
+    A least squares fit over recent steps of seconds = per_token * tokens + per_pair * pairs, where
+    pairs (the work of attention) are the sum of the tokens' positions; neither part is negative.
     """
 
     def __init__(self) -> None:
-        # Sums over steps; `tt` is of tokens times tokens, `tp` of tokens times pairs, and so on.
+        # Sums over steps: `tt` of tokens times tokens, `tp` of tokens times pairs, `s` of seconds.
         self._num_tokens = self._tt = self._tp = self._pp = self._ts = self._ps = 0.0
 
     def seconds(self, start: int, stop: int) -> float | None:
-        """How long the positions [start, stop) of one request take; None until a step has told."""
+        """Estimate the seconds for a request's positions [start, stop); None if unknown."""
         if self._num_tokens == 0:
             return None
         per_token, per_pair = self._fit()
@@ -31,7 +31,13 @@ class PrefillMeter:
     def record_step(
         self, chunks: Sequence[tuple[int, int]], num_decode: int, seconds: float
     ) -> None:
-        """A step computed these [start, stop) of prompts, and so many other tokens."""
+        """Record a step.
+
+        Args:
+            chunks: The positions [start, stop) of prompts that it computed.
+            num_decode: Its other tokens.
+            seconds: How long it took.
+        """
         num_prefill = sum(stop - start for start, stop in chunks)
         num_tokens = num_prefill + num_decode
         if num_prefill < LEAST_TOKENS or num_prefill < LEAST_SHARE * num_tokens:
@@ -50,7 +56,7 @@ class PrefillMeter:
         self._ps += num_pairs * seconds
 
     def _fit(self) -> tuple[float, float]:
-        """Seconds for a token and for a pair."""
+        """Return the seconds for a token and for a pair."""
         determinant = self._tt * self._pp - self._tp * self._tp
         if determinant > LEAST_SPREAD * self._tt * self._pp:
             per_token = (self._ts * self._pp - self._ps * self._tp) / determinant

@@ -1,48 +1,49 @@
-"""A request: what was asked for, how to sample it, and the one number that says how far it is."""
+"""Request: what was asked for, how to sample it, and its state and progress in the engine."""
 
 from __future__ import annotations
 
 import enum
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from cluster.errors import InvalidRequest
 from engine.spans import MediaSpan
 from engine.text.grammar import JSON_OBJECT, Grammar, GrammarKind
 from engine.text.guide import Guide
 
-Owner = tuple[str, str] | None  # tenant and session; None: no session
+Owner = tuple[str, str] | None  # of checkpoints: tenant and session; None: no session
 
 MAX_STOPS, MAX_STOP_CHARS = 16, 1000
 MAX_STOP_TOKEN_IDS = 128
 
 
 class FinishReason(enum.Enum):
-    """Why a request ended; every accepted request ends with exactly one of these."""
+    """Why a request ended: every accepted request ends with exactly one of these."""
 
     STOP = "stop"  # a stop token or a stop string
-    TOOL_CALLS = "tool_calls"  # a stop token after calls, every one of them whole
+    TOOL_CALLS = "tool_calls"  # a stop token after tool calls, all of them complete
     LENGTH = "length"  # max_tokens, or the context is full
-    ABORT = "abort"  # the client cancelled or went away
-    DEADLINE = "deadline"  # the client's deadline passed
-    ERROR = "error"  # the engine couldn't go on; the output carries a message
+    ABORT = "abort"  # the client cancelled or disconnected
+    DEADLINE = "deadline"  # the client's deadline expired
+    ERROR = "error"  # something failed; the output carries a message
 
 
 class RequestState(enum.Enum):
-    """Where a request is in its life."""
+    """The states of a request, in the order of its life."""
 
     WAITING = "waiting"  # in the queue, holds no blocks
-    WAITING_FOR_BLOCKS = "waiting_for_blocks"  # KV blocks are on their way from a store
-    RUNNING = "running"
+    WAITING_FOR_BLOCKS = "waiting_for_blocks"  # in the queue, while a store fetches its KV blocks
+    RUNNING = "running"  # holds blocks and a row of the block tables
     FINISHED = "finished"
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens. Defaults sample from the plain distribution.
+    """How to choose a request's tokens; by default from the model's plain distribution.
 
-    Raises InvalidRequest, with a sentence that names the field, for a value out of range.
+    Raises:
+        InvalidRequest: A value is out of range; the message names the field.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -56,9 +57,9 @@ class SamplingParams:
     logprobs: int | None = None  # number of alternatives beside the chosen token; None is off
     stop: Sequence[str] = ()
     stop_token_ids: Collection[int] = frozenset()  # beside the model's own end-of-sequence ids
-    max_tokens: int | None = None  # None goes on to the end of the context
-    ignore_eos: bool = False  # benchmarks: go on past end-of-sequence ids
-    # What the answer's text must be, one of them at most; thoughts are free
+    max_tokens: int | None = None  # None: up to the end of the context
+    ignore_eos: bool = False  # for benchmarks: generate past end-of-sequence ids
+    # The format of the answer's text, at most one of these; thoughts are unconstrained
     json_schema: str | None = None
     json_object: bool = False
     regex: str | None = None
@@ -85,7 +86,7 @@ class SamplingParams:
 
     @property
     def grammar(self) -> Grammar | None:
-        """What the answer's text must be."""
+        """The format that constrains the answer's text; None: there is none."""
         if self.json_object:
             return JSON_OBJECT
         kinds: tuple[GrammarKind, ...] = ("json_schema", "regex", "lark")
@@ -100,12 +101,13 @@ class SamplingParams:
             raise InvalidRequest("Give one of json_schema, json_object, regex and lark.")
         if (grammar := self.grammar) is not None:
             if self.ignore_eos:
-                raise InvalidRequest("An answer with a format ends where that does: no ignore_eos.")
+                raise InvalidRequest("ignore_eos is not supported in an answer with a format.")
             grammar.check_size()
 
     def _bound_stops(self) -> None:
-        """Every token is compared with all of them, so they are few and short; counted before they
-        are copied, since a caller may have sent millions.
+        """Check the number and size of stops, since every token is compared with all of them.
+
+        They are counted before they are copied: a caller may have sent millions.
         """
         if len(self.stop) > MAX_STOPS:
             raise InvalidRequest(f"At most {MAX_STOPS} stop strings.")
@@ -121,7 +123,7 @@ class SamplingParams:
 class Request:
     """One sequence in the engine.
 
-    `num_computed_tokens` is the only progress number: the tokens whose keys and values are in the
+    `num_computed_tokens` is its only progress number: the tokens whose keys and values are in the
     KV cache. Prefill and decode differ only in how many tokens are still to be computed.
     """
 
@@ -129,31 +131,32 @@ class Request:
     prompt_ids: list[int]
     sampling: SamplingParams
     seed: int
+    _: KW_ONLY
     max_tokens: int  # resolved against the context length
     tenant: str = "default"
-    session: str | None = None  # the kept conversation that it is a turn of
-    spans: Sequence[MediaSpan] = ()  # of the prompt, in order
-    weight: float = 1.0  # of its tenant, in the fair share
+    session: str | None = None  # the kept session of which this is a turn
+    spans: Sequence[MediaSpan] = ()  # media of the prompt, in order
+    weight: float = 1.0  # of its tenant in the fair share
     priority: int = 0  # among its tenant's requests; higher goes first
     output_ids: list[int] = field(default_factory=list)  # may start filled: a resumed request
     arrived_at: float = field(default_factory=time.monotonic)
-    deadline_at: float | None = None  # on time.monotonic's clock
-    guide: Guide | None = None  # what its next token may be
+    deadline_at: float | None = None  # on time.monotonic's clock; None: never
+    guide: Guide | None = None  # follows its grammar
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of these, found cached at the first start
     num_fetched_tokens: int = 0  # of the cached ones, those that only the store had
-    num_charged_tokens: int = 0  # counted by the policy, each position once
-    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as hashed
+    num_charged_tokens: int = 0  # charged by the policy, each position once
+    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks
     num_preemptions: int = 0
-    asks_store: bool = False  # once more: it gave way, and may have lost what was cached
+    asks_store: bool = False  # preempted: what was cached for it may be evicted by now
     finish_reason: FinishReason | None = None
-    num_thought_tokens: int = 0  # of the output, as far as it was read
-    num_lasting_tokens: int | None = None  # that its session goes on with; None: all
+    num_thought_tokens: int = 0  # of the output
+    num_lasting_tokens: int | None = None  # with which its session goes on; None: all
 
     @property
     def owner(self) -> Owner:
-        """For whom its checkpoints are kept."""
+        """The owner of its checkpoints: its session, if it has one."""
         return None if self.session is None else (self.tenant, self.session)
 
     @property
@@ -168,10 +171,11 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
+        """True once the request has ended."""
         return self.state is RequestState.FINISHED
 
     def token_ids(self, start: int, stop: int) -> list[int]:
-        """The tokens at positions [start, stop), across prompt and output."""
+        """Return the tokens at positions [start, stop), across prompt and output."""
         num_prompt = len(self.prompt_ids)
         prompt_part = self.prompt_ids[start:stop] if start < num_prompt else []
         return prompt_part + self.output_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)]

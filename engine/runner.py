@@ -1,4 +1,4 @@
-"""Owns the KV cache's tensors and runs one step's forward pass, in one or two micro-batches."""
+"""ModelRunner: owns the KV cache's tensors and runs a step's forward pass."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from engine.model.model import GemmaDecoder
 
 
 class ModelRunner:
-    """Computes batches with one decoder.
+    """Computes batches with one decoder, in one or two micro-batches.
 
-    With two micro-batches and remote experts, the requests of a step are dealt into two halves
-    that take turns: while one waits for its experts the other computes.
+    With two micro-batches and remote experts, the requests of a step are divided into two halves
+    that take turns: while one waits for its experts, the other computes.
     """
 
     def __init__(
@@ -33,28 +33,33 @@ class ModelRunner:
         *,
         num_micro_batches: int = 1,
     ) -> None:
-        """Raises NotEnoughMemory when the KV cache doesn't fit on the model's device."""
+        """Allocate the KV cache.
+
+        Args:
+            model: The decoder.
+            kv: Sizes of the KV cache.
+            experts: Computes the experts of its layers; None: the model has none.
+            num_micro_batches: 1 or 2.
+
+        Raises:
+            NotEnoughMemory: The KV cache doesn't fit on the model's device.
+        """
         assert num_micro_batches in (1, 2)
         self.model, self.experts = model, experts
         self.num_micro_batches = num_micro_batches
         self.kv_pools = allocate_kv(model, kv)
         self.kv_tensors = by_layer(model, kv, self.kv_pools)
 
-    def _clear_opened(self, batch: Batch) -> None:
-        """Zero the blocks whose free slots attention will read: an earlier request may have left
-        NaN there, which no mask takes away, for nothing times NaN is NaN.
-        """
-        for kind, pool in self.kv_pools.items():
-            opened = opened_blocks(batch, kind, pool.shape[3])
-            if len(opened):
-                pool.index_fill_(2, opened.to(pool.device, non_blocking=True), 0)
-
     @torch.inference_mode()
     def execute(self, batch: Batch) -> Tensor:
-        """Compute the batch's tokens; returns logits [num_logits, vocab_size] in fp32.
+        """Compute the batch's tokens.
 
-        Raises Unavailable when experts that it needs can't be reached. The KV cache then holds some
-        of the batch's keys and values; computing the same batch again overwrites them.
+        Returns:
+            Logits [num_logits, vocab_size] in fp32.
+
+        Raises:
+            Unavailable: Experts that it needs can't be reached. The KV cache then holds some of the
+                batch's keys and values; computing the same batch again overwrites them.
         """
         if self.model.reads_free_slots:
             self._clear_opened(batch)
@@ -66,25 +71,37 @@ class ModelRunner:
         logits = _take_turns(passes)
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
+    def _clear_opened(self, batch: Batch) -> None:
+        """Zero the blocks whose free slots attention will read.
+
+        An earlier request may have left NaN there, which no mask removes: 0 times NaN is NaN.
+        """
+        for kind, pool in self.kv_pools.items():
+            opened = opened_blocks(batch, kind, pool.shape[3])
+            if len(opened):
+                pool.index_fill_(2, opened.to(pool.device, non_blocking=True), 0)
+
 
 def allocate_kv(model: GemmaDecoder, kv: KVCacheConfig) -> dict[AttentionKind, Tensor]:
-    """What all layers of a kind that own keys and values keep, as one tensor of zeros:
-    [num_layers, 1 or 2, num_blocks, block_size, num_kv_heads, head_dim].
+    """Allocate the keys and values of all layers that own them, as a tensor of zeros per kind.
+
+    Returns:
+        By kind: [num_layers, 1 or 2, num_blocks, block_size, num_kv_heads, head_dim].
+
+    Raises:
+        NotEnoughMemory: They don't fit on the model's device.
     """
     pools = {}
     try:
         for kind in AttentionKind:
             if layers := _owners(model.spec, kind):
-                ((num_rows, *shape),) = {
-                    (
-                        1 if layer.keeps_one_row(kv.kv_layout) else 2,
-                        layer.num_kv_heads,
-                        layer.head_dim,
-                    )
-                    for layer in layers
-                }
-                blocks = len(layers), num_rows, kv.num_blocks[kind], kv.block_size
-                pools[kind] = torch.zeros(*blocks, *shape, dtype=model.dtype, device=model.device)
+                num_rows = {1 if layer.keeps_one_row(kv.kv_layout) else 2 for layer in layers}
+                slot_shapes = {(layer.num_kv_heads, layer.head_dim) for layer in layers}
+                assert len(num_rows) == len(slot_shapes) == 1, "a kind has one geometry"
+                blocks = (len(layers), num_rows.pop(), kv.num_blocks[kind], kv.block_size)
+                pools[kind] = torch.zeros(
+                    blocks + slot_shapes.pop(), dtype=model.dtype, device=model.device
+                )
     except RuntimeError as error:  # torch's out-of-memory errors, on the CPU and on GPUs
         raise NotEnoughMemory(f"The KV cache doesn't fit on {model.device}: {error}") from error
     return pools
@@ -93,7 +110,7 @@ def allocate_kv(model: GemmaDecoder, kv: KVCacheConfig) -> dict[AttentionKind, T
 def by_layer(
     model: GemmaDecoder, kv: KVCacheConfig, pools: Mapping[AttentionKind, Tensor]
 ) -> dict[int, KVTensors]:
-    """Views of the pools: the tensors of each layer that owns keys and values, by its index."""
+    """Return views of the pools: the tensors of each layer that owns some, by layer index."""
     tensors = {}
     for kind, pool in pools.items():
         for layer, rows in zip(_owners(model.spec, kind), pool, strict=True):
@@ -104,7 +121,7 @@ def by_layer(
 
 
 def opened_blocks(batch: Batch, kind: AttentionKind, block_size: int) -> Tensor:
-    """The last block of each request that this step is the first to write to: [num_opened]."""
+    """Return the last blocks of requests that this step is the first to write to: [num_opened]."""
     lens = zip(batch.query_lens, batch.seq_lens, strict=True)
     entries = [
         (row, (seq_len - 1) // block_size)
@@ -120,7 +137,7 @@ def _owners(spec: ModelSpec, kind: AttentionKind) -> list[LayerSpec]:
 
 
 def split(batch: Batch) -> list[Batch]:
-    """Two batches with about half of the tokens each, whole requests in each; or the one."""
+    """Divide a batch into two of whole requests with about half of the tokens each, if it can."""
     if batch.num_requests < 2:
         return [batch]
     ends = torch.tensor(batch.query_lens).cumsum(0)
@@ -158,7 +175,7 @@ def _slice(batch: Batch, requests: slice, tokens: slice, logits: slice, offset: 
 
 
 def _take_turns(passes: list[Forward]) -> list[Tensor]:
-    """Run the passes in turn, each up to where it would wait; their results, in order."""
+    """Run the passes in turn, each up to where it would wait; returns their results in order."""
     results: dict[int, Tensor] = {}
     waiting = deque(enumerate(passes))
     try:

@@ -1,4 +1,4 @@
-"""Sampling: from a row of logits to a token, the same token whatever else is in the batch."""
+"""Sampler: from a row of logits to a token, the same one whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms of the model's own probabilities: of the raw logits, before penalties,
-    temperature and filters.
+    """Natural logarithms of the model's own probabilities.
+
+    They are computed from the raw logits, before penalties, temperature and filters.
     """
 
     logprob: float  # of the chosen token
@@ -32,32 +33,36 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SamplerOutput:
-    """One entry a row. A row in `errors` or `dead_ends` has no valid token: its request can't go
-    on. What a row in `errors` has computed isn't to be trusted.
+    """The sampled tokens, one entry for each row.
+
+    A row in `errors` or `dead_ends` has no valid token, so that its request has to end. What the
+    request of a row in `errors` has computed can't be trusted.
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     errors: dict[int, str] = field(default_factory=dict)  # row -> a sentence
-    dead_ends: dict[int, InvalidRequest] = field(default_factory=dict)  # the same; of a grammar
+    dead_ends: dict[int, InvalidRequest] = field(default_factory=dict)  # row -> no token allowed
 
 
 class Sampler:
     """Chooses the next tokens.
 
-    A row that needs more than its argmax is worked on by itself, as an array of one dimension, and
-    its one random number is a function of (request.seed, position). So neither the rest of
-    the batch nor the order of arrival can change a bit of it.
+    A row that needs more than its argmax is processed by itself, as an array of one dimension, and
+    its one random number is a function of (request.seed, position). So neither the rest of the
+    batch nor the order of arrival can change a bit of it.
     """
 
     def __init__(self) -> None:
         self._histories: WeakKeyDictionary[Request, _History] = WeakKeyDictionary()
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> SamplerOutput:
-        """The next token of each request, whose position is the request's `num_tokens`.
+        """Choose the next token of each request, for the position `request.num_tokens`.
 
-        logits: [num_requests, vocab_size] fp32; -inf forbids a token. A row with NaN, +inf or
-        nothing but -inf is reported in `errors` and disturbs no other.
+        Args:
+            logits: [num_requests, vocab_size] fp32; -inf forbids a token. A row with NaN, with
+                +inf, or with -inf only is reported in `errors` and doesn't affect others.
+            requests: Those of the rows.
         """
         assert logits.shape[0] == len(requests)
         peaks, best = (column.tolist() for column in logits.max(dim=-1))  # NaN is the max of a row
@@ -79,7 +84,7 @@ class Sampler:
         return output
 
     def _choose(self, logits: Tensor, request: Request) -> int:
-        """Raises InvalidRequest where the request's grammar allows no token."""
+        """Choose a token. Raises InvalidRequest if the request's grammar allows none."""
         if request.guide is not None:
             logits = _masked(logits, request.guide)
         if _has_penalties(request.sampling):
@@ -97,10 +102,12 @@ class Sampler:
 
 
 def draw(logits: Tensor, params: SamplingParams, u: float) -> int:
-    """Draw a token by inverse CDF at u in [0, 1).
+    """Draw a token by inverse CDF: temperature, then top-k, top-p of the rest, then min-p.
 
-    Temperature first, then top-k, top-p of what is left, then min-p. logits: [vocab_size], their
-    maximum finite. Among equal logits the lower token id comes first.
+    Args:
+        logits: [vocab_size], their maximum finite. Among equals the lower token id comes first.
+        params: How to sample; its temperature is above 0.
+        u: A random number in [0, 1).
     """
     ids, kept_logits = _top_k(logits, params.top_k)
     # In fp64 a tiny temperature can't become 0, and a sum over a large vocabulary stays exact
@@ -119,10 +126,16 @@ def draw(logits: Tensor, params: SamplingParams, u: float) -> int:
 def penalise(
     logits: Tensor, params: SamplingParams, is_seen: Tensor, output_counts: Tensor
 ) -> Tensor:
-    """New logits [vocab_size].
+    """Apply the penalties; returns new logits [vocab_size].
 
-    The repetition penalty (arXiv:1909.05858) falls on the tokens of prompt and output, presence and
-    frequency penalties (as OpenAI defines them) on those of the output.
+    The repetition penalty (arXiv:1909.05858) applies to the tokens of prompt and output, presence
+    and frequency penalties (as OpenAI defines them) to those of the output.
+
+    Args:
+        logits: [vocab_size].
+        params: The penalties.
+        is_seen: [vocab_size] bool, True for the tokens of prompt and output.
+        output_counts: [vocab_size], how often each token occurs in the output.
     """
     penalty = params.repetition_penalty
     if penalty != 1:
@@ -136,10 +149,10 @@ def penalise(
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) of 52 bits, so that u * total, rounded, stays below total.
+    """Return a random number in [0, 1) of 52 bits, so that u * total, rounded, stays below total.
 
-    A pure function of its arguments: output number `position` of SplitMix64 (Steele, Lea and Flood,
-    2014), started at the mixed seed.
+    It is a pure function: output number `position` of SplitMix64 (Steele, Lea and Flood, 2014),
+    started at the mixed seed.
     """
     state = _mix((seed + _GOLDEN) & _MASK)
     return (_mix((state + (position + 1) * _GOLDEN) & _MASK) >> 12) * 2.0**-52
@@ -156,9 +169,9 @@ def _mix(x: int) -> int:
 
 
 def _top_k(logits: Tensor, k: int | None) -> tuple[Ids, Floats]:
-    """The k largest, descending, or all in the order of their ids: ids and logits.
+    """Return ids and logits of the k largest, descending; with no k, of all in the order of ids.
 
-    torch.topk only finds the least of them: whom it takes among equals is unspecified.
+    torch.topk only finds the smallest of them, since its choice among equals is unspecified.
     """
     values = logits.cpu().numpy()
     if k is None or k >= len(values):
@@ -169,10 +182,10 @@ def _top_k(logits: Tensor, k: int | None) -> tuple[Ids, Floats]:
 
 
 def _top_p(weights: Floats, top_p: float) -> Ids:
-    """The indices, by descending weight, of the fewest that hold `top_p` of the sum.
+    """Return the indices of the fewest weights that hold `top_p` of the sum, descending.
 
-    Weights under (1 - top_p) * mean together hold less than 1 - top_p, so none of them belongs
-    there. Only those above are sorted.
+    Weights below (1 - top_p) * mean hold less than 1 - top_p together, so none of them is among
+    these. Only the others are sorted.
     """
     total = weights.sum()
     above = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
@@ -182,7 +195,11 @@ def _top_p(weights: Floats, top_p: float) -> Ids:
 
 
 def _masked(logits: Tensor, guide: Guide) -> Tensor:
-    """Logits [vocab_size], -inf where the guide allows no token. Raises InvalidRequest."""
+    """Return logits [vocab_size] with -inf for tokens that the guide forbids.
+
+    Raises:
+        InvalidRequest: It forbids all of them.
+    """
     allowed = guide.allowed()
     if allowed is None:
         return logits
@@ -211,7 +228,7 @@ def _has_penalties(params: SamplingParams) -> bool:
 
 
 class _History:
-    """Which tokens a request has, kept from step to step: a long context is read only once."""
+    """The tokens that a request has, updated from step to step so that a context is read once."""
 
     def __init__(self, request: Request, logits: Tensor) -> None:
         self.is_seen = torch.zeros_like(logits, dtype=torch.bool)  # [vocab_size]
@@ -220,7 +237,7 @@ class _History:
         self._num_counted = 0  # output tokens
 
     def update(self, request: Request) -> None:
-        """Count the output tokens that came since the last time."""
+        """Count the output tokens that are new since the last call."""
         new_ids = torch.tensor(
             request.output_ids[self._num_counted :],
             dtype=torch.int64,

@@ -1,9 +1,9 @@
-"""Spans: embeddings that stand in a prompt where a medium does, an image or a stretch of sound."""
+"""MediaSpan: the embeddings of an image or of audio in place of some tokens of a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -14,65 +14,84 @@ from cluster.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaSpan:
-    """What a medium is to the decoder: one embedding for each of some positions in a row.
+    """Embeddings of one medium, for successive positions of a prompt.
 
-    They take the place of the prompt's tokens there, whose ids then change no number. In sliding
-    layers the positions of a bidirectional span see each other, as far as the window reaches;
-    global layers stay causal.
+    They take the place of the tokens' own embeddings, so that the token ids there don't matter. In
+    sliding layers the positions of a bidirectional span attend to each other, as far as the window
+    reaches; global layers stay causal.
     """
 
     start: int  # the first position in the prompt
-    embeddings: Tensor  # [num_tokens, hidden_size], as a tower's projector gives them: not scaled
-    digest: bytes  # names the embeddings: equal digests of two media mean equal embeddings
+    embeddings: Tensor  # [num_tokens, hidden_size], from a tower's projector, not scaled
+    digest: bytes  # names the embeddings: equal digests mean equal embeddings
     is_bidirectional: bool = False
 
     @property
     def num_tokens(self) -> int:
+        """Positions of the span."""
         return len(self.embeddings)
 
     @property
     def stop(self) -> int:
+        """The position behind its last one."""
         return self.start + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Overlay:
-    """The part of a span that a batch computes; of a bidirectional one always the whole."""
+    """The part of a span that a batch computes; a bidirectional span is never cut."""
 
-    request: int  # its place in the batch
-    row: int  # the first row of the batch
-    position: int  # of that row
+    request: int  # its index in the batch
+    row: int  # its first row in the batch
+    position: int  # the position of that row in the prompt
+    _: KW_ONLY
     embeddings: Tensor  # [num_rows, hidden_size]
     is_bidirectional: bool
 
     @property
     def rows(self) -> slice:
+        """Its rows in the batch."""
         return slice(self.row, self.row + len(self.embeddings))
 
     @property
     def last_position(self) -> int:
+        """The position of its last row in the prompt."""
         return self.position + len(self.embeddings) - 1
 
     def to(self, device: torch.device | str) -> Overlay:
+        """Copy the embeddings to a device."""
         return replace(self, embeddings=self.embeddings.to(device, non_blocking=True))
 
 
 def overlays(
     spans: Sequence[MediaSpan], start: int, stop: int, *, request: int, row: int
 ) -> Iterator[Overlay]:
-    """What a step that computes a request's positions [start, stop), the first one in the batch's
-    `row`, has of the request's spans.
+    """Yield the parts of a request's spans that a step computes.
+
+    Args:
+        spans: All of the request's spans.
+        start: The first position that the step computes.
+        stop: The position behind the last one.
+        request: The request's index in the batch.
+        row: The row of `start` in the batch.
     """
     for span in spans:
         first, end = max(start, span.start), min(stop, span.stop)
         if first < end:
             embeddings = span.embeddings[first - span.start : end - span.start]
-            yield Overlay(request, row + first - start, first, embeddings, span.is_bidirectional)
+            yield Overlay(
+                request,
+                row + first - start,
+                first,
+                embeddings=embeddings,
+                is_bidirectional=span.is_bidirectional,
+            )
 
 
 def uncut(spans: Sequence[MediaSpan], position: int) -> int:
-    """Where a step may end instead of at `position`: before the bidirectional span that it would
-    cut, whose tokens must be computed together.
+    """Return `position`, or the start of the bidirectional span that a step ending there would cut.
+
+    The tokens of such a span must be computed together.
     """
     for span in spans:
         if span.is_bidirectional and span.start < position < span.stop:
@@ -81,19 +100,19 @@ def uncut(spans: Sequence[MediaSpan], position: int) -> int:
 
 
 def uncut_blocks(spans: Sequence[MediaSpan], num_blocks: int, block_size: int) -> int:
-    """After how many blocks, at most `num_blocks`, a request can resume and cut no span."""
+    """Return the most blocks, up to `num_blocks`, after which resuming cuts no span."""
     while (end := uncut(spans, num_blocks * block_size) // block_size) < num_blocks:
         num_blocks = end
     return num_blocks
 
 
 def longest_step(spans: Sequence[MediaSpan]) -> int:
-    """The tokens that some step has to compute together."""
+    """Return the most tokens that some step has to compute together."""
     return max((span.num_tokens for span in spans if span.is_bidirectional), default=1)
 
 
 def media_digests(spans: Sequence[MediaSpan], start: int, stop: int) -> bytes:
-    """Names what the spans put at the positions [start, stop), for the hash of a block."""
+    """Name the media at the positions [start, stop), for the hash of a block."""
     return b"".join(
         repr((s.start - start, s.num_tokens, s.is_bidirectional, s.digest)).encode()
         for s in spans
@@ -104,15 +123,18 @@ def media_digests(spans: Sequence[MediaSpan], start: int, stop: int) -> bytes:
 def check_spans(
     spans: Sequence[MediaSpan], num_prompt_tokens: int, hidden_size: int
 ) -> list[MediaSpan]:
-    """The spans in order. Raises InvalidRequest for those that no prompt of this length can have,
-    or no model of this width.
+    """Check a request's spans and return them in order.
+
+    Raises:
+        InvalidRequest: They overlap, don't fit a prompt of this length or a model of this width, or
+            have no digest.
     """
     ordered = sorted(spans, key=lambda span: span.start)
     for span in ordered:
         _check_embeddings(span, hidden_size)
         if span.start < 0 or span.stop > num_prompt_tokens:
             raise InvalidRequest(
-                f"{_name(span)} has {span.num_tokens} tokens and doesn't lie inside the prompt, "
+                f"{_name(span)} has {span.num_tokens} tokens and isn't inside the prompt, "
                 f"which has {num_prompt_tokens}."
             )
     for before, span in pairwise(ordered):
@@ -131,7 +153,7 @@ def _check_embeddings(span: MediaSpan, hidden_size: int) -> None:
     if not span.embeddings.is_floating_point() or not span.embeddings.isfinite().all():
         raise InvalidRequest(f"{_name(span)} has embeddings that aren't finite numbers.")
     if not span.digest:
-        raise InvalidRequest(f"{_name(span)} has no digest, which tells its medium from others.")
+        raise InvalidRequest(f"{_name(span)} has no digest, which identifies its medium.")
 
 
 def _name(span: MediaSpan) -> str:

@@ -97,7 +97,11 @@ class KVCache:
         windows = {AttentionKind.GLOBAL: None, AttentionKind.SLIDING: sliding_window}
         self.groups = {
             kind: KVCacheGroup(
-                num_blocks, config.block_size, windows[kind], max_num_seqs, max_model_len
+                num_blocks,
+                block_size=config.block_size,
+                window=windows[kind],
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
             )
             for kind, num_blocks in config.num_blocks.items()
             if num_blocks > 0

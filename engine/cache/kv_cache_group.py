@@ -25,6 +25,7 @@ class KVCacheGroup:
     def __init__(
         self,
         num_blocks: int,
+        *,
         block_size: int,
         window: int | None,
         max_num_seqs: int,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from cluster.spec import AttentionKind
 from engine.cache.block_pool import BlockPool
@@ -41,6 +41,7 @@ class PrefixNode:
     block_hash: bytes
     parent: PrefixNode | None
     depth: int  # blocks of the prefix, this one included
+    _: KW_ONLY
     num_children: int = 0
     num_users: int = 0  # running requests of which this is the last full block
     is_checkpoint: bool = False  # requests can resume here: the window that ends here is pinned

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from engine.request import Request
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """A request's share of a step."""
+    """A request's part of a step."""
 
     request: Request
+    _: KW_ONLY
     start: int  # the position of its first new token
     num_new_tokens: int
     samples: bool  # the step reaches its last known token, so that a new one is sampled

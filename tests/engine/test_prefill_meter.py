@@ -53,8 +53,8 @@ def test_no_part_is_negative() -> None:
         all_attention.record_step([(start, start + CHUNK)], 0, seconds)
     for meter in (slower_when_short, all_attention):
         for start, stop in ((0, 1), (0, CHUNK), (100_000, 100_001)):
-            seconds = meter.seconds(start, stop)
-            assert seconds is not None and seconds >= 0
+            estimated = meter.seconds(start, stop)
+            assert estimated is not None and estimated >= 0
 
 
 def test_what_was_long_ago_weighs_little() -> None:

@@ -60,7 +60,7 @@ class Subject:
 
     @property
     def is_bidirectional(self) -> bool:
-        return self.reference.config.text_config.use_bidirectional_attention == "vision"
+        return bool(self.reference.config.text_config.use_bidirectional_attention == "vision")
 
     def prompt(self, *, is_bidirectional: bool | None = None, seed: int = 0) -> Sequence:
         if is_bidirectional is None:
@@ -100,12 +100,14 @@ class Subject:
                 None,
                 types,
             )
-        return self.reference(
+        outputs = self.reference(
             torch.tensor([sequence.token_ids]),
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=images)},
             use_cache=False,
             **options,
-        ).logits[0]
+        )
+        logits: Tensor = outputs.logits[0]
+        return logits
 
 
 def make_subject(name: str, path: Path, *, batch_invariant: bool = False) -> Subject:

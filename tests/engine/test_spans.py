@@ -280,9 +280,9 @@ def test_every_backend_lets_a_span_see_itself(window: int) -> None:
     batch = replace(
         tables,
         overlays=[
-            Overlay(1, 12, 31, embeddings, is_bidirectional=True),
-            Overlay(1, 40, 59, embeddings, is_bidirectional=False),
-            Overlay(2, 71, 0, embeddings[:9], is_bidirectional=True),
+            Overlay(1, 12, 31, embeddings=embeddings, is_bidirectional=True),
+            Overlay(1, 40, 59, embeddings=embeddings, is_bidirectional=False),
+            Overlay(2, 71, 0, embeddings=embeddings[:9], is_bidirectional=True),
         ],
         block_tables={SLIDING: tables.block_tables[GLOBAL]},
     )

@@ -52,7 +52,9 @@ def make_core(model_dir: Path, batch_invariant: bool) -> tuple[EngineCore, Poiso
     torch.set_num_threads(1)
     spec, checkpoint = ModelSpec.load(model_dir), Checkpoint(model_dir)
     groups = ExpertGroups(spec.num_experts, 2)
-    experts = PoisonedExperts(spec, checkpoint, groups, torch.float32, "cpu", batch_invariant)
+    experts = PoisonedExperts(
+        spec, checkpoint, groups, dtype=torch.float32, batch_invariant=batch_invariant
+    )
     model = GemmaDecoder.load(spec, checkpoint, batch_invariant=batch_invariant)
     core = EngineCore(
         ModelRunner(model, KV, experts),

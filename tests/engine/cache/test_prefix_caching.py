@@ -201,7 +201,7 @@ def test_the_configuration_says_what_changes_the_bits(monkeypatch: pytest.Monkey
         return request.block_hashes[-1]
 
     assert last_hash() == last_hash(engine={"max_num_seqs": 3})
-    others = [
+    others: list[dict[str, Any]] = [
         {"dtype": "bfloat16"},
         {"batch_invariant": True},
         {"experts": {"num_groups": 8}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from engine.scheduling.token_costs import CACHED, DECODE, TokenCosts
 from tests.support.engine.geometry import spec_of
 from tests.support.engine.schedulers import make_request, make_scheduler, run_step, shares
 
-SMALL = {"num_global": 129, "num_sliding": 65, "max_num_batched_tokens": 32}
+SMALL: dict[str, Any] = {"num_global": 129, "num_sliding": 65, "max_num_batched_tokens": 32}
 
 
 @dataclass

@@ -239,7 +239,7 @@ def make_core() -> tuple[EngineCore, ScriptedRunner]:
     core = EngineCore(
         runner,
         KVCacheConfig(16, dict.fromkeys(AttentionKind, 100)),
-        spec_limits=SpecLimits(512, 64, TOKENIZER.vocab_size, TOKENIZER.eos_ids),
+        spec_limits=SpecLimits(512, 64, TOKENIZER.vocab_size, eos_token_ids=TOKENIZER.eos_ids),
         tokenizer=TOKENIZER,
     )
     return core, runner
@@ -495,7 +495,7 @@ BAD = [
     (chat(Message(role="tool", content="x", tool_call_id="y")), "call 'y', which nobody"),
     (chat(sampling={"json_schema": "{"}), "json_schema is wrong"),
     (chat(sampling={"lark": 'start: "a'}), "lark grammar can't be used"),
-    (chat(sampling={"regex": "a", "ignore_eos": True}), "no ignore_eos"),
+    (chat(sampling={"regex": "a", "ignore_eos": True}), "ignore_eos is not supported"),
     (
         chat(sampling={"regex": "a"}, tools=[WEATHER], tool_choice=TOOL_CHOICE_REQUIRED),
         "can't both",

@@ -73,7 +73,7 @@ def make_core(
     return EngineCore(
         options.pop("runner", None) or NoisyRunner(vocab_size),
         KVCacheConfig(16, dict.fromkeys(AttentionKind, num_blocks)),
-        spec_limits=SpecLimits(600, 64, vocab_size, tokenizer.eos_ids),
+        spec_limits=SpecLimits(600, 64, vocab_size, eos_token_ids=tokenizer.eos_ids),
         tokenizer=tokenizer,
         **options,
     )

@@ -98,7 +98,7 @@ def make_core(
     **options: Any,
 ) -> EngineCore:
     kv = KVCacheConfig(block_size, {GLOBAL: num_global, SLIDING: num_sliding})
-    limits = SpecLimits(max_model_len, WINDOW, VOCAB_SIZE, eos_token_ids)
+    limits = SpecLimits(max_model_len, WINDOW, VOCAB_SIZE, eos_token_ids=eos_token_ids)
     options = {"hasher": BlockHasher(block_size, "model", SHARING), **options}
     return EngineCore(FakeRunner(kv), kv, spec_limits=limits, sampler=Sampler(), **options)
 

@@ -104,7 +104,7 @@ class PagedDriver:
 
 
 def _batch(work: list[tuple[Sequence, int]], all_logits: bool) -> Batch:
-    input_ids, positions, logits_indices = [], [], []
+    input_ids, positions, logits_indices = list[int](), list[int](), list[int]()
     slots: dict[AttentionKind, list[int]] = {kind: [] for kind in AttentionKind}
     overlaid: list[Overlay] = []
     for i, (sequence, num_new) in enumerate(work):

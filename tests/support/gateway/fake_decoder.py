@@ -86,7 +86,9 @@ class Decoder:
         self.engine = EngineCore(
             self.runner,
             KVCacheConfig(16, dict.fromkeys(AttentionKind, num_blocks)),
-            spec_limits=SpecLimits(CONTEXT, 64, tokenizer.vocab_size, eos_ids or tokenizer.eos_ids),
+            spec_limits=SpecLimits(
+                CONTEXT, 64, tokenizer.vocab_size, eos_token_ids=eos_ids or tokenizer.eos_ids
+            ),
             max_num_batched_tokens=256,
             max_num_seqs=max_num_seqs,
             load_shedding=LoadShedding(max_queue),
