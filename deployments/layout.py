@@ -1,4 +1,4 @@
-"""Who gets what on one machine: expert groups to hosts, cards and cores to parts."""
+"""The division of one machine: expert groups to hosts, GPUs and CPU threads to processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.spec import ModelSpec
 
 
 def place_experts(config: Config, spec: ModelSpec) -> ExpertPlacement | None:
-    """The first placement; None where the decoder computes the experts or the model has none."""
+    """Return the first placement; None if the decoder computes the experts or there are none."""
     experts = config.experts
     if not spec.is_moe or experts.mode == "local":
         return None
@@ -22,59 +22,74 @@ def place_experts(config: Config, spec: ModelSpec) -> ExpertPlacement | None:
 
 
 def expert_groups(config: Config, spec: ModelSpec) -> ExpertGroups:
-    """The fixed cut of the experts; never more groups than experts."""
+    """Return the fixed cut of the experts into groups; there are never more groups than experts."""
     return ExpertGroups(spec.num_experts, min(config.experts.num_groups, spec.num_experts))
 
 
 def host_gpus(config: Config, num_gpus: float, num_hosts: int) -> float:
-    """GPUs for each expert host: as configured, else a share such that every part fits.
+    """Return the GPUs of each expert host: as configured, else a share such that every part fits.
 
-    Ray takes a fraction from one card and cuts a card in ten-thousandths.
+    Ray takes a fraction from one GPU, in ten-thousandths.
+
+    Args:
+        config: The configuration.
+        num_gpus: GPUs that Ray has.
+        num_hosts: Expert hosts, beside one decoder.
     """
     if config.experts.num_gpus_per_host is not None:
         return config.experts.num_gpus_per_host
-    num_cards, num_parts = int(num_gpus), num_hosts + 1
-    if config.device == "cpu" or num_cards == 0:
+    num_whole_gpus, num_parts = int(num_gpus), num_hosts + 1
+    if config.device == "cpu" or num_whole_gpus == 0:
         return 0.0
-    if num_cards >= num_parts:
+    if num_whole_gpus >= num_parts:
         return 1.0
-    if num_cards == num_hosts:
-        return 0.6  # above a half: a card for each host, and the decoder beside one of them
-    return 10_000 // math.ceil(num_parts / num_cards) / 10_000
+    if num_whole_gpus == num_hosts:
+        return 0.6  # over a half: a GPU for each host, and the decoder beside one of them
+    return 10_000 // math.ceil(num_parts / num_whole_gpus) / 10_000
 
 
 def decoder_gpus(config: Config, num_gpus: float, num_hosts: int) -> float:
-    """GPUs for the decoder: what some card has left, however Ray spreads the hosts; at most one.
+    """Return the GPUs of the decoder: what some GPU has left, however Ray spreads the hosts.
 
-    Raises ConfigError when the hosts leave nothing to a decoder that must have a card.
+    Args:
+        config: The configuration.
+        num_gpus: GPUs that Ray has.
+        num_hosts: Expert hosts.
+
+    Returns:
+        At most one; 0 for a decoder on the CPU.
+
+    Raises:
+        ConfigError: The hosts leave nothing to a decoder that must have a GPU.
     """
-    num_cards, per_host = int(num_gpus), host_gpus(config, num_gpus, num_hosts)
-    if config.device == "cpu" or num_cards == 0:
+    num_whole_gpus, per_host = int(num_gpus), host_gpus(config, num_gpus, num_hosts)
+    if config.device == "cpu" or num_whole_gpus == 0:
         return 0.0
     if per_host >= 1:
-        share = 1.0 if num_cards - num_hosts * per_host >= 1 else 0.0
-    else:  # some card has no more hosts than the average
-        share = max(0.0, round(1 - num_hosts // num_cards * per_host, 4))
+        share = 1.0 if num_whole_gpus - num_hosts * per_host >= 1 else 0.0
+    else:  # some GPU has no more hosts than the average
+        share = max(0.0, round(1 - num_hosts // num_whole_gpus * per_host, 4))
     if share == 0 and config.device != "auto":
         raise ConfigError(
-            f"{num_hosts} expert hosts with {per_host:g} GPUs each leave none of {num_cards} to "
-            "the decoder; lower experts.num_gpus_per_host or experts.num_hosts."
+            f"{num_hosts} expert hosts with {per_host:g} GPUs each leave none of "
+            f"{num_whole_gpus} to the decoder; lower experts.num_gpus_per_host or "
+            "experts.num_hosts."
         )
     return share
 
 
 def decoder_threads(config: Config, num_hosts: int) -> int:
-    """CPU threads of the decoder; attention and the dense MLP run while the hosts compute."""
+    """Return the CPU threads of the decoder, which computes while the expert hosts do."""
     return config.engine.threads or _core_share(num_hosts + 1)
 
 
 def host_threads(config: Config, num_hosts: int) -> int:
-    """CPU threads of each expert host."""
+    """Return the CPU threads of each expert host."""
     return config.experts.threads or _core_share(num_hosts + 1)
 
 
 def transports(config: Config) -> tuple[str, ...]:
-    """What links may use, in order of preference."""
+    """Return the transports that links may use, the preferred one first."""
     return tuple(AUTO) if config.experts.transport == "auto" else ("tcp",)
 
 

@@ -1,4 +1,4 @@
-"""The KV store as the configuration wants it: where it is, its server, a decoder's use of it."""
+"""The KV store of a configuration: its address, its server, its budgets."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def store_address(config: Config) -> RedisAddress | None:
-    """Where contexts and sessions are kept; None where nothing is: values are named by the hashes
-    of prefix caching.
+    """Return the address of Redis; None without a store.
+
+    There is none without prefix caching either, whose hashes name the values.
     """
     store = config.store
     if not store.enabled or not config.engine.prefix_caching:
@@ -36,17 +37,22 @@ def store_address(config: Config) -> RedisAddress | None:
 
 
 def data_dir(config: Config) -> Path:
-    """Of the Redis server that comes with us."""
+    """Return the data directory of our own Redis server."""
     return (config.store.data_dir or config.state_dir / "redis").absolute()
 
 
 @contextmanager
 def store_server(config: Config, warn: Callable[[str], None]) -> Iterator[None]:
-    """Our own server for the length of a `with` block, where one is wanted; another one is tried,
-    and `warn` is told when it doesn't answer, which costs warmth and no answer.
+    """Run our own Redis server during a `with` block, or check the configured one.
 
-    Raises ConfigError or Unavailable where our own can't start, and ConfigError where another one
-    might throw tenants away.
+    Args:
+        config: The configuration; without a store nothing happens.
+        warn: Called with a sentence if the configured server doesn't answer: the cluster then
+            serves without stored contexts.
+
+    Raises:
+        ConfigError: Our own server is set wrongly, or the configured one may evict tenants.
+        Unavailable: Our own server doesn't start.
     """
     address = store_address(config)
     if address is None:
@@ -64,9 +70,10 @@ def store_server(config: Config, warn: Callable[[str], None]) -> Iterator[None]:
 
 
 def problem_of(address: RedisAddress) -> str | None:
-    """Why nothing will be kept there, in a sentence; None where a server answers.
+    """Return why the server can't be used, in a sentence; None if it answers.
 
-    Raises ConfigError when the address can't be used at all.
+    Raises:
+        ConfigError: The address is wrong.
     """
     address.check()
     try:
@@ -81,25 +88,26 @@ def problem_of(address: RedisAddress) -> str | None:
         reason = f"doesn't answer ({error})"
     else:
         return None
-    return f"Redis at {address} {reason}; until it does, nothing is remembered there."
+    return f"Redis at {address} {reason}; until it does, no context or session is stored."
 
 
 def doubt_about_tenants(address: RedisAddress) -> str | None:
-    """What can't be known of a server that keeps tenants, in a sentence; None where all is well.
+    """Return a warning if the server's eviction policy is unknown; None if it evicts no tenants.
 
-    Raises ConfigError where a full server would throw them away.
+    Raises:
+        ConfigError: A full server would evict tenants.
     """
     try:
         policy = eviction_policy(address)
     except REDIS_ERRORS as error:
         return (
-            f"Redis at {address} doesn't tell its maxmemory-policy ({error}); make sure that it is "
-            "noeviction, or tenants may be lost."
+            f"The maxmemory-policy of Redis at {address} can't be read ({error}); make sure that "
+            "it is noeviction, or tenants may be evicted."
         )
     if not keeps_tenants(policy):
         raise ConfigError(
-            f"Redis at {address} has the maxmemory-policy {policy}, by which a full server throws "
-            "tenants and their keys away; set it to noeviction."
+            f"Redis at {address} has the maxmemory-policy {policy}, with which it may evict "
+            "tenants and their keys when it is full; set it to noeviction."
         )
     return None
 
@@ -131,5 +139,13 @@ def open_kv_store(
     metrics: Metrics,
     budget_of: Callable[[str], int] | None = None,
 ) -> KVStore:
-    """A decoder's end of the store; `budget_of` as `KVStore` has it."""
+    """Open a decoder's side of the store.
+
+    Args:
+        config: The configuration.
+        address: Where Redis is.
+        fingerprint: Part of every key: values of other fingerprints are never read.
+        metrics: Counts reads and writes.
+        budget_of: Returns the bytes that a tenant may keep; None for the usual budget.
+    """
     return KVStore(address, fingerprint, config.model_id, metrics, config.store, budget_of)

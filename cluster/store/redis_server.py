@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 from cluster.errors import ConfigError, Unavailable
+from cluster.files import MAX_SOCKET_PATH
 from cluster.store import redis_launcher
 from cluster.store.redis import REDIS_ERRORS, RedisAddress
 
 SOCKET, LOCK, LOG = "redis.sock", "lock", "redis.log"
-MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's address
 LOCK_TIMEOUT_S = 20.0  # for a server that is ending, or its child that rewrites the file
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0

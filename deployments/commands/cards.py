@@ -33,19 +33,19 @@ class StartDisplay:
         self._phase: TaskID | None = None
         self._bars: dict[str, TaskID] = {}
 
-    def show(self, news: dict[str, Any]) -> None:
-        """One piece of news from the supervisor."""
-        if "phase" in news:
+    def show(self, progress: dict[str, Any]) -> None:
+        """Show one report, as `deployments.start.lifecycle.start` passes it to `on_progress`."""
+        if "phase" in progress:
             if not self._console.is_terminal:
-                self._console.print(f"{news['phase']} ...", markup=False)
+                self._console.print(f"{progress['phase']} ...", markup=False)
             self._end_phase()
-            self._phase = self._progress.add_task(news["phase"], total=None)
-        if "warning" in news:
-            self._console.print(news["warning"], style="yellow", markup=False)
-        for part, progress in news.get("parts", {}).items():
+            self._phase = self._progress.add_task(progress["phase"], total=None)
+        if "warning" in progress:
+            self._console.print(progress["warning"], style="yellow", markup=False)
+        for part, done in progress.get("parts", {}).items():
             if part not in self._bars:
                 self._bars[part] = self._progress.add_task(f"Loading {part}", total=1.0)
-            self._progress.update(self._bars[part], completed=progress)
+            self._progress.update(self._bars[part], completed=done)
 
     def _end_phase(self) -> None:
         if self._phase is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from cluster.files import write_atomic
 from protos.briolette.v1.admin_pb2 import ClusterStatus, Part
 
 FILE = "prometheus_targets.json"
@@ -25,9 +26,7 @@ class ScrapeTargets:
         parts += [(host.host_id, host.part) for host in status.expert_hosts]
         text = json.dumps([self._group(name, part) for name, part in parts if part.metrics_port])
         if text != self._written:
-            draft = self._path.with_suffix(".new")
-            draft.write_text(text)
-            draft.replace(self._path)  # Prometheus never reads half a file
+            write_atomic(self._path, text)  # Prometheus never reads half a file
             self._written = text
 
     def _group(self, name: str, part: Part) -> dict[str, object]:

@@ -1,7 +1,7 @@
-"""What a gateway leaves in the state directory for this machine's own commands.
+"""Files by which commands on the gateway's machine reach it without a key or a certificate.
 
-In a folder that only its user may enter: the operator's key, and with TLS also a socket on which
-commands need no certificate.
+The folder `local` of the state directory, which only its user may enter, holds the operator's key
+and, with TLS, a Unix socket that needs no certificate.
 """
 
 from __future__ import annotations
@@ -11,23 +11,27 @@ from pathlib import Path
 
 from cluster.config import Config
 from cluster.errors import ConfigError
-
-MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's address
+from cluster.files import MAX_SOCKET_PATH
 
 
 def local_target(state_dir: Path, address: str) -> str:
-    """What gRPC connects to from this machine."""
+    """Return the gRPC target for a command on this machine.
+
+    Args:
+        state_dir: The state directory of the cluster.
+        address: host:port of the gateway, for a gateway without a socket.
+    """
     socket = _folder(state_dir) / "gateway.sock"
     return f"unix:{socket}" if socket.exists() else address
 
 
 def local_key_file(state_dir: Path) -> Path:
-    """Where a gateway leaves the operator's key."""
+    """Return the path of the operator's key."""
     return _folder(state_dir) / "admin_key"
 
 
 def read_local_key(state_dir: Path) -> str | None:
-    """The operator's key; None where a gateway left none."""
+    """Return the operator's key; None if there is none, as in a cluster without keys."""
     try:
         return local_key_file(state_dir).read_text()
     except OSError:
@@ -35,8 +39,10 @@ def read_local_key(state_dir: Path) -> str | None:
 
 
 def local_socket(config: Config) -> Path | None:
-    """Where the gateway listens for this machine's commands; None where its port is open to them.
-    Raises ConfigError.
+    """Return the socket for this machine's commands; None if they can use the port (no TLS).
+
+    Raises:
+        ConfigError: The path is too long for a socket.
     """
     socket = _folder(config.state_dir) / "gateway.sock"
     if config.gateway.tls_cert_file is None:
@@ -47,7 +53,7 @@ def local_socket(config: Config) -> Path | None:
 
 
 def prepare_folder(state_dir: Path) -> None:
-    """Before a gateway writes there: only its user may enter, and nothing is left from before."""
+    """Create the folder, or empty it; only this user may enter."""
     folder = _folder(state_dir)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)

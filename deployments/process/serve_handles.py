@@ -1,4 +1,4 @@
-"""Asking the replicas of a deployment through its Serve handle, any of which may be away."""
+"""Questions to the replicas of a deployment through its Serve handle."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.errors import LinkError
 
-ASK_S = 2.0
+ASK_TIMEOUT_S = 2.0
 
 
 class Handle(Protocol):
-    """What is used of a Serve DeploymentHandle."""
+    """The part of a Serve DeploymentHandle that is used here."""
 
     def broadcast(self, method: str) -> Any: ...
 
 
 def ask_replicas(handle: Handle, method: str) -> list[Mapping[str, Any]]:
-    """What the replicas that answer say: a mapping each. Raises LinkError if Serve can't ask: no
-    replica yet, a dead one, the controller away.
+    """Call a method of every replica.
+
+    Args:
+        handle: The deployment's.
+        method: Name of a method without arguments that returns a mapping.
+
+    Returns:
+        The answers of the replicas that are alive.
+
+    Raises:
+        LinkError: Serve can't ask: there is no replica yet, or the controller doesn't answer.
     """
     try:
         response = handle.broadcast(method)
-        answers = response.results(timeout_s=ASK_S, return_exceptions=True)
+        answers = response.results(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
     except (RayError, RayServeException, TimeoutError) as error:
         raise LinkError(f"Serve can't ask for {method} ({type(error).__name__}).") from None
     return [answer for answer in answers if isinstance(answer, Mapping)]

@@ -1,4 +1,4 @@
-"""The cluster of a state directory: start it, find it, stop it, and leave nothing of it behind."""
+"""The cluster of a state directory: start, find and stop it, and leave nothing of it behind."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from cluster.files import write_private
 
 ROOT = Path(__file__).resolve().parents[2]  # where our packages are
 FILE, LOCK = "running.json", "lock"
-STOP_S = 45.0  # for a clean end; then it is killed
-KILL_S = 5.0  # for the end of what was killed
-LOCK_S = 2.0  # somebody who only looks holds the lock for a moment, one who cleans up for longer
+STOP_TIMEOUT_S = 45.0  # for a clean end; then the process is killed
+KILL_TIMEOUT_S = 5.0  # for the end of a killed process
+LOCK_TIMEOUT_S = 2.0  # `is_locked` holds the lock for a moment, a cleanup for longer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What is written down of a cluster that is up or starting."""
+    """What the state directory says about a cluster that is up or starting."""
 
-    pid: int  # of its supervisor, and the id of the session in which all its processes are
-    boot_id: str  # of the machine's start: process ids begin anew with the next
+    pid: int  # of the supervisor; also the id of the Unix session of all processes
+    boot_id: str  # of the machine's boot, after which process ids mean other processes
     ray_dir: str  # in /tmp, because the paths of Ray's sockets must be short
     model: str
     started: float  # on time.time's clock
@@ -46,7 +46,7 @@ class Running:
 
     @staticmethod
     def this_process(config: Config) -> Running:
-        """The cluster that this supervisor is about to start, with a folder for Ray."""
+        """Describe the cluster that this process is about to start, and create Ray's folder."""
         return Running(
             pid=os.getpid(),
             boot_id=_boot_id(),
@@ -57,19 +57,20 @@ class Running:
 
     @staticmethod
     def read(state_dir: Path) -> Running | None:
-        """What was written last, whether or not it still runs."""
+        """Return what was written last, whether or not it still runs; None if nothing was."""
         try:
             return Running(**json.loads((state_dir / FILE).read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
     def write(self, state_dir: Path) -> None:
+        """Write to the state directory, where `read` finds it."""
         write_private(state_dir / FILE, json.dumps(asdict(self)))
 
     def clean_up(self, state_dir: Path) -> None:
-        """Kill every process of the cluster but this one, keep Ray's logs, forget the rest.
+        """Kill every process of the cluster but this one, keep Ray's logs, delete its other files.
 
-        A session's id is not given away while the session has processes, so none but ours are hit.
+        Linux doesn't reuse the id of a session that has processes, so no other process is killed.
         """
         if self.boot_id == _boot_id():
             _kill_session(self.pid)
@@ -79,15 +80,22 @@ class Running:
 
 
 def find_running(state_dir: Path) -> Running | None:
-    """The live cluster of a state directory."""
+    """Return the cluster that is alive in a state directory, if any."""
     return Running.read(state_dir) if is_locked(state_dir) else None
 
 
-def start(config: Config, on_news: Callable[[dict[str, Any]], None]) -> Running:
+def start(config: Config, on_progress: Callable[[dict[str, Any]], None]) -> Running:
     """Start a cluster that outlives this process, and wait until it serves.
 
-    `on_news` gets {"phase": sentence}, {"warning": sentence} and {"parts": {name: progress}}.
-    Raises Unavailable with the reason when it can't; interrupted, it leaves nothing behind.
+    An interrupt stops everything that was started.
+
+    Args:
+        config: The configuration of the cluster.
+        on_progress: Called with {"phase": sentence}, {"warning": sentence} or
+            {"parts": {part: progress from 0 to 1}}.
+
+    Raises:
+        Unavailable: The cluster can't start, with the reason.
     """
     (config.state_dir / "logs").mkdir(parents=True, exist_ok=True)
     read_fd, write_fd = os.pipe()
@@ -100,39 +108,42 @@ def start(config: Config, on_news: Callable[[dict[str, Any]], None]) -> Running:
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=[write_fd],
-            start_new_session=True,  # Ctrl-C in the terminal is for us alone
+            start_new_session=True,  # Ctrl-C in the terminal reaches this process only
         )
     os.close(write_fd)
     try:
         _send_settings(process, config)
         with os.fdopen(read_fd) as pipe:
             for line in pipe:
-                news = json.loads(line)
-                if "error" in news:
-                    process.wait(STOP_S)
-                    raise Unavailable(news["error"])
-                on_news(news)
+                progress = json.loads(line)
+                if "error" in progress:
+                    process.wait(STOP_TIMEOUT_S)
+                    raise Unavailable(progress["error"])
+                on_progress(progress)
     except BaseException:
         _end(process.pid)
         clean_up(config.state_dir)
         raise
     running = find_running(config.state_dir)
     if running is None or running.address is None:
-        process.wait(STOP_S)
-        raise Unavailable(f"The cluster ended while it started; see {config.state_dir}/logs.")
+        process.wait(STOP_TIMEOUT_S)
+        raise Unavailable(
+            f"The cluster stopped while it was starting; see {config.state_dir}/logs."
+        )
     return running
 
 
 def _send_settings(process: subprocess.Popen[bytes], config: Config) -> None:
     assert process.stdin is not None
-    with suppress(BrokenPipeError), process.stdin as pipe:  # of a supervisor that is gone already
+    with suppress(BrokenPipeError), process.stdin as pipe:  # the supervisor is gone already
         pipe.write(json.dumps(config.to_dict()).encode())
 
 
 def stop(state_dir: Path) -> bool:
-    """End the cluster of a state directory; False when there was none.
+    """Stop the cluster of a state directory; returns False if there is none.
 
-    Raises Unavailable when its supervisor doesn't even end when killed.
+    Raises:
+        Unavailable: The supervisor doesn't end, even when killed.
     """
     running = find_running(state_dir)
     if running is not None and not _end(running.pid):
@@ -141,7 +152,7 @@ def stop(state_dir: Path) -> bool:
 
 
 def clean_up(state_dir: Path) -> bool:
-    """Remove what a supervisor that was killed itself has left behind; True if there was any."""
+    """Remove the processes and files that a killed supervisor has left; True if there were any."""
     if Running.read(state_dir) is None:
         return False
     try:
@@ -156,11 +167,14 @@ def clean_up(state_dir: Path) -> bool:
 
 @contextmanager
 def holding(state_dir: Path) -> Iterator[None]:
-    """The lock that says that a cluster of this state directory is alive; ends with the process.
+    """Hold the lock of a state directory, which marks its cluster as alive, in a `with` block.
 
-    Raises AlreadyRunning.
+    It ends with the process at the latest.
+
+    Raises:
+        AlreadyRunning: Another process holds it.
     """
-    give_up_at = time.monotonic() + LOCK_S
+    give_up_at = time.monotonic() + LOCK_TIMEOUT_S
     with open(state_dir / LOCK, "w") as lock:
         while True:
             try:
@@ -176,10 +190,10 @@ def holding(state_dir: Path) -> Iterator[None]:
 
 
 def is_locked(state_dir: Path) -> bool:
-    """Whether a supervisor lives; it may have written nothing yet."""
+    """Return whether a supervisor is alive; it may have written no file yet."""
     try:
         with open(state_dir / LOCK) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # two who look don't see each other
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # two calls don't collide
             return False
     except FileNotFoundError:
         return False
@@ -188,22 +202,23 @@ def is_locked(state_dir: Path) -> bool:
 
 
 def _end(pid: int) -> bool:
-    """SIGTERM, patience, SIGKILL; whether it has ended."""
+    """Send SIGTERM, then after a while SIGKILL; return whether the process has ended."""
     try:
         process = psutil.Process(pid)
         process.terminate()
-        _, alive = psutil.wait_procs([process], timeout=STOP_S)
+        _, alive = psutil.wait_procs([process], timeout=STOP_TIMEOUT_S)
         if alive:
             process.kill()
-            _, alive = psutil.wait_procs([process], timeout=KILL_S)
+            _, alive = psutil.wait_procs([process], timeout=KILL_TIMEOUT_S)
         return not alive
     except psutil.NoSuchProcess:
         return True
 
 
 def _kill_session(session_id: int) -> None:
-    """Kill until two looks in a row find none: one process may start another and end while the
-    list is made, so that neither is on it.
+    """Kill all processes of a Unix session, until two lists in a row are empty.
+
+    A process may start another one and end while a list is made, so that neither is on it.
     """
     num_empty = 0
     for _ in range(20):
@@ -212,10 +227,10 @@ def _kill_session(session_id: int) -> None:
         if num_empty == 2:
             return
         for process in left:
-            log.info("Killing %d, which is left over.", process.pid)
+            log.info("Killing process %d, which was left behind.", process.pid)
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=KILL_S)
+        psutil.wait_procs(left, timeout=KILL_TIMEOUT_S)
         time.sleep(0.05)
 
 
@@ -231,7 +246,7 @@ def _is_left(process: psutil.Process, session_id: int) -> bool:
 
 
 def _keep_logs(ray_dir: Path, kept: Path) -> None:
-    """The logs of the last run only."""
+    """Copy Ray's logs to `kept`, in place of those of an earlier run."""
     shutil.rmtree(kept, ignore_errors=True)
     for session in ray_dir.glob("session_*"):
         if not session.is_symlink() and (session / "logs").is_dir():

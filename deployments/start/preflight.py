@@ -1,4 +1,4 @@
-"""What can be known to fail before any process is started: the model, the ports, the memory."""
+"""Checks before any process is started: the model, the ports, the files, the memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from cluster.spec import ModelSpec
 from deployments.gateway.tls import server_context
 from deployments.process.local_access import local_socket
 
-PROCESS_BYTES = 350 << 20  # of a Python process with torch loaded
-NUM_PROCESSES = 3  # the gateway, the decoder, and all of Ray's own as one
+PROCESS_BYTES = 350 << 20  # memory of a Python process with torch loaded
+NUM_PROCESSES = 3  # gateway, decoder, and all of Ray's counted as one
 
 
 def check(config: Config) -> ModelSpec:
-    """The model's geometry. Raises the error that the start would end in, seconds earlier."""
-    from cluster.checkpoint import resolve_model  # brings torch along
+    """Check a configuration against this machine, and return the geometry of its model.
+
+    Raises:
+        BrioletteError: The start would fail with this error, after several seconds.
+    """
+    from cluster.checkpoint import resolve_model  # late: it imports torch, which takes seconds
 
     gateway = config.gateway
     check_port(gateway.host, gateway.port, "gateway.port")
@@ -38,22 +42,32 @@ def check(config: Config) -> ModelSpec:
     ):
         raise ConfigError(
             f"experts.num_hosts is {config.experts.num_hosts}, but the model has only "
-            f"{spec.num_experts} experts in a layer."
+            f"{spec.num_experts} experts per layer; lower it."
         )
     check_memory(config, spec, model_dir)
     return spec
 
 
 def check_port(host: str, port: int, key: str) -> None:
-    """Raises PortTaken, or ConfigError where only root may listen."""
+    """Check that this process may listen on an address.
+
+    Args:
+        host: Name or address to listen on.
+        port: 0 for a free one.
+        key: The configuration's key of the port, for the error.
+
+    Raises:
+        PortTaken: Another process listens there.
+        ConfigError: The host isn't this machine, or the port needs privileges.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except PermissionError:
-            raise ConfigError(f"{key} {port} needs privileges; choose one above 1023.") from None
+            raise ConfigError(f"{key} {port} needs root; choose a port above 1023.") from None
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:  # gaierror, for a name, has other numbers
+            if error.errno != errno.EADDRINUSE:  # gaierror, for an unknown name, has other numbers
                 raise ConfigError(
                     f"{key} can't listen on {host}: {error.strerror or error}."
                 ) from None
@@ -64,21 +78,21 @@ def check_port(host: str, port: int, key: str) -> None:
 
 
 def check_memory(config: Config, spec: ModelSpec, model_dir: Path) -> None:
-    """Raises NotEnoughMemory when what the CPU computes can't fit in what is free."""
+    """Raise NotEnoughMemory if weights and KV cache don't fit in the machine's free memory."""
     needed = memory_needed(config, spec, model_dir)
     total, free = sum(needed.values()), psutil.virtual_memory().available
     if total > free:
         parts = ", ".join(f"{size / 1e9:.1f} GB for {part}" for part, size in needed.items())
         raise NotEnoughMemory(
-            f"The model needs about {total / 1e9:.1f} GB of memory ({parts}) and "
+            f"The model needs about {total / 1e9:.1f} GB of memory ({parts}), but only "
             f"{free / 1e9:.1f} GB are free; lower engine.kv_bytes or experts.num_copies, or choose "
             "a smaller model."
         )
 
 
 def memory_needed(config: Config, spec: ModelSpec, model_dir: Path) -> dict[str, int]:
-    """Bytes of the machine's own memory by what takes them; what a GPU holds is not in it."""
-    import torch
+    """Return the bytes of the machine's own memory by use; GPU memory is not counted."""
+    import torch  # late: the import takes seconds
 
     from cluster.checkpoint import Checkpoint
     from engine.model.weights import decoder_bytes
@@ -93,7 +107,7 @@ def memory_needed(config: Config, spec: ModelSpec, model_dir: Path) -> dict[str,
     if is_on_cpu:
         needed["attention"] = decoder_bytes(spec, checkpoint, dtype)
         if spec.tie_word_embeddings and dtype is torch.float32:
-            # The table of the embeddings, and its copy in the layout that gives logits faster.
+            # The embedding table, and a copy in a layout in which logits are computed faster.
             needed["attention"] += spec.vocab_size * spec.hidden_size * dtype.itemsize
         needed["the KV cache"] = config.engine.kv_bytes
     if spec.is_moe and are_experts_on_cpu:

@@ -1,6 +1,7 @@
-"""Ray and Serve on this machine: quiet, on loopback only, and gone without a trace afterwards.
+"""Ray and Serve on this machine: on loopback only, without usage reports, and removed at the end.
 
-`prepare_environment` must run before anything imports ray.
+Ray reads its settings when it is imported, so `prepare_environment` must run before: the functions
+here import it late.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ APP_NAME = "briolette"
 
 
 def prepare_environment(config: Config) -> None:
-    """Settings that Ray reads from the environment, for this process and all it starts."""
+    """Set Ray's environment variables, for this process and all that it starts."""
     token = config.state_dir / "ray_token"
     write_private(token, secrets.token_hex(32))
     os.environ.update(
         {
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the node's address becomes 127.0.0.1
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the machine's address becomes 127.0.0.1
             "RAY_enable_metrics_collection": "0",  # its exporter would listen on every address
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
@@ -39,7 +40,7 @@ def prepare_environment(config: Config) -> None:
 
 @contextmanager
 def ray_cluster(config: Config, ray_dir: Path) -> Iterator[None]:
-    """A Ray of our own with Serve, for the length of a `with` block; its files are in `ray_dir`."""
+    """Run Ray and Serve during a `with` block, with their files in `ray_dir`."""
     import ray
     from ray import serve
 
@@ -59,7 +60,7 @@ def ray_cluster(config: Config, ray_dir: Path) -> Iterator[None]:
 
 
 def run_app(application: Any) -> None:
-    """Deploy without waiting for the replicas."""
+    """Deploy a Serve application without waiting for its replicas."""
     from ray import serve
     from ray.serve.api import RunTarget
 
@@ -71,7 +72,7 @@ def run_app(application: Any) -> None:
 
 
 def check_app() -> None:
-    """Raise Unavailable, with Serve's own message, when the application could not be deployed."""
+    """Raise Unavailable, with Serve's message, if the application could not be deployed."""
     from ray import serve
 
     app = serve.status().applications.get(APP_NAME)
@@ -81,7 +82,7 @@ def check_app() -> None:
 
 
 def num_gpus() -> float:
-    """The GPUs that Ray knows of."""
+    """Return the number of GPUs that Ray has found."""
     import ray
 
     return float(ray.cluster_resources().get("GPU", 0.0))

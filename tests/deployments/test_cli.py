@@ -130,7 +130,7 @@ def test_a_process_that_ignores_the_end_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all it started."""
-    monkeypatch.setattr(lifecycle, "STOP_S", 0.5)
+    monkeypatch.setattr(lifecycle, "STOP_TIMEOUT_S", 0.5)
     code = (
         "import pathlib, signal, subprocess, sys, time\n"
         "from cluster.config import Config\n"

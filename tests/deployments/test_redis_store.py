@@ -48,7 +48,7 @@ def test_a_start_says_why_a_server_elsewhere_wont_remember_and_goes_on(
     with server, store_server(config, warnings.append):
         (warning,) = warnings
     assert ("refuses the password" if is_up else "doesn't answer") in warning
-    assert "wrong" not in warning.partition("(")[0] and "nothing is remembered" in warning
+    assert "wrong" not in warning.partition("(")[0] and "no context or session is stored" in warning
 
 
 def test_an_impossible_address_is_refused(tmp_path: Path) -> None:
@@ -96,10 +96,10 @@ def test_a_server_that_keeps_tenants_or_does_not_say(
 def test_each_tenant_may_have_a_budget_of_its_own() -> None:
     budgets = TenantBudgets(usual_bytes=100)
     budgets.set("ann", 5)
-    assert (budgets.of("ann"), budgets.of("bob")) == (5, 100)
+    assert (budgets.get("ann"), budgets.get("bob")) == (5, 100)
     budgets.set("ann", None)
     budgets.set("bob", None)
-    assert (budgets.of("ann"), budgets.of("bob")) == (100, 100)
+    assert (budgets.get("ann"), budgets.get("bob")) == (100, 100)
 
 
 def test_no_store_without_prefix_caching_or_where_it_is_off(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,7 @@ KV_BYTES = 64 << 20
 PORTS = {"gateway.port": 0, "gateway.metrics_port": 0}
 
 
-def needed(model_dir: Path = DEMO_MODEL_DIR, **overrides: object) -> dict[str, int]:
+def needed(model_dir: Path = DEMO_MODEL_DIR, /, **overrides: Any) -> dict[str, int]:
     settings = {"device": "cpu", "engine.kv_bytes": KV_BYTES, **overrides}
     return memory_needed(Config.load(None, settings), ModelSpec.load(model_dir), model_dir)
 
@@ -60,7 +61,7 @@ def test_each_part_is_counted_once() -> None:
 
 
 def test_copies_and_hosts_cost_memory() -> None:
-    many = {"experts.num_hosts": 4, "experts.num_copies": 2}
+    many: dict[str, Any] = {"experts.num_hosts": 4, "experts.num_copies": 2}
     assert needed(**many)["experts"] == 2 * needed()["experts"]
     assert needed(**many)["processes"] == 7 * PROCESS_BYTES
     local = needed(**many, **{"experts.mode": "local"})
@@ -110,6 +111,6 @@ def test_the_sentence_says_what_takes_the_memory(monkeypatch: pytest.MonkeyPatch
         check_memory(config, spec, DEMO_MODEL_DIR)
     assert str(caught.value) == (
         "The model needs about 8.8 GB of memory (1.8 GB for processes, 0.0 GB for attention, "
-        "7.0 GB for the KV cache, 0.0 GB for experts) and 8.8 GB are free; lower engine.kv_bytes "
-        "or experts.num_copies, or choose a smaller model."
+        "7.0 GB for the KV cache, 0.0 GB for experts), but only 8.8 GB are free; lower "
+        "engine.kv_bytes or experts.num_copies, or choose a smaller model."
     )
