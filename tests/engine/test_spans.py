@@ -54,8 +54,8 @@ def add(core: EngineCore, *spans: MediaSpan, num_prompt: int = 50) -> Request:
 @pytest.mark.parametrize(
     ("spans", "sentence"),
     [
-        ([span(45, 6)], "position 45 has 6 tokens and doesn't lie inside the prompt"),
-        ([span(-1, 6)], "position -1 has 6 tokens and doesn't lie inside"),
+        ([span(45, 6)], "position 45 has 6 tokens and isn't inside the prompt"),
+        ([span(-1, 6)], "position -1 has 6 tokens and isn't inside"),
         ([span(20, 6), span(15, 6)], "position 20 overlaps the one at 15"),
         ([span(5, 0)], r"embeddings of the shape \(0, 3\); this model takes at least one row of 3"),
         ([MediaSpan(5, torch.zeros(6, WIDTH + 1), b"d")], r"embeddings of the shape \(6, 4\)"),
