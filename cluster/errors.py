@@ -1,8 +1,12 @@
 """The tree of errors that a caller or a machine can cause, with their gRPC status codes.
 
     BrioletteError                  INTERNAL
+    ├── Internal                    INTERNAL
+    ├── RequestFailed               as the decoder says
     ├── InvalidRequest              INVALID_ARGUMENT
-    │   └── ContextTooLong
+    │   ├── ContextTooLong
+    │   ├── InvalidField
+    │   └── TooLarge
     ├── UnknownModel                NOT_FOUND
     ├── UnknownSession              NOT_FOUND
     ├── UnknownTenant               NOT_FOUND
@@ -12,11 +16,13 @@
     ├── QuotaExceeded               RESOURCE_EXHAUSTED
     ├── StoreFull                   RESOURCE_EXHAUSTED
     ├── Overloaded                  UNAVAILABLE
+    │   └── StalledClient
     ├── Unavailable                 UNAVAILABLE
     ├── LinkError                   UNAVAILABLE
     │   ├── LinkTimeout
     │   └── LinkRefused
     ├── SessionInUse                ABORTED
+    ├── ClientGone                  CANCELLED
     ├── DeadlineExceeded            DEADLINE_EXCEEDED
     ├── ConfigError                 FAILED_PRECONDITION
     ├── CheckpointError             FAILED_PRECONDITION
@@ -62,6 +68,19 @@ class BrioletteError(Exception):
         return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 1]}…"
 
 
+class Internal(BrioletteError):
+    """A fault of the cluster's own; its log has the details."""
+
+
+class RequestFailed(BrioletteError):
+    """The decoder ended a request without an answer; has the decoder's status and kind."""
+
+    def __init__(self, sentence: str, status: str = "INTERNAL", kind: str = "") -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.kind = kind or status.lower()
+
+
 class InvalidRequest(BrioletteError):
     """The request can never succeed as it was written."""
 
@@ -70,6 +89,18 @@ class InvalidRequest(BrioletteError):
 
 class ContextTooLong(InvalidRequest):
     """The prompt and the tokens asked for exceed the model's context or the KV cache."""
+
+
+class InvalidField(InvalidRequest):
+    """A field of an HTTP body is invalid; `param` is its path, None for the body as a whole."""
+
+    def __init__(self, sentence: str, param: str | None = None) -> None:
+        super().__init__(sentence)
+        self.param = param
+
+
+class TooLarge(InvalidRequest):
+    """The body exceeds gateway.max_message_bytes."""
 
 
 class UnknownModel(BrioletteError):
@@ -126,6 +157,10 @@ class Overloaded(BrioletteError):
     status = "UNAVAILABLE"
 
 
+class StalledClient(Overloaded):
+    """The client doesn't read what is sent to it."""
+
+
 class Unavailable(BrioletteError):
     """No process that could answer is alive right now."""
 
@@ -152,6 +187,12 @@ class SessionInUse(BrioletteError):
     """Another call uses the session, or has changed it since this one began; retry."""
 
     status = "ABORTED"
+
+
+class ClientGone(BrioletteError):
+    """The client has closed the connection before the answer was complete."""
+
+    status = "CANCELLED"
 
 
 class DeadlineExceeded(BrioletteError):

@@ -5,24 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from cluster.errors import BrioletteError, Overloaded
+from cluster.errors import BrioletteError, RequestFailed, StalledClient
 from protos.briolette.v1.inference_pb2 import FINISH_REASON_UNSPECIFIED, Generation
 from protos.briolette.v1.stream_pb2 import Failure, Output
 
 MAX_BUFFERED_TOKENS = 4096  # of one answer; a client further behind than this is not reading
-
-
-class StalledClient(Overloaded):
-    """The client doesn't take what is sent to it."""
-
-
-class RequestFailed(BrioletteError):
-    """The decoder ended a request without an answer; carries the decoder's own status."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.sentence)
-        self.status = failure.status
-        self.kind = failure.kind or failure.status.lower()
 
 
 class OutputCollector:
@@ -52,7 +39,7 @@ class OutputCollector:
             return
         if output.HasField("failure"):
             del self._unfinished[request_id]
-            self.fail(RequestFailed(output.failure))
+            self.fail(request_failed(output.failure))
             return
         if output.generation.finish_reason != FINISH_REASON_UNSPECIFIED:
             del self._unfinished[request_id]
@@ -96,6 +83,11 @@ class OutputCollector:
         is_finished = pending.request_id not in self._unfinished
         if not is_finished and len(pending.generation.token_ids) > MAX_BUFFERED_TOKENS:
             self.fail(StalledClient("The client reads more slowly than the model writes."))
+
+
+def request_failed(failure: Failure) -> RequestFailed:
+    """Return the error that the decoder ended a request with."""
+    return RequestFailed(failure.sentence, failure.status, failure.kind)
 
 
 def merge(answer: Generation, piece: Generation) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from cluster.errors import BrioletteError, Unavailable
 from cluster.links.connect import Endpoint
-from deployments.gateway.calls.output_collector import OutputCollector, RequestFailed
+from deployments.gateway.calls.output_collector import OutputCollector, request_failed
 from deployments.gateway.decoder_link import DecoderLink
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 from protos.briolette.v1.inference_pb2 import Sampling
@@ -183,7 +183,7 @@ class RemoteDecoder:
         if waiting is None or waiting.done():
             return  # nobody waits any more
         if answer.HasField("failure"):
-            waiting.set_exception(RequestFailed(answer.failure))
+            waiting.set_exception(request_failed(answer.failure))
         else:
             waiting.set_result(answer)
 

@@ -9,11 +9,10 @@ from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from cluster.errors import BrioletteError
+from cluster.errors import BrioletteError, StalledClient
 from cluster.metrics import Metrics
 from cluster.tenants.admission import Admission, Lease
 from deployments.gateway.calls.client_call import ClientCall
-from deployments.gateway.calls.output_collector import StalledClient
 
 FILE = "requests.jsonl"
 MAX_BYTES = 16 << 20  # of a file; the last ones are kept beside it

@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from deployments.gateway.http.errors import InvalidField, to_invalid_field
+from cluster.errors import InvalidField
+from deployments.gateway.http.errors import to_invalid_field
 
 LARGE_BYTES = 64 << 10  # takes longer than a switch of threads
 

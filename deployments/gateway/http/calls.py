@@ -14,25 +14,21 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import BrioletteError, InvalidRequest, Unavailable
+from cluster.errors import (
+    BrioletteError,
+    ClientGone,
+    InvalidRequest,
+    StalledClient,
+    TooLarge,
+    Unavailable,
+)
 from cluster.tenants.admission import Admission
 from deployments.gateway.calls.client_call import ClientCall, key_in
-from deployments.gateway.calls.output_collector import StalledClient
 from deployments.gateway.calls.request_log import RequestLog
 from deployments.gateway.http.body import checked
 
 BODY_S = 60.0  # for the whole body of a request to arrive
 LONGEST_TIMEOUT_S = 365 * 86400.0  # of x-request-timeout
-
-
-class ClientGone(BrioletteError):
-    """Nobody waits for the answer any more."""
-
-    status = "CANCELLED"
-
-
-class TooLarge(InvalidRequest):
-    """The body is longer than gateway.max_message_bytes."""
 
 
 class Calls:

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from cluster.errors import BrioletteError, ContextTooLong, InvalidRequest, UnknownModel
+from cluster.errors import BrioletteError, ContextTooLong, InvalidField, UnknownModel
 
 HTTP_STATUS = {
     "INVALID_ARGUMENT": 400,
@@ -56,14 +56,6 @@ class ErrorBody(TypedDict):
     """The body of every answer that is no success."""
 
     error: ErrorDetail
-
-
-class InvalidField(InvalidRequest):
-    """A field of the body is not what it should be."""
-
-    def __init__(self, sentence: str, param: str | None) -> None:
-        super().__init__(sentence)
-        self.param = param
 
 
 def handle_errors(app: FastAPI) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from deployments.gateway.http.errors import InvalidField
+from cluster.errors import InvalidField
 from deployments.gateway.openai.schema import (
     MAX_CHOICES,
     ChatBody,

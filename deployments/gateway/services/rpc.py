@@ -14,11 +14,10 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status.rpc_status import to_status
 
-from cluster.errors import BrioletteError, InvalidRequest
+from cluster.errors import BrioletteError, Internal, InvalidRequest, StalledClient
 from cluster.tenants.admission import Admission
 from deployments.gateway.calls.client_call import ClientCall, key_in, new_request_id
 from deployments.gateway.calls.inference import GenerationStream
-from deployments.gateway.calls.output_collector import StalledClient
 from deployments.gateway.calls.request_log import RequestLog
 
 MESSAGE_S = 60.0  # for the message of a request to arrive
@@ -27,10 +26,6 @@ STALL_S = 20.0  # a client that takes no message for so long is not reading
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-
-
-class Internal(BrioletteError):
-    """A fault of ours."""
 
 
 class Methods:
