@@ -26,6 +26,6 @@ bench-memory: .venv/briolette-bench  ## measure what is remembered: bytes, TTFT 
 bench-team: .venv/briolette-bench  ## measure sharing: fairness, many clients for minutes, what gateway and metrics cost
 	@.venv/bin/python -m bench.team
 
-.venv/briolette-bench: pyproject.toml | setup
-	@.venv/bin/pip install --quiet --editable '.[bench]'
+.venv/briolette-bench: requirements/bench.txt | setup
+	@.venv/bin/pip install --quiet --require-hashes --no-deps --requirement requirements/bench.txt
 	@touch $@

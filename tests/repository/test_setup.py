@@ -5,6 +5,7 @@ with a fake make: where it runs what.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+COPIED = ("scripts/setup", "pyproject.toml", "requirements/dev.txt", "requirements/torch.txt")
 TOOLS = ("bash", "cat", "chmod", "cp", "dirname", "flock", "grep", "mkdir", "sha256sum")
 
 # Makes a venv that holds nothing but pip.
@@ -31,7 +33,8 @@ A_CARD = "#!/bin/bash\necho 'GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-0)'\n"
 NO_CARD = "#!/bin/bash\necho 'No devices were found' >&2\nexit 6\n"
 CUDA = "install --quiet torch===2.13.0"
 CPU = "install --quiet torch==2.13.0+cpu"
-OURS = "install --quiet --editable .[dev]"
+LOCKED = "install --quiet --require-hashes --no-deps --requirement requirements/dev.txt"
+OURS = "install --quiet --no-deps --no-build-isolation --editable ."
 
 
 class Checkout:
@@ -39,9 +42,16 @@ class Checkout:
 
     def __init__(self, root: Path) -> None:
         self.root, self.fakes = root / "checkout", root / "fakes"
-        (self.root / "scripts").mkdir(parents=True)
+        for folder in ("scripts", "requirements"):
+            (self.root / folder).mkdir(parents=True)
         self.fakes.mkdir()
-        for name in ("scripts/setup", "pyproject.toml"):
+        names = (
+            "scripts/setup",
+            "pyproject.toml",
+            "requirements/dev.txt",
+            "requirements/torch.txt",
+        )
+        for name in names:
             shutil.copy(ROOT / name, self.root / name)
         for tool in TOOLS:
             found = shutil.which(tool)
@@ -75,7 +85,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 def test_with_a_gpu_it_asks_for_the_cuda_build(checkout: Checkout) -> None:
     checkout.fake("nvidia-smi", A_CARD)
-    assert checkout.setup() == [CUDA, OURS]
+    assert checkout.setup() == [LOCKED, CUDA, OURS]
     assert checkout.setup() == []
 
 
@@ -84,29 +94,47 @@ def test_without_a_gpu_it_never_does(checkout: Checkout, script: str | None) -> 
     """Also where the driver is there and the card isn't."""
     if script is not None:
         checkout.fake("nvidia-smi", script)
-    assert checkout.setup() == [CPU, OURS]
+    assert checkout.setup() == [LOCKED, CPU, OURS]
     assert checkout.setup() == []
 
 
 def test_without_a_wheel_of_its_own_pip_is_told_of_the_cpu_index(checkout: Checkout) -> None:
     asked = checkout.setup(NEEDS_INDEX="yes")
     index = "--extra-index-url https://download.pytorch.org/whl/cpu"
-    assert asked == [CPU, f"{CPU} {index}", OURS]
+    assert asked == [LOCKED, CPU, f"{CPU} {index}", OURS]
 
 
 def test_a_card_that_comes_or_goes_changes_the_build(checkout: Checkout) -> None:
-    assert checkout.setup() == [CPU, OURS]
+    assert checkout.setup() == [LOCKED, CPU, OURS]
     checkout.fake("nvidia-smi", A_CARD)
-    assert checkout.setup() == [CUDA, OURS]
+    assert checkout.setup() == [LOCKED, CUDA, OURS]
     (checkout.fakes / "nvidia-smi").unlink()
-    assert checkout.setup() == [CPU, OURS]
+    assert checkout.setup() == [LOCKED, CPU, OURS]
 
 
-def test_a_change_of_what_is_declared_installs_again(checkout: Checkout) -> None:
+@pytest.mark.parametrize("name", ["pyproject.toml", "requirements/dev.txt"])
+def test_a_change_of_what_is_declared_installs_again(checkout: Checkout, name: str) -> None:
     checkout.setup()
-    with (checkout.root / "pyproject.toml").open("a") as file:
+    with (checkout.root / name).open("a") as file:
         file.write("# changed\n")
-    assert checkout.setup() == [CPU, OURS]
+    assert checkout.setup() == [LOCKED, CPU, OURS]
+
+
+def test_the_interpreter_can_be_chosen(checkout: Checkout) -> None:
+    checkout.fake("python3.11", "#!/bin/bash\nexit 1\n")
+    checkout.fake("my-python", PYTHON)
+    assert checkout.setup(PYTHON="my-python") == [LOCKED, CPU, OURS]
+    failed = Checkout(checkout.root.parent / "other").run(PYTHON="none-such")
+    assert failed.returncode == 1
+    assert "PYTHON=none-such is not a Python 3.11 or newer" in failed.stderr
+
+
+def test_every_locked_release_has_a_hash_and_torch_is_not_among_them() -> None:
+    for name in ("dev", "bench"):
+        releases = re.split(r"\n(?=\S)", (ROOT / f"requirements/{name}.txt").read_text())
+        locked = [release for release in releases if not release.startswith("#")]
+        assert locked and all("--hash=sha256:" in release for release in locked)
+        assert not [release for release in locked if release.startswith(("torch=", "nvidia-"))]
 
 
 def test_a_python_without_venv_is_said(checkout: Checkout) -> None:
