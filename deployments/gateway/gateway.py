@@ -31,7 +31,7 @@ from deployments.gateway.calls.request_log import RequestLog
 from deployments.gateway.calls.tenant_threads import TenantThreads
 from deployments.gateway.http.page_api import page_api_router, page_router
 from deployments.gateway.http.server import HttpServer, make_app
-from deployments.gateway.openai.routes import openai_router
+from deployments.gateway.openai.routes import BODIES, openai_router
 from deployments.gateway.services import admin, health, inference, sessions
 from deployments.gateway.services.admin import Admin
 from deployments.gateway.services.health import Health
@@ -133,12 +133,18 @@ class Gateway:
         )
         self._http: HttpServer | None = None
         if config.http_port is not None:
-            routers = [
-                openai_router(generation),
-                page_router(),
-                page_api_router(self._admin, session_service, self._sessions),
-            ]
-            app = make_app(config, parts.admission, self._request_log, self._status, routers)
+            app = make_app(
+                config,
+                admission=parts.admission,
+                request_log=self._request_log,
+                status=self._status,
+                routers=[
+                    openai_router(generation),
+                    page_api_router(self._admin, session_service, self._sessions),
+                ],
+                open_routers=[page_router()],
+                bodies=BODIES,
+            )
             self._http = HttpServer(app, config.host, config.http_port, server_context(config))
 
     async def start(self) -> None:

@@ -36,7 +36,7 @@ class RequestLog:
             RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=NUM_OLD_FILES, delay=True)
         )
 
-    def let_in(self, admission: Admission, key: str | None, method: str, request_id: str) -> Lease:
+    def admit(self, admission: Admission, key: str | None, method: str, request_id: str) -> Lease:
         """Whoever shows this key. Raises what keeps it out, which is the end of the call."""
         try:
             return admission.admit(key)

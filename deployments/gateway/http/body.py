@@ -1,47 +1,55 @@
-"""Bodies of JSON as what a route takes: off the asyncio loop where they are large."""
+"""Bodies of JSON as what a route takes: parsed off the asyncio loop where they are large."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
 
 from cluster.errors import InvalidField
 from deployments.gateway.http.errors import to_invalid_field
 
-LARGE_BYTES = 64 << 10  # takes longer than a switch of threads
+LARGE_BYTES = 64 << 10  # parsing takes longer than a switch of threads
+SCHEMAS = "#/components/schemas/{model}"
+
+B = TypeVar("B", bound=BaseModel)
 
 
-class CheckedRequest(Request):
-    """A request with a body that FastAPI need not parse and check."""
+def json_body(model: type[B]) -> Callable[[Request], Awaitable[B]]:
+    """Return a dependency that brings the body as a `model`. It raises InvalidField."""
 
-    def __init__(self, request: Request, data: bytes, checked: BaseModel) -> None:
-        super().__init__(request.scope, request.receive)
-        self._data = data
-        self._checked = checked
+    async def read(request: Request) -> B:
+        if "json" not in request.headers.get("content-type", ""):
+            raise InvalidField("The body must be JSON, with content-type: application/json.")
+        data = await request.body()
+        if len(data) < LARGE_BYTES:
+            return parse(model, data)
+        return await asyncio.to_thread(parse, model, data)
 
-    async def body(self) -> bytes:
-        return self._data
-
-    async def json(self) -> Any:
-        return self._checked
-
-
-async def checked(request: Request, model: type[BaseModel]) -> Request:
-    """With its body as a `model`, where it says that it is JSON. Raises InvalidField."""
-    data = await request.body()
-    if not data or "json" not in request.headers.get("content-type", ""):
-        return request
-    if len(data) < LARGE_BYTES:
-        return CheckedRequest(request, data, parse(model, data))
-    return CheckedRequest(request, data, await asyncio.to_thread(parse, model, data))
+    return read
 
 
-def parse(model: type[BaseModel], data: bytes) -> BaseModel:
-    """Raises InvalidField, with the first thing that is wrong."""
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Return what a route with a `json_body` adds to its entry in /openapi.json."""
+    schema = {"schema": {"$ref": SCHEMAS.format(model=model.__name__)}}
+    return {"requestBody": {"required": True, "content": {"application/json": schema}}}
+
+
+def publish_bodies(app: FastAPI, models: Iterable[type[BaseModel]]) -> None:
+    """Add the schemas that `body_schema` refers to to /openapi.json."""
+    _, made = models_json_schema([(m, "validation") for m in models], ref_template=SCHEMAS)
+    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(made["$defs"])
+
+
+def parse(model: type[B], data: bytes) -> B:
+    """Parse a body. Raises InvalidField with the first thing that is wrong."""
+    if not data:
+        raise InvalidField("The body is empty.")
     try:
         return model.model_validate(json.loads(data))
     except json.JSONDecodeError as error:

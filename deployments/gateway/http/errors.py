@@ -68,13 +68,10 @@ def handle_errors(app: FastAPI) -> None:
 
     async def on_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        if "json" not in request.headers.get("content-type", ""):
-            sentence = "The body must be JSON, and content-type: application/json say so."
-            return await on_ours(request, InvalidField(sentence, None))
         return await on_ours(request, to_invalid_field(error.errors()[0]))
 
     async def on_half_character(request: Request, _: Exception) -> JSONResponse:
-        return await on_ours(request, InvalidField("A text holds half a character.", None))
+        return await on_ours(request, InvalidField("A string contains an unpaired surrogate."))
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from deployments.gateway.calls.chat_sessions import ChatSessions
-from deployments.gateway.http.calls import AdmittedRoute, CurrentCall
+from deployments.gateway.http.call_middleware import CurrentCall
 from deployments.gateway.services.admin import Admin
 from deployments.gateway.services.sessions import SessionService
 from protos.briolette.v1.admin_pb2 import GetStatusRequest
@@ -62,7 +62,7 @@ def page_api_router(
     admin: Admin, sessions: SessionService, chat_sessions: ChatSessions
 ) -> APIRouter:
     """The routes under /api."""
-    router = APIRouter(prefix="/api", route_class=AdmittedRoute, include_in_schema=False)
+    router = APIRouter(prefix="/api", include_in_schema=False)
 
     @router.get("/status")
     async def get_status(call: CurrentCall) -> dict[str, Any]:

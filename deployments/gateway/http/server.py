@@ -11,16 +11,18 @@ from functools import partial
 
 import uvicorn
 from fastapi import APIRouter, FastAPI
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 from cluster.config import GatewayConfig
 from cluster.errors import ConfigError, PortTaken
 from cluster.tenants.admission import Admission
 from deployments.gateway.calls.request_log import RequestLog
-from deployments.gateway.http.border import Border, own_names
-from deployments.gateway.http.calls import Calls
+from deployments.gateway.http.body import publish_bodies
+from deployments.gateway.http.call_middleware import CallMiddleware
 from deployments.gateway.http.connections import HEAD_S, BoundedConnection, Connections
 from deployments.gateway.http.errors import handle_errors
+from deployments.gateway.http.outer_middleware import OuterMiddleware, own_names
 from deployments.process.open_files import HTTP_PART, raise_limit
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 
@@ -81,28 +83,46 @@ class HttpServer:
 
 def make_app(
     config: GatewayConfig,
+    *,
     admission: Admission,
-    requests: RequestLog,
+    request_log: RequestLog,
     status: Callable[[], ClusterStatus],
     routers: Iterable[APIRouter],
+    open_routers: Iterable[APIRouter] = (),
+    bodies: Iterable[type[BaseModel]] = (),
 ) -> FastAPI:
-    """What the HTTP port serves: `routers`, /healthz and /openapi.json.
+    """Return what the HTTP port serves, with /healthz and /openapi.json.
 
-    A router whose routes need a key has `route_class=AdmittedRoute`.
+    Args:
+        config: limits, and the host for which calls are taken.
+        admission: who is let in.
+        request_log: is told of every call to `routers`.
+        status: returns the cluster's status, for /healthz.
+        routers: need a key; each has the whole path in its own prefix.
+        open_routers: need none.
+        bodies: models of the bodies that routes take by `json_body`.
     """
     # The pages that FastAPI offers load scripts from elsewhere.
     app = FastAPI(title="Briolette", docs_url=None, redoc_url=None)
-    app.state.calls = Calls(admission, requests, config.max_message_bytes)
-    app.add_middleware(Border, own_names=own_names(config.host) if admission.is_open else None)
+    routers = list(routers)
+    app.add_middleware(
+        CallMiddleware,
+        routes=[route for router in routers for route in router.routes],
+        admission=admission,
+        request_log=request_log,
+        max_body_bytes=config.max_message_bytes,
+    )
+    names = own_names(config.host) if admission.is_open else None
+    app.add_middleware(OuterMiddleware, own_names=names)  # the last one added is outermost
     handle_errors(app)
-    app.include_router(health_router(status))
-    for router in routers:
+    for router in (health_router(status), *open_routers, *routers):
         app.include_router(router)
+    publish_bodies(app, bodies)
     return app
 
 
 def health_router(status: Callable[[], ClusterStatus]) -> APIRouter:
-    """/healthz: 200 only while a token can be produced."""
+    """Return the router of /healthz, which answers 200 only while a token can be produced."""
     router = APIRouter()
 
     @router.get("/healthz", include_in_schema=False)

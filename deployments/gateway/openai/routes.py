@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse, Response
 
 from cluster.errors import UnknownModel
@@ -15,9 +15,10 @@ from deployments.gateway.calls.client_call import ClientCall
 from deployments.gateway.calls.inference import GenerationStream, Inference
 from deployments.gateway.calls.output_collector import merge
 from deployments.gateway.calls.preprocessor import GenerateRequest
-from deployments.gateway.http.calls import AdmittedRoute, CurrentCall
+from deployments.gateway.http.body import body_schema, json_body
+from deployments.gateway.http.call_middleware import CurrentCall
 from deployments.gateway.http.errors import ErrorBody
-from deployments.gateway.http.stream import EventStream, to_event
+from deployments.gateway.http.event_stream import EventStreamResponse, to_event
 from deployments.gateway.openai.answers import ChatAnswer, CompletionAnswer, to_usage
 from deployments.gateway.openai.objects import ChatCompletion, Completion, ModelCard, ModelList
 from deployments.gateway.openai.requests import to_chat_request, to_complete_requests
@@ -28,6 +29,9 @@ from protos.briolette.v1.inference_pb2 import (
     ListModelsRequest,
 )
 
+BODIES = (ChatBody, CompletionBody)
+ChatJson = Annotated[ChatBody, Depends(json_body(ChatBody))]
+CompletionJson = Annotated[CompletionBody, Depends(json_body(CompletionBody))]
 DONE = b"data: [DONE]\n\n"
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAM: dict[int | str, dict[str, Any]] = {
@@ -40,17 +44,25 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 def openai_router(inference: Inference) -> APIRouter:
     """The routes under /v1."""
-    router = APIRouter(
-        prefix="/v1", route_class=AdmittedRoute, responses={"default": {"model": ErrorBody}}
-    )
+    router = APIRouter(prefix="/v1", responses={"default": {"model": ErrorBody}})
     started = int(time.time())
 
-    @router.post("/chat/completions", response_model=ChatCompletion, responses=STREAM)
-    async def chat(body: ChatBody, call: CurrentCall) -> Response:
+    @router.post(
+        "/chat/completions",
+        response_model=ChatCompletion,
+        responses=STREAM,
+        openapi_extra=body_schema(ChatBody),
+    )
+    async def chat(body: ChatJson, call: CurrentCall) -> Response:
         return await respond(ChatAnswer, [to_chat_request(body)], body, call)
 
-    @router.post("/completions", response_model=Completion, responses=STREAM)
-    async def complete(body: CompletionBody, call: CurrentCall) -> Response:
+    @router.post(
+        "/completions",
+        response_model=Completion,
+        responses=STREAM,
+        openapi_extra=body_schema(CompletionBody),
+    )
+    async def complete(body: CompletionJson, call: CurrentCall) -> Response:
         return await respond(CompletionAnswer, to_complete_requests(body), body, call)
 
     async def respond(
@@ -65,7 +77,7 @@ def openai_router(inference: Inference) -> APIRouter:
         if not body.stream:
             return await whole(answer, stream, num_answers, body.n)
         wants_usage = body.stream_options.include_usage
-        return EventStream(events(answer, stream, num_answers, body.n, wants_usage))
+        return EventStreamResponse(events(answer, stream, num_answers, body.n, wants_usage))
 
     @router.get("/models")
     async def list_models(call: CurrentCall) -> ModelList:

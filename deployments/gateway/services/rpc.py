@@ -79,7 +79,7 @@ class Methods:
         request_id = new_request_id()
         metadata = (("x-request-id", request_id),)
         try:
-            lease = self._requests.let_in(self._admission, key_of(context), name, request_id)
+            lease = self._requests.admit(self._admission, key_of(context), name, request_id)
         except BrioletteError as error:
             await context.send_initial_metadata(metadata)
             await abort(context, error)

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from cluster.errors import PortTaken, Unauthenticated
 from cluster.tenants.admission import Lease, OpenAdmission, OpenLease
 from deployments.gateway.gateway import Gateway
-from deployments.gateway.http.stream import EventStream
+from deployments.gateway.http.event_stream import EventStreamResponse
 from engine.text.tokenizer import Tokenizer
 from protos.briolette.v1.inference_pb2 import Generation
 from tests.support.gateway.fake_decoder import CONTEXT, Decoder, make_tokenizer
@@ -282,7 +282,7 @@ def test_silent_and_endless_connections_are_closed(
 
 
 def test_a_body_that_does_not_come(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.gateway.http.calls.BODY_S", 0.2)
+    monkeypatch.setattr("deployments.gateway.http.call_middleware.BODY_S", 0.2)
     connection = connected(gateway, post(b"{", "content-length: 100"))
     assert b"400" in connection.recv(12)
     wait_for(lambda: b"didn't arrive" in connection.recv(4096))
@@ -343,7 +343,7 @@ def test_a_client_that_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_sign_of_life_and_an_event_never_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sending of each takes longer than it is until the next one."""
-    monkeypatch.setattr("deployments.gateway.http.stream.HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("deployments.gateway.http.event_stream.HEARTBEAT_S", 0.01)
     sent: list[str] = []
     is_sending = False
 
@@ -360,7 +360,7 @@ def test_a_sign_of_life_and_an_event_never_mix(monkeypatch: pytest.MonkeyPatch) 
         is_sending = False
         sent.append(message["type"].rpartition(".")[2])
 
-    stream = EventStream(events())
+    stream = EventStreamResponse(events())
     asyncio.run(stream({"type": "http", "path": "/", "state": {}}, None, send))  # type: ignore[arg-type]
     assert sent[0] == "start" and sent.count("start") == 1 and len(sent) > 7
 

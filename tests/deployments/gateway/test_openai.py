@@ -621,7 +621,7 @@ def test_a_deadline_of_a_decoder_that_hangs(
 def test_signs_of_life_while_nothing_comes(
     scripted: openai.OpenAI, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.gateway.http.stream.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("deployments.gateway.http.event_stream.HEARTBEAT_S", 0.05)
     backend.script = [0.3, Generation(text="a"), END]
     body = {"messages": HELLO, "stream": True}
     text = httpx.post(f"{scripted.base_url}chat/completions", json=body).text

@@ -14,7 +14,7 @@ from cluster.metrics import Metrics
 from cluster.tenants.admission import Admission, OpenAdmission
 from deployments.gateway.calls.request_log import RequestLog
 from deployments.gateway.http.server import HttpServer, make_app
-from deployments.gateway.openai.routes import openai_router
+from deployments.gateway.openai.routes import BODIES, openai_router
 from protos.briolette.v1.admin_pb2 import ClusterStatus
 from tests.support.gateway.scripted_backend import ScriptedBackend
 
@@ -34,10 +34,11 @@ def running_server(
     admission, status = admission or OpenAdmission(), ClusterStatus(ready=True)
     app = make_app(
         config,
-        admission,
-        RequestLog(metrics, None),
-        lambda: status,
-        [openai_router(backend.inference())],
+        admission=admission,
+        request_log=RequestLog(metrics, None),
+        status=lambda: status,
+        routers=[openai_router(backend.inference())],
+        bodies=BODIES,
     )
     server = HttpServer(app, "127.0.0.1", 0, None)
     listener = server.listen()

@@ -1,4 +1,4 @@
-"""Around every HTTP request, whoever sends it: its id, the host it asks for, the last resort."""
+"""The outermost layer around every HTTP request: its id, the host it asks for, the last resort."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import PermissionDenied, Unavailable
+from cluster.errors import BrioletteError, PermissionDenied, Unavailable
 from deployments.gateway.calls.client_call import new_request_id
 from deployments.gateway.http.errors import error_body, to_response
 
 log = logging.getLogger(__name__)
 
 
-class Border:
-    """The outermost layer of our own in the app."""
+class OuterMiddleware:
+    """Gives every request an id and refuses foreign hosts; answers what fails on the way in."""
 
     def __init__(self, app: ASGIApp, own_names: Collection[str] | None) -> None:
-        """`own_names` are the hosts that may be asked for; None where a key is needed anyway."""
+        """`own_names` are the hosts that may be asked for; None if calls need a key anyway."""
         self._app = app
         self._own_names = own_names
 
@@ -43,13 +43,13 @@ class Border:
         try:
             self._check_origin(Headers(scope=scope))
             await self._app(scope, receive, send_with_id)
-        except PermissionDenied as error:
+        except BrioletteError as error:
             await to_response(error)(scope, receive, send_with_id)
         except asyncio.CancelledError:  # the server ends, and this task with it
             if not is_started:
                 stopped = Unavailable("The gateway stops; ask again.")
                 await to_response(stopped)(scope, receive, send_with_id)
-        except Exception:
+        except Exception:  # border: an HTTP request
             log.exception("%s failed in the gateway. request_id=%s", scope["path"], request_id)
             if is_started:
                 raise
@@ -57,8 +57,10 @@ class Border:
             await JSONResponse(error_body(500, sentence), 500)(scope, receive, send_with_id)
 
     def _check_origin(self, headers: Headers) -> None:
-        """Without keys, whoever can connect may ask: so a web page from elsewhere must not reach us
-        through its reader's browser, under our own address or under a name that it gave us.
+        """Refuse foreign hosts where calls need no key.
+
+        A web page from elsewhere must not reach an open gateway through its reader's browser, under
+        the gateway's address or under a name that resolves to it (DNS rebinding).
         """
         if self._own_names is None:
             return
@@ -70,12 +72,12 @@ class Border:
 
 
 def own_names(host: str) -> set[str]:
-    """Names under which a browser on this machine finds us."""
+    """Return the names under which a browser on this machine finds the gateway."""
     return {host.lower(), "localhost", "127.0.0.1", "::1"}
 
 
 def host_of(place: str) -> str:
-    """Of a Host or Origin header, in small letters; empty where it names none."""
+    """Return the host in a Host or Origin header, in lower case; empty if it names none."""
     try:
         return urlsplit(place if "//" in place else f"//{place}").hostname or ""
     except ValueError:

@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 
 def to_event(data: Mapping[str, object]) -> bytes:
-    """One event without a name."""
+    """Return an event without a name."""
     return b"data: %b\n\n" % json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-class EventStream(Response):
-    """Sends events as they come. What fails before the first one is an answer like any other."""
+class EventStreamResponse(Response):
+    """Sends server-sent events as they come; an error before the first is an ordinary answer."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers=HEADERS)
@@ -52,7 +52,7 @@ class EventStream(Response):
                 raise
             scope["state"]["status"], scope["state"]["error"] = error.status, error
             await self._write(_error_event(to_body(error)), send)
-        except Exception:
+        except Exception:  # border: a stream of events, which ends with one that says so
             if not self._is_begun:
                 raise
             state = scope["state"]

@@ -1,17 +1,15 @@
-"""The border of an HTTP call: who may call, how much it may send, when it ends; counted."""
+"""The border of an HTTP call: admitted by key, bounded in what it sends, watched, counted."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
-from fastapi.routing import APIRoute
-from pydantic import BaseModel
 from starlette.datastructures import Headers
-from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import (
@@ -25,39 +23,51 @@ from cluster.errors import (
 from cluster.tenants.admission import Admission
 from deployments.gateway.calls.client_call import ClientCall, key_in
 from deployments.gateway.calls.request_log import RequestLog
-from deployments.gateway.http.body import checked
 
 BODY_S = 60.0  # for the whole body of a request to arrive
 LONGEST_TIMEOUT_S = 365 * 86400.0  # of x-request-timeout
 
 
-class Calls:
-    """Lets calls in, reads what they send, watches their clients and counts how they end."""
+class CallMiddleware:
+    """Admits calls before their bodies are read, watches their clients and counts how they end.
+
+    Plain ASGI. Routes that need no key pass through it untouched.
+    """
 
     def __init__(
         self,
+        app: ASGIApp,
+        *,
+        routes: Iterable[BaseRoute],
         admission: Admission,
-        requests: RequestLog,
+        request_log: RequestLog,
         max_body_bytes: int,
     ) -> None:
+        """Wrap `app`; `routes` are those that need a key."""
+        self._app = app
+        self._routes: Sequence[Any] = list(routes)
         self._admission = admission
-        self._requests = requests
+        self._request_log = request_log
         self._max_body_bytes = max_body_bytes
 
-    async def answer(
-        self, name: str, app: ASGIApp, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Run `app` on a call that was let in. Raises what keeps it out."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        matching = [r for r in self._routes if r.matches(scope)[0] is not Match.NONE]
+        if matching:
+            await self._answer(matching[0].path, scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _answer(self, method: str, scope: Scope, receive: Receive, send: Send) -> None:
         state: dict[str, Any] = scope["state"]
         headers = Headers(scope=scope)
         request_id: str = state["request_id"]
-        lease = self._requests.let_in(self._admission, key_in(headers.get), name, request_id)
+        lease = self._request_log.admit(self._admission, key_in(headers.get), method, request_id)
         call = state["call"] = ClientCall(lease, request_id=request_id)
-        self._requests.began(call, name)
+        self._request_log.began(call, method)
         try:
             call.timeout_s = timeout_s(headers)
             body = await read_body(receive, self._max_body_bytes)
-            await while_connected(app, scope, body, receive, send)
+            await while_connected(self._app, scope, body, receive, send)
         except ClientGone as error:
             state["status"] = error.status
         except BrioletteError as error:
@@ -66,43 +76,23 @@ class Calls:
         except asyncio.CancelledError:  # the server ends
             state["status"] = Unavailable.status
             raise
-        except Exception:
+        except Exception:  # border: a call, which is counted; OuterMiddleware answers
             state["status"] = "INTERNAL"
             raise
         finally:
             if state.get("stalled"):  # its connection was cut
                 stalled = StalledClient("The client stopped reading.")
                 state["status"], state["error"] = stalled.status, stalled
-            self._requests.ended(call, name, state.get("status", "OK"), state.get("error"))
-
-
-class AdmittedRoute(APIRoute):
-    """A route that is let in by key before its body is read, watched and counted.
-
-    `APIRouter(route_class=AdmittedRoute)`, with the whole path in the router's own prefix.
-    """
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        calls: Calls = scope["app"].state.calls
-        await calls.answer(self.path, super().handle, scope, receive, send)
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler, body = super().get_route_handler(), self.body_field
-        if body is None:
-            return handler
-        model = cast(type[BaseModel], body.field_info.annotation)
-
-        async def handle(request: Request) -> Response:
-            return await handler(await checked(request, model))
-
-        return handle
+            status, problem = state.get("status", "OK"), state.get("error")
+            self._request_log.ended(call, method, status, problem)
 
 
 async def current_call(request: Request) -> ClientCall:  # a plain def would run in a thread
+    """Return the call that CallMiddleware has admitted."""
     return cast(ClientCall, request.state.call)
 
 
-CurrentCall = Annotated[ClientCall, Depends(current_call)]  # of a parameter of an AdmittedRoute
+CurrentCall = Annotated[ClientCall, Depends(current_call)]  # of a route that needs a key
 
 
 async def while_connected(
@@ -141,7 +131,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 async def read_body(receive: Receive, max_bytes: int) -> bytes:
-    """Raises TooLarge, ClientGone, InvalidRequest where it doesn't come."""
+    """Return the whole body. Raises TooLarge, ClientGone, and InvalidRequest after BODY_S."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_S):
@@ -162,7 +152,7 @@ async def read_body(receive: Receive, max_bytes: int) -> bytes:
 
 
 def timeout_s(headers: Headers) -> float | None:
-    """What x-request-timeout gives the call. Raises InvalidRequest."""
+    """Return the seconds in x-request-timeout; None without it. Raises InvalidRequest."""
     text = headers.get("x-request-timeout")
     if text is None:
         return None
