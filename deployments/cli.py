@@ -231,7 +231,7 @@ def _start(config: Config) -> Running:
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line; the reference page is generated from it."""
     parser = argparse.ArgumentParser(
-        prog="briolette", description="Serve a Gemma 4 model from the machines that you have."
+        prog="briolette", description="Serve a Gemma 4 model on this machine."
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -307,7 +307,8 @@ def _hint(config: Config, words: str) -> str:
 
 
 def _command(commands: Any, function: Callable[[Config, argparse.Namespace], int]) -> Any:
-    parser = commands.add_parser(function.__name__, help=function.__doc__)
+    about = function.__doc__
+    parser = commands.add_parser(function.__name__, help=about, description=about)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML configuration; every key has a default"
     )
