@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cluster.checkpoint import Checkpoint
 from cluster.errors import ConfigError
 from cluster.kernels import invariant
 from cluster.kernels.check import check_invariance
 from cluster.kernels.invariant import gated_gelu, linear
 from cluster.kernels.torch_kernels import InvariantKernels, TorchKernels
 from cluster.placement import ExpertGroups
-from cluster.spec import KVLayout, ModelSpec
+from cluster.spec import KVLayout
 from engine.attention.invariant_attention import InvariantAttention, check_attention
-from engine.model.model import GemmaDecoder
 from experts.local import LocalExperts
+from tests.support.engine.invariant_subjects import NUM_GROUPS, Subject, load
 from tests.support.engine.paged_driver import PagedDriver, Sequence
 from tests.support.engine.tiny_models import make_tiny
 from tests.support.experts.remote_experts import remote_experts
@@ -38,29 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "e2b": ("e2b", {"attention_bias": True}),
 }
 MAX_PROMPT = 150
-NUM_TOKENS = 4  # generated after each prompt
-NUM_GROUPS = 3
 KV_LAYOUTS: tuple[KVLayout, ...] = ("values", "projection", "separate")
-
-
-@dataclass
-class Subject:
-    """A model and, for each prompt so far, the logits of a run alone and unchunked."""
-
-    path: Path
-    model: GemmaDecoder
-    experts: LocalExperts | None
-    alone: dict[tuple[int, int, KVLayout], Sequence]
-
-    def run_alone(self, length: int, seed: int, kv_layout: KVLayout = "values") -> Sequence:
-        key = (length, seed, kv_layout)
-        if key not in self.alone:
-            sequence = Sequence(prompt(self.model.spec.vocab_size, length, seed))
-            driver = PagedDriver(self.model, self.experts, kv_layout=kv_layout)
-            driver.step([(sequence, length)])
-            driver.generate(sequence, NUM_TOKENS)
-            self.alone[key] = sequence
-        return self.alone[key]
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +44,6 @@ def subjects(cpu_kernels: str, tmp_path_factory: pytest.TempPathFactory) -> dict
         name: load(make_tiny(member, tmp_path_factory.mktemp(name), **overrides))
         for name, (member, overrides) in MODELS.items()
     }
-
-
-def load(path: Path) -> Subject:
-    spec, checkpoint = ModelSpec.load(path), Checkpoint(path)
-    model = GemmaDecoder.load(spec, checkpoint, batch_invariant=True)
-    experts = None
-    if spec.is_moe:
-        groups = ExpertGroups(spec.num_experts, NUM_GROUPS)
-        experts = LocalExperts(spec, checkpoint, groups, dtype=torch.float32, batch_invariant=True)
-    return Subject(path, model, experts, {})
-
-
-def prompt(vocab_size: int, length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(1000 * seed + length)
-    return torch.randint(2, vocab_size, (length,), generator=generator).tolist()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from engine.request import Request, SamplingParams
 from engine.runner import ModelRunner
 from engine.spans import MediaSpan
 from experts.local import LocalExperts
-from tests.engine.attention.test_attention import draw
+from tests.support.engine.attention_cases import draw
 from tests.support.engine.memory_store import MemoryStore, TensorBlocks
 from tests.support.engine.paged_driver import PagedDriver, Sequence
 from tests.support.engine.schedulers import evict_all

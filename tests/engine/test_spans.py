@@ -25,7 +25,7 @@ from engine.limits import SpecLimits
 from engine.request import Request, SamplingParams
 from engine.scheduling.scheduler import Scheduler
 from engine.spans import MediaSpan, Overlay, check_spans, uncut, uncut_blocks
-from tests.engine.attention.test_attention import BLOCK_SIZE, draw, make_batch, make_kv
+from tests.support.engine.attention_cases import BLOCK_SIZE, draw, make_batch, make_kv
 from tests.support.engine.fake_engine import VOCAB_SIZE, WINDOW, FakeRunner, drain
 from tests.support.engine.schedulers import make_request, make_scheduler, run_step, shares
 

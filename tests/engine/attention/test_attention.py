@@ -4,55 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from cluster.kernels.native import native_kernels
-from cluster.kernels.torch_kernels import TorchKernels, rotate
-from cluster.spec import AttentionKind, KVLayout, RopeSpec
+from cluster.spec import KVLayout, RopeSpec
 from engine.attention import torch_attention
-from engine.attention.interface import Attention, KVTensors, ReferenceAttention
+from engine.attention.interface import Attention, ReferenceAttention
 from engine.attention.invariant_attention import InvariantAttention
 from engine.attention.native_attention import NativeAttention
-from engine.attention.one_row import OneRow
 from engine.attention.rotary import Rotary
 from engine.attention.torch_attention import FastAttention
 from engine.batch import Batch
+from tests.support.engine.attention_cases import BLOCK_SIZE, KIND, draw, make_batch, make_kv
 
-KIND, BLOCK_SIZE, EPS = AttentionKind.GLOBAL, 4, 1e-6
 KV_LAYOUTS: tuple[KVLayout, ...] = ("values", "projection", "separate")
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def make_batch(query_lens: list[int], seq_lens: list[int]) -> Batch:
-    """Requests whose blocks lie about, in a cache of 200."""
-    width = -(-max(seq_lens) // BLOCK_SIZE)
-    order = torch.randperm(199, generator=torch.Generator().manual_seed(1))
-    table = order[: len(seq_lens) * width].view(len(seq_lens), width) + 1
-    spans = zip(query_lens, seq_lens, strict=True)
-    positions = torch.cat([torch.arange(end - num, end) for num, end in spans])
-    unused = torch.empty(0, dtype=torch.int64)
-    return Batch(positions, positions, query_lens, seq_lens, {KIND: table}, {}, unused)
-
-
-def make_kv(batch: Batch, num_kv_heads: int, head_dim: int) -> dict[KVLayout, KVTensors]:
-    """The same context three times. Split keys are formed as they are when a token is computed."""
-    raw = draw(200, BLOCK_SIZE, num_kv_heads, head_dim)
-    rotary = Rotary(RopeSpec(1e4, 0.25), head_dim, raw.device, raw.dtype)
-    weight = 1 + 0.1 * draw(head_dim)
-    value = TorchKernels().rms_norm(raw, None, EPS)
-    positions = torch.zeros(200, BLOCK_SIZE, dtype=torch.int64)
-    for blocks in batch.block_tables[KIND]:
-        positions[blocks] = torch.arange(len(blocks) * BLOCK_SIZE).view(-1, BLOCK_SIZE)
-    rotation = rotary(positions.flatten())
-    key = rotate((value * weight).flatten(0, 1), *rotation).view(raw.shape)
-    return {
-        "values": KVTensors(None, value, OneRow(weight, rotary)),
-        "projection": KVTensors(None, raw, OneRow(weight, rotary, EPS)),
-        "separate": KVTensors(key, value),
-    }
 
 
 def make_backends(batch: Batch, window: int | None) -> list[Attention]:

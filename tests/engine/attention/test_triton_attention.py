@@ -16,8 +16,8 @@ from engine.attention.interface import KVTensors, ReferenceAttention
 from engine.attention.one_row import OneRow
 from engine.attention.planner import AttentionPlanner
 from engine.attention.triton_attention import TritonAttention, works
-from tests.engine.attention.test_attention import BLOCK_SIZE, KIND, draw, make_batch, make_kv
 from tests.engine.model.test_model_equality import MakePair, make_pair, prompt  # noqa: F401 - a fixture
+from tests.support.engine.attention_cases import BLOCK_SIZE, KIND, draw, make_batch, make_kv
 from tests.support.engine.paged_driver import Sequence
 
 SHARED_BYTES = 99 << 10  # that a program may have on a consumer card

@@ -19,7 +19,6 @@ from engine.cache.kv_cache import KVCacheConfig
 from engine.core import EngineCore
 from engine.request import FinishReason, Request, RequestState, SamplingParams
 from engine.runner import ModelRunner
-from tests.engine.test_batch_invariant import Subject, load
 from tests.support.engine.fake_engine import (
     GREEDY,
     FakeRunner,
@@ -29,6 +28,7 @@ from tests.support.engine.fake_engine import (
     runner_of,
     tokens_of,
 )
+from tests.support.engine.invariant_subjects import Subject, load
 from tests.support.engine.memory_store import MemoryStore, TensorBlocks
 from tests.support.engine.schedulers import (
     evict_all,

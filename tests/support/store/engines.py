@@ -22,8 +22,8 @@ from engine.core import EngineCore
 from engine.limits import SpecLimits
 from engine.request import Request, SamplingParams
 from engine.runner import ModelRunner
-from tests.engine.test_batch_invariant import Subject
 from tests.support.engine.fake_engine import drain, tokens_of
+from tests.support.engine.invariant_subjects import Subject
 from tests.support.store.redis_servers import wait_until
 
 BLOCK_SIZE, NUM_TOKENS = 4, 6

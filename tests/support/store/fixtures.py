@@ -15,7 +15,7 @@ from cluster.config import StoreConfig
 from cluster.metrics import Metrics
 from cluster.store.kv_store import KVStore
 from cluster.store.redis import RedisAddress
-from tests.engine.test_batch_invariant import Subject, load
+from tests.support.engine.invariant_subjects import Subject, load
 from tests.support.engine.tiny_models import make_tiny
 from tests.support.store.engines import Deployment
 from tests.support.store.redis_servers import redis_server
