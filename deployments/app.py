@@ -20,10 +20,10 @@ def build(config: Config, spec: ModelSpec, secret: bytes, num_gpus: float = 0.0)
     """Bind the Serve application: a gateway, a decoder and a deployment for each expert host.
 
     Args:
-        config: the configuration of the cluster.
-        spec: the model, by which the experts are placed.
-        secret: known to these processes only; links prove it in their handshake.
-        num_gpus: the GPUs that Ray has; the parts share them unless the configuration says how.
+        config: The configuration of the cluster.
+        spec: The model, by which the experts are placed.
+        secret: Known to these processes only; links prove it in their handshake.
+        num_gpus: The GPUs that Ray has; the parts share them unless the configuration says how.
     """
     settings = config.to_dict()
     placement = place_experts(config, spec)

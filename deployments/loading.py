@@ -93,14 +93,14 @@ def load_model(
     """Load everything of a model but the experts, and allocate its KV cache.
 
     Args:
-        config: gives the sizes of the KV cache and of micro-batches.
-        source: the model.
-        experts: computes the routed experts; None for a dense model.
-        on_progress: called while weights are read.
+        config: Gives the sizes of the KV cache and of micro-batches.
+        source: The model.
+        experts: Computes the routed experts; None for a dense model.
+        on_progress: Called while weights are read.
 
     Raises:
-        CheckpointError: the weights can't be read.
-        NotEnoughMemory: weights or KV cache don't fit.
+        CheckpointError: The weights can't be read.
+        NotEnoughMemory: Weights or KV cache don't fit.
     """
     try:
         model = GemmaDecoder.load(
@@ -135,11 +135,11 @@ def make_engine(
     """Build the engine that the configuration describes.
 
     Args:
-        config: the configuration.
-        source: where the model was loaded from.
-        model: the loaded model; one engine at a time may use it.
-        store: the slower tier of KV blocks; None keeps them in memory only.
-        prefill_meter: learns how long prefill takes; the store asks it.
+        config: The configuration.
+        source: Where the model was loaded from.
+        model: The loaded model; one engine at a time may use it.
+        store: The slower tier of KV blocks; None keeps them in memory only.
+        prefill_meter: Learns how long prefill takes; the store asks it.
     """
     engine = config.engine
     return EngineCore(
@@ -171,8 +171,8 @@ def load_local_experts(
     """Load all experts into this process; None for a dense model.
 
     Raises:
-        CheckpointError: the weights can't be read.
-        NotEnoughMemory: they don't fit.
+        CheckpointError: The weights can't be read.
+        NotEnoughMemory: They don't fit.
     """
     if not source.spec.is_moe:
         return None
@@ -256,7 +256,7 @@ def size_cache(config: Config, source: ModelSource, max_model_len: int) -> KVCac
     """Size the KV cache by `engine.num_blocks` if it is set, else by `engine.kv_bytes`.
 
     Raises:
-        NotEnoughMemory: a request of `max_model_len` tokens doesn't fit.
+        NotEnoughMemory: A request of `max_model_len` tokens doesn't fit.
     """
     engine = config.engine
     if engine.num_blocks is not None:

@@ -1,4 +1,10 @@
-"""Where the decoder's expert hosts are: found through Serve's handles, found again after a loss."""
+"""The addresses of the expert hosts, asked of Serve: at the start, and again after a loss.
+
+Two background threads bring a lost host back, and both are needed. The router's (`experts`) only
+connects to the address that it knows, with backoff: a link that broke while the host lives is open
+again after milliseconds, without Serve. A host that Serve has replaced listens at a new address,
+which only Serve knows; the thread here asks for it and hands it to the router.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +18,14 @@ from cluster.errors import LinkError
 from cluster.links.connect import Endpoint
 from deployments.process.serve_handles import Handle, ask_replicas
 
-WATCH_S = 0.5  # between two looks at the links
+WATCH_PERIOD_S = 0.5  # between two checks of the links
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class HostInfo:
-    """What a running host says of itself."""
+    """A running host, as it describes itself."""
 
     host_id: str
     pid: int
@@ -32,28 +38,36 @@ class HostInfo:
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> HostInfo:
+        """Read what `ExpertHostReplica.describe` returns.
+
+        Raises:
+            KeyError, TypeError, ValueError: It can't be read.
+        """
         values = {**fields, "endpoint": Endpoint.from_dict(fields["endpoint"])}
         return HostInfo(**{**values, "group_ids": tuple(fields["group_ids"])})
 
 
 class HostDirectory:
-    """The last known whereabouts of every host; keeps them when Serve can't be asked."""
+    """The last known address of every host, which stays known while Serve can't be asked."""
 
     def __init__(self, handles: Mapping[str, Handle]) -> None:
+        """Take the Serve handle of every host, by host id; asks none yet."""
         self._handles = handles
         self._hosts: dict[str, HostInfo] = {}
         self._stopping = threading.Event()
 
     @property
     def hosts(self) -> list[HostInfo]:
+        """The hosts that were found, by host id."""
         return [self._hosts[host_id] for host_id in sorted(self._hosts)]
 
     @property
     def endpoints(self) -> dict[str, Endpoint]:
+        """The endpoints of the hosts that were found, by host id."""
         return {host.host_id: host.endpoint for host in self._hosts.values()}
 
     def look(self, host_id: str) -> bool:
-        """Ask Serve for one host; True when it is somewhere else than before."""
+        """Ask Serve for one host; returns True if it is new or has moved."""
         try:
             answers = ask_replicas(self._handles[host_id], "describe")
             found = [HostInfo.from_dict(answer) for answer in answers]
@@ -61,7 +75,7 @@ class HostDirectory:
             log.debug("%s: %s", host_id, error)
             return False
         except (KeyError, TypeError, ValueError) as error:
-            log.warning("%s describes itself in a way that can't be read: %r", host_id, error)
+            log.warning("The description of %s can't be read: %r", host_id, error)
             return False
         if not found or found[-1] == self._hosts.get(host_id):
             return False
@@ -72,27 +86,29 @@ class HostDirectory:
     def watch(
         self, problems: Callable[[], Mapping[str, str]], on_moved: Callable[[], None]
     ) -> None:
-        """From now on, in a thread: look again for hosts that can't be reached.
+        """Start the thread that looks for lost hosts.
 
-        `problems()` names them with the reason; `on_moved()` is called after one was found in a
-        new place.
+        Args:
+            problems: Returns the hosts that can't be reached, with the reasons.
+            on_moved: Called in that thread after a host was found at a new address.
         """
         threading.Thread(
             target=self._watch, args=(problems, on_moved), name="host directory", daemon=True
         ).start()
 
     def close(self) -> None:
+        """End the thread after its present round."""
         self._stopping.set()
 
     def _watch(
         self, problems: Callable[[], Mapping[str, str]], on_moved: Callable[[], None]
     ) -> None:
         have_moved = False
-        while not self._stopping.wait(WATCH_S):
+        while not self._stopping.wait(WATCH_PERIOD_S):
             try:
                 have_moved |= any([self.look(host_id) for host_id in problems()])
                 if have_moved:
                     on_moved()
                     have_moved = False
-            except Exception:  # nobody else finds hosts again, so no one round may be the last
-                log.exception("Looking for expert hosts failed this time.")
+            except Exception:  # border: one round; without this thread no moved host is found
+                log.exception("Looking for expert hosts failed; the next round tries again.")

@@ -1,7 +1,7 @@
 """The decoder's end of its links to the gateways.
 
-One message per step carries what every stream of a gateway has new; requests and aborts come the
-other way. Each link reads and writes in threads of its own, so the step loop never waits for a
+One message per step and gateway carries the new tokens of all its streams; requests and aborts come
+the other way. Each link reads and writes in threads of its own, so the step loop never waits for a
 gateway. The other end is `deployments/gateway/decoder_link.py`.
 """
 
@@ -27,14 +27,18 @@ log = logging.getLogger(__name__)
 
 
 def verify_gateway(hello: bytes) -> bytes:
-    """For the Listener: the handshake has proved that the peer knows the cluster's secret."""
+    """Return the welcome for a gateway's hello; `Listener` calls it after the handshake.
+
+    Raises:
+        LinkError: The peer isn't a gateway.
+    """
     if hello != GATEWAY_HELLO:
-        raise LinkError("Only gateways link to the decoder here.")
+        raise LinkError("This port of the decoder is for gateways only.")
     return DECODER_WELCOME
 
 
 class _GatewayLink:
-    """One gateway as the decoder sends to it."""
+    """The link to one gateway, with a queue and a thread that sends."""
 
     def __init__(self, gateway_id: int, link: Link) -> None:
         self.link = link
@@ -45,23 +49,23 @@ class _GatewayLink:
         self._writer.start()
 
     def send(self, message: FromDecoder) -> None:
-        """Send without waiting; the link of a gateway that takes nothing is closed."""
+        """Queue a message; a full queue closes the link."""
         try:
             self._outbox.put_nowait(message)
         except queue.Full:
-            self._give_up("its messages pile up")
+            self._give_up("its queue is full")
 
     def finish(self) -> None:
-        """Close, once what waits has been sent, if the gateway takes it."""
+        """Send what is queued, if the gateway takes it in time, and close."""
         with suppress(queue.Full):
             self._outbox.put_nowait(None)
             self._writer.join(SEND_DEADLINE_S)
         self.close()
 
     def close(self) -> None:
-        """Its reader sees that and reports the loss."""
+        """Close the link; its reader then reports the loss."""
         self.link.close()
-        with suppress(queue.Full):  # then the writer is busy, and fails on the closed link
+        with suppress(queue.Full):  # full: the writer is busy, and fails on the closed link
             self._outbox.put_nowait(None)
 
     def _write(self) -> None:
@@ -73,16 +77,12 @@ class _GatewayLink:
                 return
 
     def _give_up(self, reason: str) -> None:
-        log.warning("Gateway %d takes no messages: %s", self._gateway_id, reason)
+        log.warning("Gateway %d does not receive its messages: %s", self._gateway_id, reason)
         self.link.close()
 
 
 class GatewayLinks:
-    """The decoder's end: accepts gateways, hands on what they say, sends them what is new.
-
-    `on_message(gateway_id, message)` and `on_lost(gateway_id)` run in reader threads; `greeting()`
-    gives the first message to a new gateway.
-    """
+    """The links to all gateways: accepts them, receives from them, sends to them."""
 
     def __init__(
         self,
@@ -91,6 +91,14 @@ class GatewayLinks:
         on_message: Callable[[int, ToDecoder], None],
         on_lost: Callable[[int], None],
     ) -> None:
+        """Start to accept gateways.
+
+        Args:
+            listener: Where they connect; closed by `close`.
+            greeting: Returns the first message to a new gateway.
+            on_message: Called with (gateway id, message), in a thread of that gateway.
+            on_lost: Called with a gateway id after its last message, in the same thread.
+        """
         self._listener = listener
         self._greeting = greeting
         self._on_message = on_message
@@ -101,21 +109,21 @@ class GatewayLinks:
         threading.Thread(target=self._accept, name="gateways", daemon=True).start()
 
     def send(self, gateway_id: int, message: FromDecoder) -> None:
-        """Send to one gateway without waiting. Unknown ids are no error."""
+        """Send to one gateway without waiting; unknown ids are ignored."""
         with self._lock:
             link = self._links.get(gateway_id)
         if link is not None:
             link.send(message)
 
     def broadcast(self, message: FromDecoder) -> None:
-        """Send to every gateway."""
+        """Send to every gateway without waiting."""
         with self._lock:
             links = list(self._links.values())
         for link in links:
             link.send(message)
 
     def close(self) -> None:
-        """Hang up, once the gateways have what was sent to them."""
+        """Close every link, once its gateway has what was sent to it."""
         with self._lock:
             self._is_closed = True
             links = list(self._links.values())

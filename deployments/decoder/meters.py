@@ -1,4 +1,4 @@
-"""What each part tells Prometheus: the decoder of requests and expert calls, a host of its load."""
+"""The decoder's metrics: requests and steps, expert calls and links."""
 
 from __future__ import annotations
 
@@ -20,54 +20,61 @@ from protos.briolette.v1.admin_pb2 import EngineLoad, TenantLoad
 
 
 @dataclass(slots=True)
-class _Clock:
+class _RequestTimes:
     tenant: str
-    arrived: float
-    gaps: Histogram  # of the tenant: looked up once, observed for every token
+    arrived_at: float
+    token_gaps: Histogram  # of the tenant: looked up once, observed for every token
     is_running: bool = False
-    last_token: float | None = None
+    last_token_at: float | None = None
 
 
 class EngineMeter:
-    """Counts and times every request of the decoder; called by the step loop only."""
+    """Counts and times every request of the decoder; called by the step thread only."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
+        """Count into `metrics`, with `model` as a label."""
         self._metrics = metrics
         self._model = model
-        self._clocks: dict[str, _Clock] = {}
+        self._clocks: dict[str, _RequestTimes] = {}
         self._waiting = TenantGauge(metrics.tenant_requests_waiting, model)
         self._running = TenantGauge(metrics.tenant_requests_running, model)
         self._kv_bytes = TenantGauge(metrics.tenant_kv_bytes, model)
-        self._tenants: set[str] = set()  # that were seen
+        self._tenants: set[str] = set()  # all since the start
         self._service: dict[str, float] = {}  # by tenant
         self._computed = {"prefill": 0, "decode": 0}
         self._preemptions = 0
         self._evicted: dict[str, int] = {}
 
     def accepted(self, request: Request) -> None:
-        """A request entered the queue."""
+        """Start to time a request that entered the queue."""
         labels = (self._model, request.tenant)
         gaps = self._metrics.inter_token_latency_seconds(*labels)
-        self._clocks[request.request_id] = _Clock(request.tenant, request.arrived_at, gaps)
+        self._clocks[request.request_id] = _RequestTimes(request.tenant, request.arrived_at, gaps)
         self._tenants.add(request.tenant)
 
     def started(self, request: Request, queue_s: float, saved_prefill_s: float) -> None:
-        """A request had its first step; what it found cached saved so many seconds."""
+        """Count a request's first step.
+
+        Args:
+            request: Its prompt and its cached tokens are counted.
+            queue_s: Seconds from its arrival to this step.
+            saved_prefill_s: Estimated seconds of prefill that its cached tokens have saved.
+        """
         labels = (self._model, request.tenant)
         if (clock := self._clocks.get(request.request_id)) is not None:
             clock.is_running = True
         self._metrics.queue_time_seconds(*labels).observe(queue_s)
         self._metrics.prefix_queries_total(*labels).inc()
         self._metrics.prefix_hits_total(*labels).inc(request.num_cached_tokens > 0)
-        # At the same moment, so that never more is cached than asked.
+        # Together, so that no scrape sees more cached than prompt tokens.
         self._metrics.prompt_tokens_total(*labels).inc(len(request.prompt_ids))
         self._metrics.cached_tokens_total(*labels).inc(request.num_cached_tokens)
         self._metrics.saved_prefill_seconds_total(*labels).inc(saved_prefill_s)
 
-    def step(self, outputs: Sequence[RequestOutput], started: float) -> None:
-        """A step that began at `started` (time.monotonic) is done."""
+    def step(self, outputs: Sequence[RequestOutput], started_at: float) -> None:
+        """Count a step that is done; `started_at` is on time.monotonic's clock."""
         now = time.monotonic()
-        self._metrics.step_duration_seconds(self._model).observe(now - started)
+        self._metrics.step_duration_seconds(self._model).observe(now - started_at)
         num_tokens: Counter[str] = Counter()  # by tenant
         for output in outputs:
             clock = self._clocks.get(output.request_id)
@@ -80,12 +87,12 @@ class EngineMeter:
                 del self._clocks[output.request_id]
                 labels = (self._model, clock.tenant)
                 self._metrics.requests_total(*labels, output.finish_reason.value).inc()
-                self._metrics.request_duration_seconds(*labels).observe(now - clock.arrived)
+                self._metrics.request_duration_seconds(*labels).observe(now - clock.arrived_at)
         for tenant, count in num_tokens.items():
             self._metrics.generated_tokens_total(self._model, tenant).inc(count)
 
     def load(self, load: EngineLoad) -> None:
-        """The engine's gauges and counters, once a second."""
+        """Set the engine's gauges and counters; called once a second."""
         metrics, model = self._metrics, self._model
         metrics.requests_waiting(model).set(load.num_waiting)
         metrics.requests_running(model).set(load.num_running)
@@ -106,12 +113,12 @@ class EngineMeter:
         self._load_by_tenant()
 
     def held(self, loads: Iterable[TenantLoad]) -> None:
-        """What each tenant holds of the KV cache, once a second."""
+        """Set the bytes of KV cache that each tenant holds; called once a second."""
         for load in loads:
             self._kv_bytes.set(load.tenant, load.kv_bytes)
 
     def shares(self, shares: Mapping[str, TenantShare]) -> None:
-        """What each tenant has received of the engine, once a second."""
+        """Count the service of each tenant, as fair share measures it; called once a second."""
         for tenant, share in shares.items():
             grown = share.service - self._service.get(tenant, 0.0)
             self._metrics.tenant_service_total(self._model, tenant).inc(grown)
@@ -125,38 +132,47 @@ class EngineMeter:
             self._running.set(tenant, running[tenant])
             self._waiting.set(tenant, waiting[tenant])
 
-    def _token(self, clock: _Clock, num_tokens: int, now: float) -> None:
-        if clock.last_token is None:
+    def _token(self, clock: _RequestTimes, num_tokens: int, now: float) -> None:
+        if clock.last_token_at is None:
             labels = (self._model, clock.tenant)
-            self._metrics.time_to_first_token_seconds(*labels).observe(now - clock.arrived)
+            self._metrics.time_to_first_token_seconds(*labels).observe(now - clock.arrived_at)
         else:
-            clock.gaps.observe((now - clock.last_token) / num_tokens)
-        clock.last_token = now
+            clock.token_gaps.observe((now - clock.last_token_at) / num_tokens)
+        clock.last_token_at = now
 
 
 class ExpertMeter:
-    """Is told of every expert call by the router, and of the rest once a second."""
+    """Counts expert calls, as the router's observer, and the state of its links."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
+        """Count into `metrics`, with `model` as a label."""
         self._metrics = metrics
         self._model = model
         self._waited_s = 0.0
         self._num_fallbacks = 0
 
     def answered(self, host_id: str, latency_s: float) -> None:
+        """Count a call that a host answered."""
         self._metrics.expert_call_duration_seconds(self._model, host_id).observe(latency_s)
 
     def failed(self, host_id: str) -> None:
+        """Count a call to a host that failed and is retried elsewhere."""
         self._metrics.expert_retries_total(self._model, host_id).inc()
 
     def update(
         self, placement: ExpertPlacement, stats: CallStats, problems: Mapping[str, str]
     ) -> None:
-        """The links, the placement, the fallbacks, and the time that nothing hid."""
+        """Set what is known once a second.
+
+        Args:
+            placement: Its hosts are up, or not; its epoch.
+            stats: Fallbacks, and the time that the decoder waited for hosts.
+            problems: The hosts without a link.
+        """
         for host_id in placement.host_ids:
             is_up = host_id not in problems
             self._metrics.expert_link_up(self._model, host_id).set(is_up)
-            self._metrics.expert_retries_total(self._model, host_id)  # shown from the start
+            self._metrics.expert_retries_total(self._model, host_id)  # so that it is exported as 0
         self._metrics.placement_epoch(self._model).set(placement.epoch)
         waited_s = stats.waited_s
         self._metrics.expert_wait_seconds_total(self._model).inc(waited_s - self._waited_s)

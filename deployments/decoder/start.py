@@ -71,14 +71,14 @@ def start_decoder(
     """Load the model, produce a token, and accept gateways.
 
     Args:
-        config: the configuration of the cluster.
-        placement: which host holds which experts; None computes all of them in this process.
-        hosts: the Serve handle of every host of the placement, by host id.
-        secret: the cluster's, for the handshake of links.
-        on_progress: called with (num_done, num_total) while weights are read.
+        config: The configuration of the cluster.
+        placement: Which host holds which experts; None computes all of them in this process.
+        hosts: The Serve handle of every host of the placement, by host id.
+        secret: The cluster's, for the handshake of links.
+        on_progress: Called with (num_done, num_total) while weights are read.
 
     Raises:
-        BrioletteError: with the reason, when the decoder can't serve.
+        BrioletteError: With the reason, when the decoder can't serve.
     """
     source = ModelSource.open(config)
     registry = part_registry()

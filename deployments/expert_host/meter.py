@@ -1,4 +1,4 @@
-"""What an expert host tells Prometheus: its load, by layer and by group."""
+"""An expert host's metrics: its tokens, by layer and by group."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from experts.host import ExpertHost
 
 
 class HostMeter:
-    """A host's load, read anew for every scrape, however many scrape at once."""
+    """A Prometheus collector that reads a host's load for every scrape; scrapes may overlap."""
 
     def __init__(self, host: ExpertHost, groups: ExpertGroups, model: str) -> None:
+        """Register with a registry of its own.
+
+        Args:
+            host: Its load is read.
+            groups: The cut of the experts.
+            model: A label.
+        """
         self.registry = part_registry()
         self._host = host
         self._groups = groups
@@ -23,7 +30,7 @@ class HostMeter:
         self.registry.register(self)
 
     def collect(self) -> list[CounterMetricFamily]:
-        """Called for every scrape."""
+        """Return the counters; Prometheus's client calls it for every scrape."""
         by_layer, by_group = map(
             _family, (Metrics.expert_tokens_total, Metrics.expert_group_tokens_total)
         )

@@ -62,9 +62,9 @@ class RandomCases:
     """Runs random cases on one model.
 
     Args:
-        make_runner: returns a runner with a KV cache of its own; all share the model's weights.
-        connect: opens the store of a new engine; None for cases without a store.
-        kv_layout: the layout of the KV cache, as `engine.kv_layout`.
+        make_runner: Returns a runner with a KV cache of its own; all share the model's weights.
+        connect: Opens the store of a new engine; None for cases without a store.
+        kv_layout: The layout of the KV cache, as `engine.kv_layout`.
     """
 
     make_runner: MakeRunner

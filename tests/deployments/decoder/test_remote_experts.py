@@ -62,7 +62,7 @@ def test_one_bad_round_does_not_end_the_watch(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither an answer that can't be read nor a router that breaks on a good one."""
-    monkeypatch.setattr(host_directory, "WATCH_S", 0.05)
+    monkeypatch.setattr(host_directory, "WATCH_PERIOD_S", 0.05)
     with hosted_experts(model_dir) as parts:
         router = parts.experts.router
         use, breaks = router.use, [RuntimeError("unforeseen")]
