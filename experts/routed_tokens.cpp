@@ -1,7 +1,7 @@
-// What a decoder does with each layer's choices of experts, on the CPU. experts/routed_tokens.py calls it.
+// What a decoder does with a layer's routed tokens on the CPU; experts/routed_tokens.py calls it.
 //
-// It stands on the path of every layer, beside hosts that wait, so it passes over the choices once
-// for each question instead of building them up from many small array operations.
+// It stands on the path of every layer, beside hosts that wait, so it passes over the tokens once
+// for each question instead of using many small array operations.
 
 #include <algorithm>
 #include <cstdint>
@@ -61,7 +61,7 @@ void add_up(const RowIndex& index, int64_t num_tokens, int64_t num_groups,
       std::fill(sum.begin(), sum.end(), -0.0f);  // the one number that any other survives
       for (int64_t group = 0; group < num_groups; group++) {
         int64_t at = index.rows[token * num_groups + group];
-        if (at < 0) {  // its partial sum is zero, as whoever computes all groups has it
+        if (at < 0) {  // its partial sum is zero, as where all groups are computed
           for (int64_t i = 0; i < size; i++) sum[i] += 0.0f;
           continue;
         }
@@ -77,9 +77,9 @@ void add_up(const RowIndex& index, int64_t num_tokens, int64_t num_groups,
 
 extern "C" {
 
-// The slots of the experts that are asked, in token order: `slots` holds the rows, then the experts,
-// then the weights' bits, each num_slots long; a row is a position in `tokens`, the tokens that have
-// a slot. experts and weights [num_tokens, top_k]; slots has room for all of them.
+// Select the slots of the experts that are asked, in token order. `slots` gets rows, then experts,
+// then the weights' bits, each num_slots long; a row is a position in `tokens`, the tokens that
+// have a slot. experts and weights are [num_tokens, top_k]; `slots` has room for all of them.
 void select_slots(const int64_t* experts, const float* weights, int64_t num_tokens, int64_t top_k,
                   const uint8_t* is_asked, int32_t* slots, int64_t* tokens, int64_t* num_slots,
                   int64_t* num_rows) {
@@ -100,14 +100,14 @@ void select_slots(const int64_t* experts, const float* weights, int64_t num_toke
   *num_rows = row;
 }
 
-// How many tokens have a slot in each group: counts [num_groups].
+// Count the tokens that have a slot in each group: counts [num_groups].
 void count_rows(const int64_t* experts, int64_t num_tokens, int64_t top_k,
                 const int64_t* expert_to_group, int64_t num_groups, int64_t* counts) {
   RowIndex index(experts, num_tokens, top_k, expert_to_group, num_groups);
   std::copy(index.counts.begin(), index.counts.end(), counts);
 }
 
-// Each token's rows of all groups, added in fp32 in the groups' order: out [num_tokens, size], fp32
+// Add each token's rows of all groups in fp32 in the groups' order: out [num_tokens, size], fp32
 // or bf16 as the rows are. group_rows[g]: the rows of the tokens that have a slot in g, in order.
 void sum_groups(const int64_t* experts, int64_t num_tokens, int64_t top_k,
                 const int64_t* expert_to_group, int64_t num_groups, const void* const* group_rows,

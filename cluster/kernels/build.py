@@ -1,7 +1,7 @@
 """C++ beside a Python file, built for this machine when it is first needed.
 
 It takes a C++ compiler (`CXX`, or g++) two seconds; the result is kept in the user's cache
-directory. Where there is none, slower code does the same work.
+directory. Where there is no compiler, slower code does the same work.
 """
 
 from __future__ import annotations
@@ -17,20 +17,30 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi")
-LIMIT_S = 120.0  # for one call of the compiler
+SANITIZE = "BRIOLETTE_SANITIZE"  # set to 1: build with sanitizers, and preload gcc's libasan.so
+SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+TIMEOUT_S = 120.0  # for one call of the compiler
 
 
 @functools.cache
 def native_library(source: Path) -> ctypes.CDLL | None:
-    """A C++ source, built for this machine; None, with a line in the log, where that fails."""
+    """Build and load C++ for this machine.
+
+    Args:
+        source: a .cpp file, or a folder of them and of the headers that they include.
+
+    Returns:
+        The library; None, with a line in the log, where it can't be built.
+    """
     try:
-        return ctypes.CDLL(str(_built(source)))
+        return ctypes.CDLL(str(build_library(source)))
     # RuntimeError: the user has no home directory; ValueError: a quote in CXX isn't closed.
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
@@ -45,19 +55,54 @@ def declare(functions: ctypes.CDLL, signatures: Mapping[str, list[Any]]) -> None
         function.argtypes, function.restype = types, None
 
 
-def _built(source: Path) -> Path:
-    """The shared library for a source, this compiler and processor; built unless it is there.
+def build_library(source: Path) -> Path:
+    """Return the library of a source for this compiler and processor; built unless it is there.
 
-    Raises OSError, RuntimeError, ValueError or SubprocessError where that fails.
+    Raises:
+        OSError, RuntimeError, ValueError, SubprocessError: it can't be built.
     """
-    compiler = _compiler()
-    identity = source.read_text(), FLAGS, _run([*compiler, "--version"]), _processor()
+    flags = FLAGS + (SANITIZERS if os.environ.get(SANITIZE) == "1" else ())
+    text = [file.read_text() for file in [*_files(source, "*.h"), *_files(source, "*.cpp")]]
+    identity = text, flags, _run([*_compiler(), "--version"]), _processor()
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     library = _cache_dir() / f"{source.stem}-{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, source, library)
+        compile_library(source, library, flags)
     return library
+
+
+def compile_library(source: Path, library: Path, flags: Sequence[str] = FLAGS) -> None:
+    """Compile a source into a shared library, its files side by side.
+
+    Args:
+        source: a .cpp file, or a folder of them.
+        library: the file to write; a process beside this one may build the same.
+        flags: of the compiler.
+
+    Raises:
+        OSError, ValueError, SubprocessError: there is no compiler, or it fails.
+    """
+    compiler = _compiler()
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch, ThreadPoolExecutor() as pool:
+        compiled = [Path(scratch) / f"{file.stem}.o" for file in _files(source, "*.cpp")]
+        commands = [
+            [*compiler, *flags, "-c", str(file), "-o", str(to)]
+            for file, to in zip(_files(source, "*.cpp"), compiled, strict=True)
+        ]
+        list(pool.map(_run, commands))
+        # Linked without OpenMP, so that it runs on the threads of PyTorch's own runtime: two
+        # runtimes in one process take the cores from each other.
+        sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
+        linked = Path(scratch) / library.name
+        _run([*compiler, *sanitizers, "-shared", *map(str, compiled), "-o", str(linked)])
+        linked.replace(library)
+
+
+def _files(source: Path, pattern: str) -> list[Path]:
+    if source.is_dir():
+        return sorted(source.glob(pattern))
+    return [source] if source.match(pattern) else []
 
 
 def _compiler() -> list[str]:
@@ -76,20 +121,10 @@ def _cache_dir() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "briolette"
 
 
-def _compile(compiler: Sequence[str], source: Path, library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        compiled, linked = Path(scratch) / "native.o", Path(scratch) / "native.so"
-        # Linked without OpenMP, so that it runs on the threads of PyTorch's own runtime: two
-        # runtimes in one process take the cores from each other.
-        _run([*compiler, *FLAGS, "-c", str(source), "-o", str(compiled)])
-        _run([*compiler, "-shared", str(compiled), "-o", str(linked)])
-        linked.replace(library)  # a process beside this one may build the same
-
-
 def _run(command: Sequence[str]) -> str:
-    """What it prints."""
+    """Run a command and return what it prints."""
     return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=LIMIT_S
+        command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S
     ).stdout
 
 

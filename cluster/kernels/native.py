@@ -18,8 +18,8 @@ from cluster.kernels.interface import (
     Weight,
 )
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-PANEL, LANES = 32, 16  # as in the source
+SOURCE = Path(__file__).with_suffix("")  # a folder of C++
+PANEL, LANES = 32, 16  # as in gemm.h and vec.h
 
 POINTER, SIZE, REAL, COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cluster.kernels import build as native_build
-from cluster.kernels.build import FLAGS, native_library
+from cluster.kernels.build import FLAGS, compile_library, native_library
 from cluster.kernels.interface import KVWrite
 from cluster.kernels.native import SOURCE, NativeKernels, native_kernels
 from cluster.kernels.torch_kernels import TorchKernels
@@ -108,8 +106,7 @@ def test_heads(kernels: NativeKernels, num_keys: int, num_values: int, head_dim:
 def test_narrower_vectors_give_the_same_bits(kernels: NativeKernels, tmp_path: Path) -> None:
     """As on a processor without AVX-512."""
     library = tmp_path / "narrow.so"
-    narrow = [*FLAGS, "-mno-avx512f", "-shared", str(SOURCE), "-o", str(library)]
-    subprocess.run([os.environ.get("CXX", "g++"), *narrow], check=True)
+    compile_library(SOURCE, library, [*FLAGS, "-mno-avx512f"])
     others = NativeKernels(ctypes.CDLL(str(library)))
     x, gate = draw(9, 100), draw(9, 40) * 5
     batch = make_batch([1, 9, 70], [130, 40, 90])
@@ -223,7 +220,7 @@ def open_quote(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def endless_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_build, "LIMIT_S", 0.2)
+    monkeypatch.setattr(native_build, "TIMEOUT_S", 0.2)
     monkeypatch.setenv("CXX", "sh -c 'exec sleep 60'")
 
 
