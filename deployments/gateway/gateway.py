@@ -21,7 +21,6 @@ from cluster.errors import PortTaken
 from cluster.links.connect import Endpoint
 from cluster.metrics import Metrics
 from cluster.tenants.admission import Admission, OpenAdmission
-from cluster.tenants.admission import Admission, OpenAdmission
 from cluster.tenants.sessions import Sessions
 from cluster.tenants.usage import UsageBooks
 from deployments.gateway.calls.chat_sessions import ChatSessions
