@@ -99,7 +99,7 @@ class SessionCluster:
         answer: Generation = self.inference.ChatOnce(request, timeout=20)
         return answer
 
-    def list(self) -> list[Session]:
+    def list_all(self) -> list[Session]:
         return list(self.sessions.ListSessions(ListSessionsRequest()).sessions)
 
     def said(self, name: str = "trip") -> list[str]:

@@ -75,11 +75,11 @@ def test_sessions_are_parked_and_deleted(
         browser.click("[aria-label='Delete ../odd & <b>']")
         assert "../odd & <b>" in browser.driver.switch_to.alert.text
         browser.driver.switch_to.alert.dismiss()
-        assert len(cluster.list()) == 2
+        assert len(cluster.list_all()) == 2
         browser.click("[aria-label='Delete ../odd & <b>']")
         browser.driver.switch_to.alert.accept()
         browser.wait(lambda: "odd" not in browser.text("#sessions"))
-        assert [session.name for session in cluster.list()] == ["trip"]
+        assert [session.name for session in cluster.list_all()] == ["trip"]
         browser.wait_for("#tenants td:last-child", "B")
         assert browser.text("#tenants td:last-child") != "0 B"
         browser.run("window.fetch = () => Promise.reject(new TypeError('away'))")

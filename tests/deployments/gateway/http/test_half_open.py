@@ -20,7 +20,7 @@ from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
 from tests.support.gateway.running import running_gateway, serving
 from tests.support.waiting import wait_for
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 SUBNET = os.getpid() % 16384  # of those with two addresses, in a range for tests of networks
 HERE, THERE = (f"198.18.{SUBNET // 64}.{SUBNET % 64 * 4 + i}" for i in (1, 2))
 

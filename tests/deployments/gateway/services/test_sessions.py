@@ -127,7 +127,7 @@ def test_the_list_has_sizes_ages_and_what_is_in_memory(cluster: SessionCluster) 
     cluster.ask(HELLO, "older")
     cluster.ask(HELLO, "newer")
     cluster.blocks.flush(5)
-    newer, older = cluster.list()
+    newer, older = cluster.list_all()
     assert (newer.name, older.name) == ("newer", "older")
     assert newer.num_tokens == older.num_tokens == 65 and newer.num_bytes > 6 * 1000
     assert newer.created <= newer.last_used and older.last_used <= newer.created
@@ -146,7 +146,7 @@ def test_parking_frees_memory_and_resuming_brings_it_back(cluster: SessionCluste
     back = cluster.sessions.ResumeSession(ResumeSessionRequest(name="trip"))
     assert (back.memory_tokens, back.store_tokens) == (0, 96) and back.total_s > 0
     assert back.store_tokens + back.computed_tokens == num_tokens
-    assert cluster.list()[0].tokens_in_memory == 96
+    assert cluster.list_all()[0].tokens_in_memory == 96
     again = cluster.sessions.ResumeSession(ResumeSessionRequest(name="trip"))
     assert (again.memory_tokens, again.store_tokens) == (96, 0)
     assert cluster.ask("Still there?").usage.fetched_tokens == 0
@@ -166,7 +166,7 @@ def test_it_survives_a_restart_of_everything_but_redis(
     saved = RedisBlocks(address)
     saved.values = cluster.blocks.values
     with running_sessions(tokenizer, address, saved) as later:
-        assert [session.tokens_in_memory for session in later.list()] == [0]
+        assert [session.tokens_in_memory for session in later.list_all()] == [0]
         assert later.ask("And then?").usage.fetched_tokens == 64
         assert later.said()[:2] == [HELLO, first.text]
 
@@ -182,7 +182,7 @@ def test_deleting_leaves_no_key(cluster: SessionCluster, address: RedisAddress) 
     wait_until(lambda: not cluster.decoder.engine.has_work)
     assert address.client().keys("*")
     deleted = cluster.sessions.DeleteSession(DeleteSessionRequest(name="trip"))
-    assert deleted.freed_bytes > 0 and cluster.list() == []
+    assert deleted.freed_bytes > 0 and cluster.list_all() == []
     assert address.client().keys("*") == []
     assert cluster.decoder.engine.session_tokens("default") == {}
     assert failure(cluster.said)[0] == "NOT_FOUND"
@@ -231,14 +231,14 @@ def test_while_values_can_not_be_written_nothing_is_given_up(
     ):
         status, sentence = failure(call)
         assert status == "UNAVAILABLE" and "Writing the session" in sentence
-    assert [session.tokens_in_memory for session in cluster.list()] == [64]
+    assert [session.tokens_in_memory for session in cluster.list_all()] == [64]
 
 
 def test_without_a_decoder_sessions_are_still_listed_and_shown(cluster: SessionCluster) -> None:
     cluster.ask(HELLO)
     cluster.decoder.close()
     wait_until(lambda: not serving(cluster.gateway))
-    (session,) = cluster.list()
+    (session,) = cluster.list_all()
     assert session.num_tokens == 65 and not session.HasField("tokens_in_memory")
     assert cluster.said()[0] == HELLO
     for call in (
