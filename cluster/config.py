@@ -54,7 +54,8 @@ class GatewayConfig(Section):
     """The port of the HTTP server, which speaks OpenAI's API and serves the chat page; 0 takes a
     free one, null starts no HTTP server."""
     auth: Literal["open", "keys"] = "open"
-    """Who may call: `open` is everyone who reaches the address, `keys` is tenants by API key."""
+    """The clients that may call: `open` admits all that reach the address, `keys` admits tenants
+    by their API keys."""
     tls_cert_file: AbsolutePath | None = None
     """The server's certificate chain (PEM), its own certificate first; null serves without TLS."""
     tls_key_file: AbsolutePath | None = None
