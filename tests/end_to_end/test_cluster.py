@@ -7,16 +7,13 @@ import os
 import shutil
 import signal
 import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import psutil
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
 from cluster.config import DEMO_MODEL_DIR, Config
@@ -29,13 +26,21 @@ from deployments.start import lifecycle
 from deployments.start.lifecycle import Running
 from engine.request import SamplingParams
 from protos.briolette.v1.admin_pb2 import ClusterStatus
-from protos.briolette.v1.inference_pb2 import Generation, Message, Sampling
+from protos.briolette.v1.inference_pb2 import Generation, Sampling
+from tests.support.running_cluster import (
+    QUESTION,
+    answer,
+    greedy,
+    metric,
+    name_of,
+    session_pids,
+    wait_for,
+)
 
 pytestmark = pytest.mark.cluster
 
 LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
 
-QUESTION = [Message(role="user", content="What is the capital of Norway?")]
 SCHEMA = {
     "type": "object",
     "properties": {"capital": {"enum": ["Oslo", "Paris"]}, "is_sure": {"type": "boolean"}},
@@ -81,41 +86,6 @@ def client(running: Running) -> Iterator[Client]:
     with Client(running.address) as client:
         wait_for(lambda: client.status().load.num_running == 0)
         yield client
-
-
-def session_pids(running: Running) -> set[int]:
-    """Every process of the cluster but zombies."""
-    pids = set()
-    for process in psutil.process_iter(["status"]):
-        try:
-            if os.getsid(process.pid) == running.pid and process.info["status"] != "zombie":
-                pids.add(process.pid)
-        except ProcessLookupError:
-            pass
-    return pids
-
-
-def name_of(pid: int) -> str:
-    try:
-        return " ".join(psutil.Process(pid).cmdline())
-    except psutil.Error:
-        return ""
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    give_up_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up_at, "waited too long"
-        time.sleep(0.05)
-
-
-def answer(client: Client, max_tokens: int = 48) -> list[int]:
-    pieces = client.chat(QUESTION, greedy(max_tokens))
-    return [token for piece in pieces for token in piece.token_ids]
-
-
-def greedy(max_tokens: int) -> Sampling:
-    return Sampling(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
 
 def test_only_the_engine_may_interrupt_others(client: Client, running: Running) -> None:
@@ -250,18 +220,6 @@ def test_prometheus_finds_every_part(config: Config, client: Client) -> None:
 
 def num_chats(status: ClusterStatus) -> float:
     return metric(status.gateway.metrics_port, "gateway_requests_total", method="Chat")
-
-
-def metric(port: int, name: str, **labels: str) -> float:
-    """The sum of a metric's samples that have these labels."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
-        families = text_string_to_metric_families(page.read().decode())
-    return sum(
-        sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name == f"briolette_{name}" and labels.items() <= sample.labels.items()
-    )
 
 
 def test_cancelling_frees_the_blocks(client: Client) -> None:

@@ -21,8 +21,8 @@ from deployments.process.local_access import local_key_file
 from deployments.start import lifecycle
 from deployments.start.lifecycle import Running
 from protos.briolette.v1.admin_pb2 import Tenant
-from tests.end_to_end.test_cluster import answer, session_pids
 from tests.support.certificates import Authority
+from tests.support.running_cluster import answer, session_pids
 
 pytestmark = pytest.mark.cluster
 

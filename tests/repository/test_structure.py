@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 from collections import Counter
 from pathlib import Path, PurePath
@@ -32,6 +33,13 @@ def tracked_files() -> list[PurePath]:
 
 def is_test(module: str) -> bool:
     return module.rpartition(".")[2].startswith("test_")
+
+
+def test_no_test_module_is_imported() -> None:
+    """What tests share lies in tests/support and in conftest.py files."""
+    imported = re.compile(r"^ *(from|import) tests\.([a-z_.]+\.)?test_", re.MULTILINE)
+    for path in (*modules_of("tests"), *modules_of("bench")):
+        assert not imported.search(path.read_text()), path
 
 
 def test_no_other_distribution_owns_our_names() -> None:

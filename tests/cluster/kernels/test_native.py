@@ -18,7 +18,7 @@ from cluster.kernels.interface import KVWrite
 from cluster.kernels.native import SOURCE, NativeKernels, native_kernels
 from cluster.kernels.torch_kernels import TorchKernels
 from engine.attention.native_attention import NativeAttention
-from tests.engine.attention.test_attention import KIND, make_batch, make_kv
+from tests.support.engine.attention_cases import KIND, make_batch, make_kv
 
 REFERENCE = TorchKernels()
 SIZES = [(1, 64, 32), (3, 20, 33), (9, 48, 7), (130, 40, 65)]  # rows, inputs, outputs

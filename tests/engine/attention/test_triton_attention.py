@@ -16,8 +16,8 @@ from engine.attention.interface import KVTensors, ReferenceAttention
 from engine.attention.one_row import OneRow
 from engine.attention.planner import AttentionPlanner
 from engine.attention.triton_attention import TritonAttention, works
-from tests.engine.model.test_model_equality import MakePair, make_pair, prompt  # noqa: F401 - a fixture
 from tests.support.engine.attention_cases import BLOCK_SIZE, KIND, draw, make_batch, make_kv
+from tests.support.engine.model_pairs import MakePair, prompt
 from tests.support.engine.paged_driver import Sequence
 
 SHARED_BYTES = 99 << 10  # that a program may have on a consumer card
@@ -59,7 +59,7 @@ def test_heads_of_the_26b_in_half_precision(query_lens: list[int]) -> None:
 
 
 @pytest.mark.parametrize("cpu_kernels", ["torch"], indirect=True)  # native ones would come first
-def test_in_a_model(cpu_kernels: str, make_pair: MakePair) -> None:  # noqa: F811
+def test_in_a_model(cpu_kernels: str, make_pair: MakePair) -> None:
     pair = make_pair("26b")
     used: list[Any] = []
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cluster.checkpoint import Checkpoint
 from cluster.errors import Unavailable
 from cluster.placement import ExpertGroups
-from cluster.spec import AttentionKind, KVLayout, ModelSpec
-from engine.model.model import GemmaDecoder
+from cluster.spec import AttentionKind, KVLayout
 from engine.runner import split
 from experts.local import LocalExperts
+from tests.support.engine.model_pairs import MakePair, Pair, prompt
 from tests.support.engine.paged_driver import PagedDriver, Sequence
-from tests.support.engine.tiny_models import nest, tiny_model
 from tests.support.experts.remote_experts import remote_experts
 
 MAX_ERROR = 1e-4
@@ -70,45 +66,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 def keeps_one_row(member: str, overrides: dict[str, Any]) -> bool:
     return member in ("26b", "31b", "12b") and overrides.get("attention_k_eq_v", True)
-
-
-@dataclass
-class Pair:
-    """The same model twice."""
-
-    reference: Any
-    model: GemmaDecoder
-    experts: LocalExperts | None
-    path: Path
-
-    def driver(self, **options: Any) -> PagedDriver:
-        return PagedDriver(self.model, self.experts, **options)
-
-
-MakePair = Callable[..., Pair]
-
-
-@pytest.fixture
-def make_pair(tmp_path: Path) -> MakePair:
-    def make(member: str, nested_type: str | None = None, **overrides: Any) -> Pair:
-        reference = tiny_model(member, **overrides)
-        reference.save_pretrained(tmp_path, max_shard_size="60KB")
-        if nested_type is not None:
-            nest(tmp_path, nested_type)
-        spec, checkpoint = ModelSpec.load(tmp_path), Checkpoint(tmp_path)
-        experts = None
-        if spec.is_moe:
-            experts = LocalExperts(
-                spec, checkpoint, ExpertGroups(spec.num_experts, 2), dtype=torch.float32
-            )
-        return Pair(reference, GemmaDecoder.load(spec, checkpoint), experts, tmp_path)
-
-    return make
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(1000 * seed + length)
-    return torch.randint(2, 160, (length,), generator=generator).tolist()
 
 
 @pytest.mark.parametrize(("member", "overrides"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])

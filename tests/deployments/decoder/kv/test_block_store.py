@@ -11,7 +11,7 @@ from cluster.spec import KVLayout
 from cluster.store.redis import RedisAddress
 from cluster.store.scripts import tenant_prefix
 from deployments.verify.random_cases import RandomCases
-from tests.engine.test_batch_invariant import Subject
+from tests.support.engine.invariant_subjects import Subject
 from tests.support.engine.schedulers import evict_all
 from tests.support.store.engines import BLOCK_SIZE, PROMPT, TEXT, Deployment
 from tests.support.store.redis_servers import redis_server, wait_until
