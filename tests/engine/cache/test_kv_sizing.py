@@ -24,7 +24,7 @@ from tests.support.engine.geometry import GEOMETRY, spec_of
 
 GLOBAL, SLIDING = AttentionKind.GLOBAL, AttentionKind.SLIDING
 KV_LAYOUTS: tuple[KVLayout, ...] = ("values", "projection", "separate")
-PAGE = Path(__file__).parents[3] / "docs" / "memory.md"
+PAGE = Path(__file__).parents[3] / "docs" / "guides" / "memory.md"
 GIB = 1 << 30
 LENGTHS = (32_768, 131_072, 262_144)
 
@@ -136,7 +136,7 @@ def test_the_longest_context_just_fits() -> None:
     assert longest_context(spec, 1, dtype=torch.float32) == 1
 
 
-# The table of docs/memory.md
+# The table of docs/guides/memory.md
 
 
 def token_bytes(model: str) -> int:
