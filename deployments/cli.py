@@ -140,7 +140,7 @@ def sessions(config: Config, args: argparse.Namespace) -> int:
     from deployments.commands.sessions import COMMANDS
 
     if args.action != "list" and args.name is None:
-        raise InvalidRequest(f"Which one? briolette sessions {args.action} NAME")
+        raise InvalidRequest(f"The name is missing: briolette sessions {args.action} NAME")
     with connect(config, args) as client:
         COMMANDS[args.action](client, args.name or "", console)
     return 0

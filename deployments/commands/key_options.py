@@ -1,4 +1,4 @@
-"""What stands on the command line of `briolette keys`, and what it means."""
+"""The options of `briolette keys` and their values."""
 
 from __future__ import annotations
 
@@ -20,37 +20,35 @@ NONE = "none"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of `briolette keys`."""
+    """Add the options of `briolette keys`."""
     add = parser.add_argument
     add("action", nargs="?", choices=ACTIONS, default="list", help="default: list")
-    add("name", nargs="?", metavar="NAME", help="of the tenant")
-    add("--weight", metavar="W", help="its share of the engine beside others'; 1 unless set")
-    add("--tokens-per-minute", metavar="N", help=f"of prompts and answers, or {NONE}")
-    add("--max-in-flight", metavar="N", help=f"requests at once, or {NONE}")
-    add("--kv-bytes", metavar="SIZE", help=f"of the store, as in 2GiB, or {NONE}: the usual")
-    add("--models", metavar="A,B", help=f"that it may use, or {NONE}: all")
-    add("--expires", metavar="WHEN", help=f"30d from now, or 2027-01-31, or {NONE}")
-    add("--admin", action=argparse.BooleanOptionalAction, help="may change tenants")
-    add("--grace", metavar="TIME", help="with rotate: how long old keys work on, as in 1h")
+    add("name", nargs="?", metavar="NAME", help="name of the tenant")
+    add("--weight", metavar="W", help="share of the engine relative to other tenants; default: 1")
+    add("--tokens-per-minute", metavar="N", help=f"limit of prompt and output tokens, or {NONE}")
+    add("--max-in-flight", metavar="N", help=f"limit of concurrent requests, or {NONE}")
+    add("--kv-bytes", metavar="SIZE", help=f"budget in the store, as in 2GiB; {NONE}: the default")
+    add("--models", metavar="A,B", help=f"models that it may use; {NONE}: all")
+    add("--expires", metavar="WHEN", help=f"a duration like 30d, a date like 2027-01-31, or {NONE}")
+    add("--admin", action=argparse.BooleanOptionalAction, help="may manage tenants")
+    add("--grace", metavar="TIME", help="with rotate: how long old keys stay valid, as in 1h")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises InvalidRequest where the name is missing, or an option that the action doesn't have is
-    there.
-    """
+    """Raise InvalidRequest if the name is missing, or an option doesn't fit the action."""
     if args.action != "list" and args.name is None:
-        raise InvalidRequest(f"Which one? briolette keys {args.action} NAME")
+        raise InvalidRequest(f"The name is missing: briolette keys {args.action} NAME")
     terms = terms_of(args)
     if terms and args.action not in ("create", "set"):
-        raise InvalidRequest(f"Terms are for create and set; {args.action} changes none.")
+        raise InvalidRequest(f"Limits are set by create and set; {args.action} takes none.")
     if args.action == "set" and not terms:
-        raise InvalidRequest("What shall be set? briolette keys set NAME --weight 2")
+        raise InvalidRequest("Nothing to set; for example: briolette keys set NAME --weight 2")
     if args.grace is not None and args.action != "rotate":
-        raise InvalidRequest("--grace is for rotate.")
+        raise InvalidRequest("--grace is for rotate only.")
 
 
 def terms_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a Tenant that were given; "none" takes one back."""
+    """Return the given fields of a Tenant; "none" resets one. Raises InvalidRequest."""
     given = {name: getattr(args, name) for name in PARSERS if getattr(args, name) is not None}
     terms: dict[str, Any] = {}
     for name, text in given.items():
@@ -65,7 +63,7 @@ def terms_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def seconds_of(text: str) -> float:
-    """Of a time like 1h. Raises InvalidRequest."""
+    """Return the seconds of a duration like 1h. Raises InvalidRequest."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhdw])", text)
     if match is None:
         raise InvalidRequest(f"{text!r} is not a time like 90s, 30m, 1h or 7d.")
@@ -100,7 +98,7 @@ def _models(text: str) -> list[str]:
 
 
 def _expiry(text: str) -> float:
-    """A time from now, or a date."""
+    """Parse a duration from now, or a date, to seconds since the epoch."""
     if re.fullmatch(r"[0-9.]+[a-z]", text):
         return time.time() + seconds_of(text)
     try:

@@ -1,4 +1,4 @@
-"""Where a verification keeps its blocks in Redis: in a tenant of its own, deleted at the end."""
+"""The Redis side of a verification: a tenant of its own, which is deleted at the end."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from engine.runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
-LONGEST_S = 3600.0  # after which Redis forgets what a verification that was killed left there
+TTL_S = 3600.0  # of its values: what a killed verification has left expires
 FLUSH_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class RedisTier:
-    """The tier of `deployments/verify/verify.py`, in a server that answers."""
+    """The `Tier` of `deployments.verify.verify` in a Redis server."""
 
     address: RedisAddress
     config: Config
@@ -42,7 +42,7 @@ class RedisTier:
 
     @contextmanager
     def connect(self, runner: ModelRunner) -> Iterator[BlockStore]:
-        """Raises Unavailable when what was saved isn't written in time."""
+        """Open the store of an engine; raises Unavailable if Redis doesn't write in time."""
         store = KVBlockStore(
             kv_tensors(runner),
             self.config.engine.block_size,
@@ -58,23 +58,24 @@ class RedisTier:
             store.close()
 
     def _store(self, whole: bytes) -> KVStore:
-        metrics = Metrics(CollectorRegistry())  # nobody reads them
+        metrics = Metrics(CollectorRegistry())  # not exported
         return KVStore(self.address, whole, "verify", metrics, self._settings)
 
     @property
     def _settings(self) -> StoreConfig:
-        """As configured, but that nothing is dropped that can wait, and nothing stays for long."""
+        """The configured store, with a queue that drops nothing and values that expire soon."""
         store = self.config.store
         return store.model_copy(
-            update={"queue_bytes": store.tenant_bytes, "ttl_s": min(store.ttl_s, LONGEST_S)}
+            update={"queue_bytes": store.tenant_bytes, "ttl_s": min(store.ttl_s, TTL_S)}
         )
 
 
 @contextmanager
 def redis_tier(config: Config, source: ModelSource) -> Iterator[RedisTier]:
-    """The configured server, or one of its own where none is configured, in a temporary directory.
+    """Use the configured Redis during a `with` block, or start one in a temporary directory.
 
-    Raises Unavailable when it doesn't answer.
+    Raises:
+        Unavailable: Redis doesn't answer.
     """
     with _server(config.store) as address:
         tier = RedisTier(address, config, source, f"briolette-verify-{secrets.token_hex(4)}")
@@ -100,11 +101,11 @@ def _server(store: StoreConfig) -> Iterator[RedisAddress]:
 
 
 def _delete(address: RedisAddress, tenant: str) -> None:
-    """All that the tenant has; what can't be deleted now expires."""
+    """Delete the tenant's values; those that can't be deleted expire."""
     try:
         client = address.client()
         for name in client.scan_iter(match=tenant_prefix(tenant) + b"*", count=1000):
             client.delete(name)
         client.close()
     except REDIS_ERRORS as error:
-        log.warning("What %s left in Redis goes in an hour: %s", tenant, error)
+        log.warning("The values of %s stay in Redis for an hour at most: %s", tenant, error)

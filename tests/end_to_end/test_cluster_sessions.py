@@ -67,8 +67,8 @@ def command(config: Config, capsys: pytest.CaptureFixture[str], *arguments: str)
 
 
 def keys(address: RedisAddress) -> set[bytes]:
-    """All but the books of usage, which outlive what was used."""
-    found = address.client().keys("*")
+    """Return all keys but those of usage, which outlive sessions."""
+    found = (bytes(key) for key in address.client().scan_iter("*"))
     return {key for key in found if not key.startswith(b"briolette:usage:")}
 
 

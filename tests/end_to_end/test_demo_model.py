@@ -30,7 +30,7 @@ def engine() -> EngineCore:
 
 
 def share_right(engine: EngineCore, turns: Sequence[Turn]) -> float:
-    """Of the turns, those whose whole answer greedy decoding gives."""
+    """Return the turns whose whole answer greedy decoding gives."""
     assert engine.tokenizer is not None
     for index, turn in enumerate(turns):
         engine.add(

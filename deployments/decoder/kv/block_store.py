@@ -94,7 +94,10 @@ class KVBlockStore:
         self._put_sliding(request, trace, [b for b in blocks if b.kind is SLIDING])
 
     def discard(self, request: Request) -> None:
-        """Of what is thought to be in Redis: whoever reads more of it there discards that too."""
+        """Remove this request's values that we believe to be in Redis.
+
+        A request that reads further values of the prefix later removes those too.
+        """
         runs = self._layout.all_runs(len(request.block_hashes))
         keys = self._known.of(request.tenant).intersection(
             run.key(request.block_hashes) for run in runs

@@ -183,8 +183,9 @@ class Fetches:
 
 
 def touch_values(store: KVStore, request: Request, runs: Iterable[BlockRun]) -> None:
-    """Of a tenant's values those go first that nobody used for long: whoever needs the end of a
-    prefix needs its beginning, and nobody the windows of earlier turns.
+    """Refresh the LRU time of every value that a request needs.
+
+    So a prefix's head outlives its tail, and windows of earlier turns are evicted first.
     """
     store.look_up(request.tenant, [run.key(request.block_hashes) for run in runs], touch=True)
 

@@ -32,7 +32,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def state_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Of a gateway that runs with keys, as a supervisor would have written it down."""
+    """The state directory of a gateway with keys, as a supervisor would have written it."""
     state_dir = tmp_path_factory.mktemp("state")
     decoder = Decoder(tokenizer)
     with redis_server(state_dir) as address, holding(state_dir):
@@ -112,7 +112,7 @@ def test_from_the_first_tenant_to_its_deletion(
 
 def test_what_a_user_can_get_wrong(said: Callable[..., Said]) -> None:
     for action in ("create", "rotate", "set", "disable", "enable", "delete"):
-        which = f"error: Which one? briolette keys {action} NAME"
+        which = f"error: The name is missing: briolette keys {action} NAME"
         assert said("keys", action) == which
     mistakes = {
         ("create", "no name"): "1 to 64 letters",
@@ -126,8 +126,8 @@ def test_what_a_user_can_get_wrong(said: Callable[..., Said]) -> None:
         ("create", "x", "--expires", "0001-01-01"): "",
         ("rotate", "x", "--grace", "long"): "'long' is not a time like",
         ("create", "x", "--grace", "1h"): "--grace is for rotate",
-        ("disable", "x", "--weight", "2"): "Terms are for create and set",
-        ("set", "x"): "What shall be set?",
+        ("disable", "x", "--weight", "2"): "Limits are set by create and set",
+        ("set", "x"): "Nothing to set; for example",
         ("set", "x", "--weight", "2"): "There is no tenant 'x'",
         ("delete", "x"): "There is no tenant 'x'",
         ("list", "--key", "brio_wrong_key"): "This key is unknown.",

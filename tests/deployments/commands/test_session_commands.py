@@ -70,7 +70,10 @@ def test_what_a_user_can_get_wrong(
     for action in ("show", "park", "resume", "delete"):
         unknown = said("sessions", action, "trap")
         assert unknown == "error: There is no session 'trap'; did you mean 'trip'?"
-        assert said("sessions", action) == f"error: Which one? briolette sessions {action} NAME"
+        assert (
+            said("sessions", action)
+            == f"error: The name is missing: briolette sessions {action} NAME"
+        )
     assert "name has 1 to 200 bytes" in said("chat", "--session", "x" * 201, "Hi")
     assert cli.main(["sessions", "--set", f"state_dir={tmp_path}"]) == 1
     assert "Nothing is running" in capsys.readouterr().err

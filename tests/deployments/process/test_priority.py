@@ -1,4 +1,4 @@
-"""Who may interrupt whom, in a process of its own: a policy is for the whole of it."""
+"""CPU scheduling policies, in a process of its own: a policy holds for all of its threads."""
 
 from __future__ import annotations
 

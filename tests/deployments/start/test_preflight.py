@@ -84,7 +84,7 @@ def test_what_a_gpu_holds_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_dense_model_has_no_experts(tmp_path: Path) -> None:
-    """The same tensors but the experts', in a shape that says so."""
+    """Without the experts' tensors, and with a configuration that says so."""
     model = tmp_path / "dense"
     shutil.copytree(DEMO_MODEL_DIR, model)
     tensors = load_file(model / "model.safetensors")
