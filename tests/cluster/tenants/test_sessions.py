@@ -37,7 +37,7 @@ def sessions(address: RedisAddress) -> Iterator[Sessions]:
 
 @pytest.fixture
 def store(address: RedisAddress) -> Iterator[KVStore]:
-    config = StoreConfig(ttl_s=0.5, tenant_bytes=BUDGET)
+    config = StoreConfig.model_construct(ttl_s=0.5, tenant_bytes=BUDGET)
     with KVStore(address, b"f", "m", Metrics(CollectorRegistry()), config) as made:
         yield made
 

@@ -52,7 +52,7 @@ class Deployment:
         self.registry = CollectorRegistry()
         config = {"timeout_s": address.timeout_s, **config}
         self.kv_store = RecordingStore(
-            address, b"m", "m", Metrics(self.registry), StoreConfig(**config)
+            address, b"m", "m", Metrics(self.registry), StoreConfig.model_construct(**config)
         )
         self.redis = address.client()
         self.alone = EngineCore(self.runner(), KV, spec_limits=self.limits)

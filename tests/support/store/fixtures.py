@@ -42,7 +42,9 @@ def stores(metrics: Metrics) -> Iterator[Stores]:
             budget_of: Callable[[str], int] | None = None,
             **config: Any,
         ) -> KVStore:
-            store = KVStore(address, fingerprint, "m", metrics, StoreConfig(**config), budget_of)
+            store = KVStore(
+                address, fingerprint, "m", metrics, StoreConfig.model_construct(**config), budget_of
+            )
             return stack.enter_context(store)
 
         yield make
