@@ -60,7 +60,7 @@ class GrammarCompiler:
         """Compile a grammar; takes up to a second.
 
         Raises:
-            InvalidRequest: The grammar is wrong or too large, or this vocabulary can't write it.
+            InvalidRequest: The grammar is invalid or too large, or this vocabulary can't write it.
         """
         grammar.check_size()
         if self._tokenizer is None:
@@ -68,7 +68,7 @@ class GrammarCompiler:
         try:
             matcher = LLMatcher(self._tokenizer, _definition(grammar), limits=LIMITS)
         except ValueError as error:
-            raise InvalidRequest(f"The {grammar.noun} is wrong: {error}.") from None
+            raise InvalidRequest(f"The {grammar.noun} is invalid: {error}.") from None
         if matcher.is_error():
             reason = matcher.get_error().strip().split("\n")[0]
             raise InvalidRequest(f"The {grammar.noun} can't be used: {reason}.")

@@ -44,7 +44,7 @@ class Grammars:
         """Compile and keep a grammar, which takes up to a second, so that `guide` is quick.
 
         Raises:
-            InvalidRequest: The grammar is wrong or too large, or this vocabulary can't write it.
+            InvalidRequest: The grammar is invalid or too large, or this vocabulary can't write it.
         """
         self._find(grammar).matcher()
 

@@ -1,4 +1,4 @@
-"""Token ids to text, delta by delta; stop strings."""
+"""Incremental detokenization, with stop strings."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Protocol
 
 
 class TokenBytes(Protocol):
-    """What is needed of engine.tokenizer.Tokenizer."""
+    """The part of `engine.text.tokenizer.Tokenizer` that detokenization needs."""
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
 class TextStream:
-    """Turns the tokens of one request into text deltas, in time linear in the tokens.
+    """Turns the tokens of one request into text deltas, in time linear in the number of tokens.
 
-    The deltas joined are what `Tokenizer.decode` gives for all tokens, cut before the first stop
-    string. The unfinished bytes of a character and text that may yet become a stop string are held
-    back; U+FFFD appears for bytes that no later token can complete. A stop string is found
-    where it is first complete, however the tokens cut it, and is no part of the text.
+    The deltas, joined, are what `Tokenizer.decode` gives for all tokens, cut before the first stop
+    string. The bytes of an incomplete character are held back, and so is text that may be the
+    beginning of a stop string; U+FFFD stands for bytes that no later token can complete. A stop
+    string is found as soon as it is complete, however it is split over tokens.
     """
 
     def __init__(self, tokenizer: TokenBytes, stop: Sequence[str] = ()) -> None:
@@ -30,7 +30,7 @@ class TextStream:
         self._is_finished = False
 
     def push(self, token_ids: Iterable[int]) -> tuple[str, str | None]:
-        """Add tokens; returns the text that is now certain, and the stop string if one was met."""
+        """Take tokens; returns the text that is certain now, and the stop string it reaches."""
         assert not self._is_finished, "the stream has ended"
         text = self._utf8.decode(b"".join(map(self._token_bytes, token_ids)))
         if not self._matchers:
@@ -38,7 +38,7 @@ class TextStream:
         return self._until_stop(text)
 
     def finish(self) -> str:
-        """End the stream; returns what was held back. Nothing after a stop string."""
+        """End the stream; returns the text that was held back, none after a stop string."""
         if self._is_finished:
             return ""
         self._is_finished = True
@@ -48,7 +48,7 @@ class TextStream:
         for index, char in enumerate(text):
             met = [matcher.text for matcher in self._matchers if matcher.push(char)]
             if met:
-                stop = max(met, key=len)  # the one that began first
+                stop = max(met, key=len)  # the longest one began first
                 self._is_finished = True
                 return (self._held + text[: index + 1])[: -len(stop)], stop
         text = self._held + text
@@ -58,17 +58,17 @@ class TextStream:
 
 
 class _StopMatcher:
-    """Knuth-Morris-Pratt: how many characters of `text` the characters seen so far end with."""
+    """Finds one stop string, character by character, with the Knuth-Morris-Pratt algorithm."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.num_matched = 0
+        self.num_matched = 0  # how much of the beginning of `text` the input ends with
         self._borders = [0] * len(text)  # longest proper prefix of text[:i + 1] that also ends it
         for i in range(1, len(text)):
             self._borders[i] = self._advance(self._borders[i - 1], text[i])
 
     def push(self, char: str) -> bool:
-        """Take one character; true when it completes the stop string."""
+        """Take one character; returns True if it completes the stop string."""
         self.num_matched = self._advance(self.num_matched, char)
         return self.num_matched == len(self.text)
 

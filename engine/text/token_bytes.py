@@ -1,4 +1,4 @@
-"""The bytes of a token, by the decoder of a tokenizer.json."""
+"""The bytes of a token, according to the decoder in a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from cluster.errors import CheckpointError
 
 
 def token_to_bytes(decoder: Mapping[str, Any]) -> Callable[[str], bytes]:
-    """The bytes of a token by the decoder of tokenizer.json.
+    """Return a function that gives the bytes of a token.
 
-    Byte-level BPE and Gemma's pieces with byte fallback spell each token on its own, whatever
-    stands before it. So a text is the joined bytes of its tokens, which is exact and linear.
-    Raises CheckpointError for a decoder that looks at neighbouring tokens.
+    Byte-level BPE and Gemma's pieces with byte fallback decode each token on its own, so a text is
+    simply the joined bytes of its tokens.
+
+    Args:
+        decoder: The `decoder` section of tokenizer.json.
+
+    Raises:
+        CheckpointError: The decoder looks at neighbouring tokens.
     """
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [step["type"] for step in steps]
@@ -24,7 +29,7 @@ def token_to_bytes(decoder: Mapping[str, Any]) -> Callable[[str], bytes]:
     ]
     if set(kinds) <= {"Replace", "ByteFallback", "Fuse"}:
         return lambda token: _byte_fallback(token, replacements, "ByteFallback" in kinds)
-    raise CheckpointError(f"The tokenizer's decoder {'+'.join(kinds)} is not one that Gemma uses.")
+    raise CheckpointError(f"The tokenizer's decoder {'+'.join(kinds)} is not supported.")
 
 
 def _byte_fallback(token: str, replacements: list[tuple[str, str]], has_fallback: bool) -> bytes:
@@ -36,7 +41,9 @@ def _byte_fallback(token: str, replacements: list[tuple[str, str]], has_fallback
 
 
 def byte_level(token: str) -> bytes:
-    """Each byte is written as one printable character; added tokens are written as they are."""
+    """Decode a token of byte-level BPE, which writes each byte as one printable character; an added
+    token stands for itself.
+    """
     try:
         return bytes(_BYTE_OF_CHAR[char] for char in token)
     except KeyError:
@@ -44,7 +51,7 @@ def byte_level(token: str) -> bytes:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's table: printable Latin-1 bytes stand for themselves, the others from U+0100 on."""
+    """GPT-2's table: printable Latin-1 bytes stand for themselves, the others begin at U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}

@@ -1,8 +1,8 @@
-"""A grammar of tool calls in Gemma's form, so that a call can be asked for and must fit its tool.
+"""A grammar for required tool calls in Gemma's form, whose arguments match the tools' schemas.
 
-Of the parameters' JSON schemas it holds names, types, `enum`, `const`, `items`, `required`,
-`anyOf`, `oneOf` and `$ref`; limits of length and size it leaves to whoever runs the tool.
-Arguments come in the order in which chat templates declare them: that of their names.
+It enforces names, types, `enum`, `const`, `items`, `required`, `anyOf`, `oneOf` and `$ref` of a
+JSON schema, but no limits of length or size. Arguments come in the order of their names, in which
+chat templates declare them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from cluster.errors import InvalidRequest
-from engine.text.chat_messages import to_object
+from engine.text.chat_messages import ToolDefinition, to_object
 from engine.text.dialect import Dialect
 from engine.text.grammar import Grammar
 
@@ -38,8 +38,12 @@ BY_TYPE = {
 }
 
 
-def calls_grammar(tools: Sequence[Mapping[str, Any]], dialect: Dialect) -> Grammar:
-    """One call or more, each of one of the tools (`name`, `parameters`). Raises InvalidRequest."""
+def calls_grammar(tools: Sequence[ToolDefinition], dialect: Dialect) -> Grammar:
+    """Return a Lark grammar for one or more calls, each of one of the tools.
+
+    Raises:
+        InvalidRequest: The model has no tool calls, or a schema is malformed.
+    """
     if dialect.call_open is None or dialect.call_close is None or dialect.quote is None:
         raise InvalidRequest("This model has no tokens for tool calls.")
     quote = f"<[{dialect.quote}]>"
@@ -49,7 +53,10 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], dialect: Dialect) -> Gramm
         where = f"The parameters of the tool {tool['name']!r}"
         schema = to_object(tool.get("parameters") or {}, where)
         try:
-            arguments = _Rules(schema, len(calls), quote, rules, where).add_object(schema)
+            tool_rules = _ToolRules(
+                schema, prefix=f"tool{len(calls)}", quote=quote, rules=rules, where=where
+            )
+            arguments = tool_rules.add_object(schema)
         except RecursionError:
             raise InvalidRequest(f"{where} are nested too deeply.") from None
         calls.append(f"{_literal('call:' + tool['name'])} {arguments}")
@@ -57,24 +64,33 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], dialect: Dialect) -> Gramm
     return Grammar("lark", "\n".join([f"{start} <[{dialect.call_close}]>", *rules]))
 
 
-class _Rules:
-    """Adds the rules of one tool's parameters to `rules`."""
+class _ToolRules:
+    """Turns the schema of one tool's parameters into grammar rules."""
 
     def __init__(
-        self, root: Mapping[str, Any], number: int, quote: str, rules: list[str], where: str
+        self, root: Mapping[str, Any], *, prefix: str, quote: str, rules: list[str], where: str
     ) -> None:
-        self._root, self._quote, self._rules, self._where = root, quote, rules, where
-        self._prefix = f"tool{number}"
+        """Prepare to add to `rules`.
+
+        Args:
+            root: The whole schema, for references into it.
+            prefix: Begins the names of these rules.
+            quote: The quote token in Lark's form.
+            rules: The grammar's rules so far.
+            where: Begins error messages; a plural noun.
+        """
+        self._root, self._prefix, self._quote = root, prefix, quote
+        self._rules, self._where = rules, where
         self._num_rules = 0
-        self._references: dict[str, str] = {}  # rules by what refers to them
+        self._references: dict[str, str] = {}  # the rule's name by JSON pointer
 
     def add_object(self, schema: Mapping[str, Any]) -> str:
-        """The name of a rule for an object."""
+        """Add a rule for an object; returns its name."""
         properties = schema.get("properties") or {}
         required = schema.get("required") or []
         is_list = isinstance(required, list) and all(isinstance(key, str) for key in required)
         if not isinstance(properties, Mapping) or not is_list:
-            raise InvalidRequest(f"{self._where} are no JSON schema.")
+            raise InvalidRequest(f"{self._where} are not a JSON schema.")
         more = schema.get("additionalProperties", not properties)
         properties = {**{key: {} for key in required}, **properties}
         tail = '("," pair)*' if more else ""
@@ -93,7 +109,7 @@ class _Rules:
         return self._add(f'"{{" {members} "}}"')
 
     def _expression(self, schema: Any) -> str:
-        """What a value may be."""
+        """A Lark expression for a value that matches the schema."""
         if not isinstance(schema, Mapping):
             return "value"
         if "$ref" in schema:
@@ -110,7 +126,7 @@ class _Rules:
         names = types if isinstance(types, list) and types else [types]
         if schema.get("nullable"):
             names = [*names, "null"]
-        # Each once: nested lists of the same names would make more and more rules
+        # Each name once: nested lists of repeated names would multiply the rules
         once = [name for i, name in enumerate(names) if name not in names[:i]]
         return self._any(self._of_type(name, schema) for name in once)
 
@@ -128,7 +144,7 @@ class _Rules:
             for step in unquote(reference.removeprefix("#")).split("/")[1:]:
                 target = _member(target, step.replace("~1", "/").replace("~0", "~"))
             if not reference.startswith("#") or not isinstance(target, Mapping):
-                raise InvalidRequest(f"{self._where} refer to {reference!r}, which isn't there.")
+                raise InvalidRequest(f"{self._where} refer to {reference!r}, which does not exist.")
             rule = self._references[reference] = self._new_name()
             self._rules.append(f"{rule}: {self._expression(target)}")
         return self._references[reference]
@@ -162,7 +178,7 @@ class _Rules:
 
 
 def _member(target: Any, name: str) -> Any:
-    """One step of a JSON pointer (RFC 6901); None where there is nothing."""
+    """The member that one step of a JSON pointer (RFC 6901) leads to; None if there is none."""
     if isinstance(target, Mapping):
         return target.get(name)
     is_there = isinstance(target, list) and name.isdecimal() and int(name) < len(target)

@@ -140,7 +140,7 @@ def test_a_format_holds_through_the_cluster(client: Client) -> None:
     assert set(json.loads(text)) == {"capital", "is_sure"}
     with pytest.raises(InvalidRequest, match="json_schema"):
         list(client.chat(QUESTION, Sampling(json_schema="{")))
-    with pytest.raises(InvalidRequest, match="can't switch thinking on"):
+    with pytest.raises(InvalidRequest, match="does not support thinking"):
         list(client.chat(QUESTION, Sampling(), thinking=True))
 
 

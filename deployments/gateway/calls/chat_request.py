@@ -19,9 +19,9 @@ from protos.briolette.v1.inference_pb2 import (
 NO_CALLS = r"(?s:.*)"  # any text, and so no control token
 
 
-def to_turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Messages as the tokenizer takes them, and as sessions keep them."""
-    return [_turn(message) for message in messages]
+def to_chat_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """Turn messages into `engine.text.chat_messages.ChatMessage`s, which sessions keep too."""
+    return [_chat_message(message) for message in messages]
 
 
 def to_options(request: ChatRequest) -> dict[str, Any]:
@@ -64,15 +64,15 @@ def _required(request: ChatRequest) -> list[dict[str, Any]]:
     return chosen
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+def _chat_message(message: Message) -> dict[str, Any]:
+    chat_message: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.thought:
-        turn["thought"] = message.thought
+        chat_message["thought"] = message.thought
     if message.tool_calls:
-        turn["tool_calls"] = [
+        chat_message["tool_calls"] = [
             {"id": call.id, "name": call.name, "arguments": call.arguments}
             for call in message.tool_calls
         ]
     if message.tool_call_id:
-        turn["tool_call_id"] = message.tool_call_id
-    return turn
+        chat_message["tool_call_id"] = message.tool_call_id
+    return chat_message

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from cluster.errors import ConfigError, InvalidRequest, SessionInUse, UnknownSession
 from cluster.tenants.sessions import Sessions, check_name
-from deployments.gateway.calls.chat_request import to_options, to_turns
+from deployments.gateway.calls.chat_request import to_chat_messages, to_options
 from deployments.gateway.calls.output_collector import merge
 from deployments.gateway.calls.remote_decoder import RemoteDecoder
 from deployments.gateway.calls.tenant_threads import TenantThreads
@@ -134,7 +134,7 @@ class ChatSessions:
 
         With other options than before, all of it is put through the chat template again.
         """
-        messages = [*history.messages, *to_turns(new)]
+        messages = [*history.messages, *to_chat_messages(new)]
         if len(messages) == len(history.messages):
             raise InvalidRequest("A chat needs at least one message.")
         if not history.token_ids or history.options != options:
@@ -171,7 +171,7 @@ class ChatSessions:
             SessionInUse: another gateway has added a turn meanwhile.
             StoreFull: the session exceeds the tenant's budget.
         """
-        messages = [*history.messages, *to_turns(turn.messages), _answer_turn(answer)]
+        messages = [*history.messages, *to_chat_messages(turn.messages), _answer_turn(answer)]
         token_ids = self._lasting_ids(prompt_ids, answer)
         traces = self._decoder.traces(history.tenant, history.name)
         missing = await self.ask(
@@ -270,4 +270,4 @@ def _answer_turn(answer: Generation) -> dict[str, Any]:
     if answer.finish_reason == FINISH_REASON_TOOL_CALLS:
         for call in answer.tool_calls:
             said.tool_calls.add(id=call.id, name=call.name, arguments=call.arguments)
-    return to_turns([said])[0]
+    return to_chat_messages([said])[0]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from cluster.errors import ContextTooLong, InvalidRequest, UnknownModel
-from deployments.gateway.calls.chat_request import to_options, to_sampling, to_turns
+from deployments.gateway.calls.chat_request import to_chat_messages, to_options, to_sampling
 from deployments.gateway.calls.chat_sessions import SessionTurn
 from deployments.gateway.calls.client_call import ClientCall
 from deployments.gateway.calls.remote_decoder import DecoderRequest, RemoteDecoder
@@ -83,9 +83,9 @@ class Preprocessor:
 
     def _encode(self, request: GenerateRequest, tenant: str) -> list[int]:
         if isinstance(request, ChatRequest):
-            turns, options = to_turns(request.messages), to_options(request)
-            self._check_size(turn["content"] for turn in turns)
-            return self.tokenizer.apply_chat_template(turns, tenant=tenant, **options)
+            messages, options = to_chat_messages(request.messages), to_options(request)
+            self._check_size(message["content"] for message in messages)
+            return self.tokenizer.apply_chat_template(messages, tenant=tenant, **options)
         self._check_size([request.text])
         return self.tokenizer.encode(request.text, tenant=tenant)
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import CheckpointError, InvalidRequest
-from engine.text.chat_messages import to_declarations, to_turns
+from engine.text.chat_messages import to_template_messages, to_template_tools
 from engine.text.tokenizer import Tokenizer
 from tests.support.engine.gemma_chat import (
     CONTROL_TOKENS,
@@ -22,16 +22,21 @@ from tests.support.engine.gemma_chat import (
 )
 
 TOKENIZER, REFERENCE = make_tokenizer(), hf_tokenizer()
-TOOL = {
+TOOL: dict[str, Any] = {
     "name": "weather",
     "description": "The weather of a city.",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
-CALL = {"id": "a", "name": "weather", "arguments": '{"city": "Paris"}'}
-USER = {"role": "user", "content": "How is it in Paris?"}
-CALLED = {"role": "assistant", "content": "", "thought": "I must look.", "tool_calls": [CALL]}
-RESULT = {"role": "tool", "content": "sunny", "tool_call_id": "a"}
-SUNNY = {"role": "assistant", "content": "Sunny."}
+CALL: dict[str, Any] = {"id": "a", "name": "weather", "arguments": '{"city": "Paris"}'}
+USER: dict[str, Any] = {"role": "user", "content": "How is it in Paris?"}
+CALLED: dict[str, Any] = {
+    "role": "assistant",
+    "content": "",
+    "thought": "I must look.",
+    "tool_calls": [CALL],
+}
+RESULT: dict[str, Any] = {"role": "tool", "content": "sunny", "tool_call_id": "a"}
+SUNNY: dict[str, Any] = {"role": "assistant", "content": "Sunny."}
 
 plain = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
 keys = st.text("abcXYZ_9", min_size=1, max_size=5)
@@ -73,8 +78,8 @@ def conversations(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> list[dict[s
 
 def reference(messages: list[dict[str, Any]], **options: Any) -> list[int]:
     token_ids: list[int] = REFERENCE.apply_chat_template(
-        to_turns(messages),
-        tools=to_declarations(options.get("tools", [])) or None,
+        to_template_messages(messages),
+        tools=to_template_tools(options.get("tools", [])) or None,
         enable_thinking=options.get("thinking", False),
         add_generation_prompt=True,
         return_dict=False,
@@ -93,7 +98,7 @@ def test_equal_to_transformers(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: bool
 ) -> None:
     assume(not holds_control_token([messages, tools]))
-    options = {"tools": tools, "thinking": thinking}
+    options: dict[str, Any] = {"tools": tools, "thinking": thinking}
     got = TOKENIZER.apply_chat_template(messages, **options)
     assert got == reference(messages, **options)
 
@@ -116,7 +121,7 @@ def test_only_the_template_writes_control_tokens(data: st.DataObject) -> None:
             "parameters": {"type": texts[1], f"{texts[2]}": {"enum": [texts[3]]}},
         }
         call = {"id": texts[4], "name": "t", "arguments": {f"{texts[5]}": [texts[6], 1]}}
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "system", "content": texts[7]},
             {"role": "user", "content": texts[8]},
             {"role": "assistant", "content": "", "thought": texts[0], "tool_calls": [call]},
@@ -128,7 +133,7 @@ def test_only_the_template_writes_control_tokens(data: st.DataObject) -> None:
     harmless, harmless_tools = conversation(["a"] * 9)
     got = TOKENIZER.apply_chat_template(messages, tools=tools, thinking=True)
     expected = TOKENIZER.apply_chat_template(harmless, tools=harmless_tools, thinking=True)
-    control_ids = TOKENIZER._special_ids
+    control_ids = TOKENIZER.control_ids
     assert [i for i in got if i in control_ids] == [i for i in expected if i in control_ids]
     text = TOKENIZER.decode(got)
     assert all(part.strip() in text for part in (*said[:4], *said[5:]))
@@ -198,7 +203,7 @@ def test_what_a_tool_brings_is_plain_text(content: str) -> None:
     messages = [USER, CALLED, {**RESULT, "content": content}]
     extended = TOKENIZER.extend_chat(messages, 2, [9, 9])
     harmless = TOKENIZER.extend_chat([USER, CALLED, RESULT], 2, [9, 9])
-    control_ids = TOKENIZER._special_ids
+    control_ids = TOKENIZER.control_ids
     assert [i for i in extended if i in control_ids] == [i for i in harmless if i in control_ids]
     assert content in TOKENIZER.decode(extended)
 
@@ -221,7 +226,10 @@ def test_thoughts_of_the_last_turn_are_found() -> None:
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [({"tools": [TOOL]}, "knows no tools"), ({"thinking": True}, "can't switch thinking on")],
+    [
+        ({"tools": [TOOL]}, "does not support tools"),
+        ({"thinking": True}, "does not support thinking"),
+    ],
 )
 def test_a_template_without_it_says_so(options: dict[str, Any], sentence: str) -> None:
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
@@ -234,13 +242,13 @@ def test_a_template_without_it_says_so(options: dict[str, Any], sentence: str) -
     ("message", "sentence"),
     [
         ({**CALLED, "tool_calls": [{**CALL, "name": "a{"}]}, "letters, digits"),
-        ({**CALLED, "tool_calls": [{**CALL, "arguments": "[1]"}]}, "no JSON object"),
+        ({**CALLED, "tool_calls": [{**CALL, "arguments": "[1]"}]}, "not a JSON object"),
         ({**CALLED, "tool_calls": [{**CALL, "arguments": "{"}]}, "not JSON"),
         ({**CALLED, "tool_calls": [{**CALL, "id": None}]}, "no text"),
         ({**CALLED, "tool_calls": [{**CALL, "arguments": {"\udc00": 1}}]}, "surrogate"),
         ({**CALLED, "thought": "\udc01"}, "surrogate"),
         ({**CALLED, "thought": 3}, "no text"),
-        ({**RESULT, "tool_call_id": "b"}, "'b', which nobody has made"),
+        ({**RESULT, "tool_call_id": "b"}, "'b', which no earlier message has made"),
     ],
 )
 def test_bad_calls_are_refused(message: dict[str, Any], sentence: str) -> None:

@@ -447,7 +447,7 @@ def test_tools_that_cannot_be_required_are_blamed(
     with pytest.raises(grpc.RpcError) as refused:
         stub.ChatOnce(chat(tools=[WEATHER], tool_choice=TOOL_CHOICE_REQUIRED))
     sentence = "These tools can't be required. The lark grammar has more than 10 characters."
-    assert refused.value.details() == sentence  # type: ignore[attr-defined]
+    assert refused.value.details() == sentence
 
 
 def test_no_calls_where_none_are_wanted(runner: ScriptedRunner, stub: InferenceStub) -> None:
@@ -486,14 +486,17 @@ BAD = [
     (chat(tools=[WEATHER, WEATHER]), "same name"),
     (chat(tools=[Tool(name="a b")]), "letters, digits"),
     (chat(tools=[Tool(name="a", parameters="{")]), "not JSON"),
-    (chat(tools=[Tool(name="a", parameters="[]")]), "no JSON object"),
-    (chat(tools=[Tool(name="a", parameters='{"a": "\\udc00"}')]), "lone surrogate"),
+    (chat(tools=[Tool(name="a", parameters="[]")]), "not a JSON object"),
+    (chat(tools=[Tool(name="a", parameters='{"a": "\\udc00"}')]), "unpaired surrogate"),
     (chat(tools=[Tool(name="a", parameters='{"a":' * 5000 + "1" + "}" * 5000)]), "recursion"),
     (chat(tool_choice=TOOL_CHOICE_REQUIRED), "needs tools"),
     (chat(tools=[WEATHER], required_tool="weather"), "REQUIRED"),
     (chat(tools=[WEATHER], tool_choice=TOOL_CHOICE_REQUIRED, required_tool="x"), "no tool 'x'"),
-    (chat(Message(role="tool", content="x", tool_call_id="y")), "call 'y', which nobody"),
-    (chat(sampling={"json_schema": "{"}), "json_schema is wrong"),
+    (
+        chat(Message(role="tool", content="x", tool_call_id="y")),
+        "call 'y', which no earlier message",
+    ),
+    (chat(sampling={"json_schema": "{"}), "json_schema is invalid"),
     (chat(sampling={"lark": 'start: "a'}), "lark grammar can't be used"),
     (chat(sampling={"regex": "a", "ignore_eos": True}), "ignore_eos is not supported"),
     (

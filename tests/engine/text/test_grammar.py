@@ -38,7 +38,7 @@ from tests.support.engine.gemma_chat import make_tokenizer, spelled
 
 TOKENIZER = make_tokenizer()
 GRAMMARS = Grammars(TOKENIZER)
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 5},
@@ -129,7 +129,7 @@ def is_right(text: str, wanted: dict[str, Any]) -> bool:
         return re.fullmatch("yes|no [a-z]{3}", text) is not None
     value = json.loads(text)
     return (
-        set(value) == set(SCHEMA["properties"])  # type: ignore[arg-type]
+        set(value) == set(SCHEMA["properties"])
         and len(value["name"]) <= 5
         and 0 <= value["age"] <= 150
         and value["kind"] in ("cat", "dog")
@@ -232,7 +232,7 @@ def test_a_head_wider_than_the_vocabulary() -> None:
 @pytest.mark.parametrize(
     ("wanted", "sentence"),
     [
-        ({"json_schema": "{"}, "json_schema is wrong"),
+        ({"json_schema": "{"}, "json_schema is invalid"),
         ({"json_schema": "[]"}, "a JSON schema is an object"),
         ({"json_schema": '{"a":' * 20000 + "1" + "}" * 20000}, "nested too deeply"),
         ({"json_schema": '{"type": "foo"}'}, "Invalid type: foo"),
@@ -253,7 +253,9 @@ def test_a_wrong_format_is_refused(wanted: dict[str, Any], sentence: str) -> Non
 
 
 STRING, COSTLY = {"type": "string"}, {"type": "string", "pattern": ".*7.*a{9}.*"}
-CHOICES = [{"anyOf": [{"properties": {f"{i}{j}": {}}} for j in range(4)]} for i in range(9)]
+CHOICES: list[dict[str, Any]] = [
+    {"anyOf": [{"properties": {f"{i}{j}": {}}} for j in range(4)]} for i in range(9)
+]
 HUGE: dict[str, dict[str, Any]] = {
     "enum": {"enum": [f"value {i}" for i in range(8000)]},
     "properties": {"type": "object", "properties": {f"p{i}": STRING for i in range(3500)}},
@@ -431,7 +433,7 @@ def test_an_answer_that_thinks_keeps_to_its_format() -> None:
 # Required calls
 
 
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {
         "name": "weather",
         "parameters": {
@@ -546,12 +548,12 @@ def test_what_a_required_call_may_be_is_read_as_a_call(seed: int) -> None:
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
-        ('{"properties": [1]}', "are no JSON schema"),
-        ('{"required": "a"}', "are no JSON schema"),
-        ('{"required": [{}]}', "are no JSON schema"),
-        ('{"anyOf": [{}], "properties": {"a": {"$ref": "#/anyOf/1"}}}', "which isn't there"),
-        ('{"properties": {"a": {"$ref": "#/$defs/b"}}}', "'#/\\$defs/b', which isn't there"),
-        ('{"properties": {"a": {"$ref": "http://x"}}}', "'http://x', which isn't there"),
+        ('{"properties": [1]}', "are not a JSON schema"),
+        ('{"required": "a"}', "are not a JSON schema"),
+        ('{"required": [{}]}', "are not a JSON schema"),
+        ('{"anyOf": [{}], "properties": {"a": {"$ref": "#/anyOf/1"}}}', "which does not exist"),
+        ('{"properties": {"a": {"$ref": "#/$defs/b"}}}', "'#/\\$defs/b', which does not exist"),
+        ('{"properties": {"a": {"$ref": "http://x"}}}', "'http://x', which does not exist"),
         ('{"properties": {"a": ' * 400 + "{}" + "}}" * 400, "nested too deeply"),
     ],
 )

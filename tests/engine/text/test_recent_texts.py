@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from cluster.config import DEMO_MODEL_DIR
 from engine.text.recent_texts import MIN_CHARS, RecentTexts
@@ -28,7 +29,7 @@ class Recording(Tokenizer):
 
 @pytest.fixture
 def tokenizer() -> Recording:
-    return Recording(Tokenizer.load(DEMO_MODEL_DIR)._hf)
+    return Recording(AutoTokenizer.from_pretrained(DEMO_MODEL_DIR))
 
 
 def test_a_chat_that_goes_on_has_the_same_ids_and_only_what_is_new_is_encoded(
@@ -63,7 +64,7 @@ def test_no_tenant_finds_what_another_sent(tokenizer: Recording) -> None:
     assert tokenizer.encoded == [text] * 2
 
 
-def test_whoever_finds_ids_may_change_them() -> None:
+def test_found_ids_are_a_copy_that_the_caller_may_change_them() -> None:
     recent, text = RecentTexts(), "a" * MIN_CHARS
     recent.add("anna", text, [1, 2])
     found = recent.find("anna", text)
@@ -79,7 +80,7 @@ def test_what_was_not_used_for_long_makes_room() -> None:
     for text in texts[1:]:
         recent.add("anna", text, [2])
         assert recent.find("anna", texts[0]) == [1]
-        assert recent._num_bytes <= 3000
+        assert recent.num_bytes <= 3000
     assert [text[0] for text in texts if recent.find("anna", text)] == ["a", "f", "g", "h"]
 
 
@@ -88,4 +89,4 @@ def test_short_texts_and_those_larger_than_all_room_are_not_kept() -> None:
     for text in ("short", "a" * 5000):
         recent.add("anna", text, [1])
         assert recent.find("anna", text) is None
-    assert recent._num_bytes == 0
+    assert recent.num_bytes == 0

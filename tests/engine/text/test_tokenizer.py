@@ -104,10 +104,16 @@ def byte_fallback_backend() -> Backend:
     return backend
 
 
-TOKENIZERS = {
-    "byte_level": wrap(byte_level_backend()),
-    "byte_fallback": wrap(byte_fallback_backend()),
-}
+BACKENDS = {"byte_level": byte_level_backend(), "byte_fallback": byte_fallback_backend()}
+TOKENIZERS = {name: wrap(backend) for name, backend in BACKENDS.items()}
+
+
+def byte_level_id(token: str) -> int:
+    token_id = BACKENDS["byte_level"].token_to_id(token)
+    assert token_id is not None
+    return token_id
+
+
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 
 # Emoji with joiners and skin tones, CJK, combining marks, right-to-left, a real U+FFFD.
@@ -139,7 +145,7 @@ def deltas(stream: TextStream, token_ids: list[int]) -> list[str]:
 @given(text=texts)
 def test_deltas_joined_are_the_text(tokenizer: Tokenizer, text: str) -> None:
     text = text.replace("▁", "_")  # Gemma's pieces can't tell it from a space
-    token_ids = tokenizer._encode(text)
+    token_ids = tokenizer.encode(text, add_bos=False)
     parts = deltas(TextStream(tokenizer), token_ids)
     assert "".join(parts) == tokenizer.decode(token_ids) == text
     assert sum(part.count("\ufffd") for part in parts) == text.count("\ufffd")
@@ -155,16 +161,17 @@ def test_any_tokens_give_the_text_of_decode(tokenizer: Tokenizer, data: st.DataO
     assert "".join(deltas(TextStream(tokenizer), token_ids)) == tokenizer.decode(token_ids)
 
 
-@every_tokenizer
-def test_decode_equals_the_tokenizers_own(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_decode_equals_the_tokenizers_own(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
     for text in [*HARD, *CORPUS, "a <|turn>b<turn|> c<eos>"]:
-        token_ids = tokenizer._encode(text)
-        assert tokenizer.decode(token_ids) == tokenizer._backend.decode(token_ids)
+        token_ids = tokenizer.encode(text, add_bos=False)
+        assert tokenizer.decode(token_ids) == BACKENDS[name].decode(token_ids)
 
 
 @every_tokenizer
 def test_half_a_character_is_held_back(tokenizer: Tokenizer) -> None:
-    token_ids = tokenizer._encode("😀")
+    token_ids = tokenizer.encode("😀", add_bos=False)
     assert len(token_ids) == 4
     stream = TextStream(tokenizer)
     assert [stream.push([token_id])[0] for token_id in token_ids] == ["", "", "", "😀"]
@@ -177,8 +184,8 @@ def test_half_a_character_is_held_back(tokenizer: Tokenizer) -> None:
 def test_time_is_linear() -> None:
     """20,000 tokens of held-back invalid bytes and of text."""
     tokenizer = TOKENIZERS["byte_level"]
-    invalid = tokenizer._backend.token_to_id("ÿ")  # byte 0xFF
-    for token_ids in ([invalid] * 20_000, tokenizer._encode("a") * 20_000):
+    invalid = byte_level_id("ÿ")  # byte 0xFF
+    for token_ids in ([invalid] * 20_000, tokenizer.encode("a", add_bos=False) * 20_000):
         start = time.perf_counter()
         assert len("".join(deltas(TextStream(tokenizer, ["aab", "zz"]), token_ids))) == 20_000
         assert time.perf_counter() - start < 5
@@ -193,7 +200,7 @@ def test_time_is_linear() -> None:
 def test_a_stop_string_is_found_at_every_split(tokenizer: Tokenizer, data: st.DataObject) -> None:
     text = data.draw(st.text("abcé", max_size=20))
     stops = data.draw(st.lists(st.text("abcé", min_size=1, max_size=4), min_size=1, max_size=3))
-    tokens_of_a_char = [token for char in text for token in tokenizer._encode(char)]
+    tokens_of_a_char = [token for char in text for token in tokenizer.encode(char, add_bos=False)]
     cuts = data.draw(st.lists(st.integers(0, len(tokens_of_a_char)), max_size=5).map(sorted))
     expected, stop = reference_stop(text, stops)
 
@@ -212,7 +219,7 @@ def test_stop_strings_that_overlap_themselves(stops: list[str]) -> None:
     for chars in itertools.product("ab", repeat=9):
         text, stream, got, met = "".join(chars), TextStream(tokenizer, stops), "", None
         for char in text:
-            delta, met = stream.push([tokenizer._backend.token_to_id(char)])
+            delta, met = stream.push([byte_level_id(char)])
             got += delta
             if met is not None:
                 break
@@ -232,17 +239,17 @@ def reference_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
 def test_only_a_possible_stop_is_held_back() -> None:
     tokenizer = TOKENIZERS["byte_level"]
     stream = TextStream(tokenizer, ["<end>"])
-    assert stream.push(tokenizer._encode("a <e")) == ("a ", None)
-    assert stream.push(tokenizer._encode("x <")) == ("<ex ", None)
-    assert stream.push(tokenizer._encode("<")) == ("<", None)
-    assert stream.push(tokenizer._encode("end> more")) == ("", "<end>")
+    assert stream.push(tokenizer.encode("a <e", add_bos=False)) == ("a ", None)
+    assert stream.push(tokenizer.encode("x <", add_bos=False)) == ("<ex ", None)
+    assert stream.push(tokenizer.encode("<", add_bos=False)) == ("<", None)
+    assert stream.push(tokenizer.encode("end> more", add_bos=False)) == ("", "<end>")
     assert stream.finish() == ""
 
 
 def test_an_unfinished_stop_is_text() -> None:
     tokenizer = TOKENIZERS["byte_level"]
     stream = TextStream(tokenizer, ["<end>"])
-    assert stream.push(tokenizer._encode("a <en")) == ("a ", None)
+    assert stream.push(tokenizer.encode("a <en", add_bos=False)) == ("a ", None)
     assert stream.finish() == "<en"
 
 
@@ -251,8 +258,8 @@ def test_an_unfinished_stop_is_text() -> None:
 
 @every_tokenizer
 def test_encode_begins_with_one_bos(tokenizer: Tokenizer) -> None:
-    assert tokenizer.encode("the cat") == [2, *tokenizer._encode("the cat")]
-    assert tokenizer.encode("<bos>the cat") == [2, *tokenizer._encode("the cat")]
+    assert tokenizer.encode("the cat") == [2, *tokenizer.encode("the cat", add_bos=False)]
+    assert tokenizer.encode("<bos>the cat") == [2, *tokenizer.encode("the cat", add_bos=False)]
     assert tokenizer.encode("") == [2]
 
 
@@ -260,7 +267,7 @@ def test_encode_begins_with_one_bos(tokenizer: Tokenizer) -> None:
 def test_chat_template_writes_the_only_bos(tokenizer: Tokenizer) -> None:
     token_ids = tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}])
     spelled = "<bos><|turn>user\nthe cat<turn|>\n<|turn>model\n"
-    assert token_ids == tokenizer._encode(spelled)
+    assert token_ids == tokenizer.encode(spelled, add_bos=False)
     assert token_ids.count(2) == 1
     parts = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
     assert tokenizer.apply_chat_template(parts) == token_ids
@@ -407,9 +414,12 @@ def test_a_control_token_that_plain_text_gives_is_refused() -> None:
         ([{"role": "user"}], "no text"),
         ([{"role": "user", "content": 3}], "no text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "not text"),
-        ([{"role": "user", "content": "hi"}, {"role": "tool", "content": "x"}], "nobody has made"),
+        (
+            [{"role": "user", "content": "hi"}, {"role": "tool", "content": "x"}],
+            "no earlier message",
+        ),
         ([{"role": "user", "content": []}], "template refuses"),
-        ([{"role": "user", "content": "\ud800"}], "lone surrogate"),
+        ([{"role": "user", "content": "\ud800"}], "unpaired surrogate"),
     ],
 )
 def test_bad_messages_are_refused(messages: list[dict[str, Any]], sentence: str) -> None:

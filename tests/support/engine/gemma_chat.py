@@ -150,7 +150,7 @@ def make_tokenizer(template: str = TEMPLATE) -> Tokenizer:
 
 def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of what a model wrote, control tokens as such."""
-    return tokenizer._encode(text)
+    return tokenizer.encode(text, add_bos=False)
 
 
 class ScriptedRunner:

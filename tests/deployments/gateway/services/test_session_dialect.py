@@ -148,7 +148,7 @@ def test_a_result_of_no_call_leaves_the_session_as_it_was(talk: Talk) -> None:
     before = talk.kept
     result = Message(role="tool", content="sunny", tool_call_id="x")
     status, sentence = failure(lambda: talk.say("", result))
-    assert (status, "nobody has made" in sentence) == ("INVALID_ARGUMENT", True)
+    assert (status, "no earlier message has made" in sentence) == ("INVALID_ARGUMENT", True)
     assert talk.kept == before
 
 
