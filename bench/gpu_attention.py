@@ -53,7 +53,7 @@ class Shape:
     lengths: tuple[int, ...]  # contexts in tokens, ascending
 
     def token_bytes(self, one_row: bool) -> int:
-        """Of a token in a layer's cache."""
+        """Bytes of one token in a layer's cache."""
         return (1 if one_row else 2) * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
@@ -111,7 +111,7 @@ def check_correctness(shape: Shape) -> list[Check]:
 def relative_error(
     shape: Shape, one_row: bool, query_lens: list[int], seq_lens: list[int]
 ) -> float:
-    """Of the kernel's output, where PyTorch computes in fp32 from the same cache."""
+    """Error of the kernel's output against PyTorch in fp32 from the same cache."""
     width = -(-max(seq_lens) // BLOCK_SIZE)
     kv = make_kv(shape, one_row, width * len(seq_lens))
     order = torch.randperm(width * len(seq_lens), generator=torch.Generator().manual_seed(SEED))
@@ -158,7 +158,7 @@ def measure(shape: Shape, repeats: int) -> tuple[dict[str, Any], list[Check], li
 
 
 def decode_seconds(shape: Shape, one_row: bool, repeats: int) -> dict[int, float]:
-    """Of one request's decode, by context length; the median of some replays."""
+    """Measure one request's decode by context length; the median of some replays."""
     num_blocks = shape.lengths[-1] // BLOCK_SIZE
     kv, query = make_kv(shape, one_row, num_blocks), make_query(shape, 1)
     seconds = {}
@@ -176,7 +176,7 @@ def decode_seconds(shape: Shape, one_row: bool, repeats: int) -> dict[int, float
 
 
 def prefill_tflops(shape: Shape, one_row: bool, repeats: int) -> float:
-    """Of the last chunk of the longest context."""
+    """Measure the last prefill chunk of the longest context."""
     length = shape.lengths[-1]
     chunk = min(CHUNK, length)
     kv, query = make_kv(shape, one_row, length // BLOCK_SIZE), make_query(shape, chunk)

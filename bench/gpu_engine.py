@@ -212,7 +212,7 @@ def _target(args: argparse.Namespace) -> Target | None:
 
 
 def layers_that_fit(free_bytes: int) -> int:
-    """As many layers of the 26B as fit, in whole patterns of five sliding and a global one."""
+    """Take as many layers of the 26B as fit, in whole patterns of five sliding and a global one."""
 
     def weights_bytes(num_layers: int) -> float:
         spec = ModelSpec.from_config(CONFIG_26B | {"num_hidden_layers": num_layers})

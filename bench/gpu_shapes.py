@@ -106,7 +106,7 @@ class RandomCheckpoint:
 
 
 class KeptCheckpoint(RandomCheckpoint):
-    """The same tensor for the same name every time, so that two devices can be compared."""
+    """A random tensor that its name determines, so that two devices can be compared."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(torch.device("cpu"), torch.float32, seed)

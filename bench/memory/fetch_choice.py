@@ -114,7 +114,7 @@ def time_ways(
 
 
 def ttft_ms(stored: Stored, prompt: list[int]) -> float:
-    """Of a prompt that memory doesn't have, and it hasn't afterwards."""
+    """Time a prompt that memory doesn't have, before and afterwards."""
     timing = drive(stored.engine, [prompt], 1)
     stored.flush()
     stored.forget()
@@ -122,7 +122,7 @@ def ttft_ms(stored: Stored, prompt: list[int]) -> float:
 
 
 def right_choices(one: dict[str, list[Any]]) -> list[bool]:
-    """Of each round: whether the way that was chosen takes no longer than the other one."""
+    """For each round, True if the chosen way took no longer than the other one."""
     took = {way: median(one[f"{way}_ms"]) for way in (COMPUTE, FETCH)}
     return [took[chosen] <= CLOSE_CALL * min(took.values()) for chosen in one["chosen"]]
 

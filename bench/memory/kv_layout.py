@@ -76,7 +76,7 @@ def bytes_in_memory(stored: Stored) -> float:
 
 
 def bytes_in_redis(address: RedisAddress) -> tuple[int, int]:
-    """Of all values of global layers: payload, and what Redis itself counts for key and value."""
+    """Bytes of all values of global layers: payload, and what Redis counts for key and value."""
     payload = usage = 0
     with address.client() as client:
         for name in client.scan_iter(value_name(TENANT, GLOBAL.name[:1].encode()) + b"*"):

@@ -126,7 +126,7 @@ def get_warm(model: BenchModel, cluster: Cluster, seed: int) -> None:
 
 
 def ttft_ms(cluster: Cluster, prompt: list[int]) -> float:
-    """As a client over gRPC sees it."""
+    """Measure TTFT as a client over gRPC sees it."""
     return cluster.generate([prompt], NUM_TOKENS).ttft_s * 1e3
 
 

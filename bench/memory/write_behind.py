@@ -84,7 +84,7 @@ def saving(stored: Stored, is_on: bool) -> Iterator[None]:
 
 
 def ignore(request: Request, blocks: Sequence[StoredBlock]) -> None:
-    """As `BlockStore.save`, with nothing saved."""
+    """Stand in for `BlockStore.save`; saves nothing."""
 
 
 def run(engine: EngineCore, prompts: list[list[int]], num_tokens: int) -> float:

@@ -13,7 +13,7 @@ NUM_OWN = 1000  # files that this process needs beside them
 
 @contextmanager
 def silent_connections(host: str, port: int, num: int) -> Iterator[list[socket.socket]]:
-    """As many of `num` as this process may open."""
+    """Open `num` connections, or as many of them as this process may."""
     num = min(num, raise_limit() - NUM_OWN)
     held: list[socket.socket] = []
     try:
@@ -29,7 +29,7 @@ def silent_connections(host: str, port: int, num: int) -> Iterator[list[socket.s
 
 
 def num_open(connections: list[socket.socket]) -> int:
-    """Those that the server hasn't closed."""
+    """The connections that the server hasn't closed."""
     return sum(map(_is_open, connections))
 
 

@@ -96,7 +96,7 @@ def test_several_calls() -> None:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_cut_gives_the_same_parts(data: st.DataObject) -> None:
-    """Of any tokens, also those of a model that has lost its way."""
+    """For any tokens, also those of a model that writes malformed answers."""
     tokens = st.sampled_from([*ids(f"{THOUGHT}a{CALL}"), *range(len(CONTROL_TOKENS))])
     token_ids = data.draw(st.lists(tokens, max_size=40))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(token_ids)), max_size=5)))

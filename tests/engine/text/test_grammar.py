@@ -392,7 +392,7 @@ def test_the_demo_model_can_write_json() -> None:
 
 
 def thinking_guide(*more: str) -> Guide:
-    """Of an answer that is in its thought."""
+    """A guide whose answer is within its thought."""
     prompt_ids = spelled(TOKENIZER, "".join(["<|think|>", *more]))
     guide = GRAMMARS.guide(Grammar("regex", "yes"), prompt_ids)
     for token_id in spelled(TOKENIZER, "<|channel>thought\nhm"):

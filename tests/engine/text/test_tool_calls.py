@@ -28,7 +28,7 @@ def feed(
 
 
 def gemma(value: Any) -> str:
-    """As the chat templates write it."""
+    """Write a value in the form of the chat templates."""
     if isinstance(value, str):
         return f"{QUOTE}{value}{QUOTE}"
     if isinstance(value, dict):
