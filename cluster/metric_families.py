@@ -99,7 +99,7 @@ class MetricSpec(Generic[M]):
 
     @property
     def name(self) -> str:
-        """As Prometheus shows it."""
+        """Name of the metric in Prometheus."""
         return PREFIX + self.attribute
 
     def create(self, registry: CollectorRegistry, tenants: TenantNames) -> Family[M]:

@@ -169,7 +169,7 @@ class Sessions:
         return removed
 
     def used_bytes(self, tenants: Iterable[str]) -> dict[str, int]:
-        """Of Redis by tenant: all values and sessions."""
+        """Return the bytes of all values and sessions in Redis, by tenant."""
         names = list(tenants)
         pipeline = self._client.pipeline(transaction=False)
         for name in names:

@@ -32,7 +32,7 @@ class Tenant:
     is_admin: bool = False  # may change tenants
 
     def check(self) -> Tenant:
-        """Itself. Raises InvalidRequest for terms that can't be."""
+        """Return the tenant itself. Raises InvalidRequest for terms out of range."""
         limits = (self.tokens_per_minute, self.max_in_flight)
         if not NAME.fullmatch(self.name):
             raise InvalidRequest(
@@ -63,7 +63,7 @@ class Tenant:
             raise PermissionDenied(f"The tenant {self.name} may not use the model {model}.")
 
     def may_use(self, model: str) -> bool:
-        """Whether it is among the allowed models."""
+        """Return whether the tenant may use a model."""
         return not self.models or model in self.models
 
     def check_admin(self) -> None:
@@ -75,7 +75,7 @@ class Tenant:
 
 
 def deleted(tenant: str) -> PermissionDenied:
-    """What is told to its last requests: nobody could find or delete what they would keep."""
+    """Return the error for the last requests of a deleted tenant: nothing may be kept for it."""
     return PermissionDenied(f"The tenant {tenant} was deleted; nothing is kept for it.")
 
 

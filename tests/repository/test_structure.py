@@ -65,3 +65,13 @@ def test_every_file_tells_its_subject(package: str) -> None:
     for path in modules_of(package):
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert docstring, f"{path} has no first line that names its subject"
+
+
+@pytest.mark.parametrize("package", ["cluster", "engine", "experts", "deployments"])
+def test_every_broad_except_names_its_border(package: str) -> None:
+    for path in modules_of(package):
+        lines = path.read_text().splitlines()
+        for index, line in enumerate(lines):
+            if re.match(r"\s*except \(?Exception\b", line):
+                here = "\n".join(lines[max(0, index - 1) : index + 1])
+                assert "# border: " in here, f"{path}:{index + 1} doesn't say which border it is"

@@ -96,7 +96,7 @@ class Methods:
             is_late = left_s is not None and left_s <= 0
             status = "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
             raise
-        except Exception:
+        except Exception:  # border: an RPC
             log.exception("%s failed in the gateway. request_id=%s", name, request_id)
             problem = Internal("The gateway failed on this request; its log says why.")
             status = problem.status
