@@ -55,7 +55,7 @@ class ActiveRequest:
         )
 
 
-class ActiveRequests:
+class GatewayRequests:
     """Adds requests to the engine and sends their answers; runs in the step thread only."""
 
     def __init__(

@@ -13,7 +13,7 @@ from cluster.errors import Overloaded
 from deployments.decoder.formats import FormatQueue, GatewayMessage
 from deployments.decoder.link import GatewayLinks
 from deployments.decoder.meters import EngineMeter
-from deployments.decoder.requests import ActiveRequests
+from deployments.decoder.requests import GatewayRequests
 from deployments.decoder.session_memory import SessionMemory, SessionStore
 from deployments.decoder.status import LoopStatus, TenantLoads
 from engine.core import EngineCore
@@ -55,7 +55,7 @@ class StepLoop:
         self._formats = FormatQueue(engine.grammars, self._take_later)
         self._sessions = SessionMemory(engine, store, self._tasks.put)
         tenants = TenantLoads(engine.held_bytes)
-        self._requests = ActiveRequests(
+        self._requests = GatewayRequests(
             engine=engine,
             meter=meter,
             tenants=tenants,

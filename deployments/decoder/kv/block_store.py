@@ -19,8 +19,8 @@ from cluster.spec import AttentionKind
 from cluster.store.kv_store import KVStore, StoreStatus
 from deployments.decoder.kv.copies import BlockCopier
 from deployments.decoder.kv.fetches import Fetches, touch_values
-from deployments.decoder.kv.landing import Landing
-from deployments.decoder.kv.traces import BlockIds, KnownKeys, Trace
+from deployments.decoder.kv.staged_writes import StagedWrites
+from deployments.decoder.kv.traces import BlockIds, KnownKeys, RequestTrace
 from deployments.decoder.kv.values import GLOBAL, SLIDING, BlockRun, ValueLayout
 from engine.cache.block_store import StoredBlock
 from engine.cache.prefix import Fetched
@@ -57,8 +57,8 @@ class KVBlockStore:
         self.fingerprint = self._fingerprint(fingerprint)
         self._store = connect(self.fingerprint)
         device = next(iter(tensors.values()))[0].device
-        self._landing = Landing(self._store, device)
-        self._traces: WeakKeyDictionary[Request, Trace] = WeakKeyDictionary()
+        self._writes = StagedWrites(self._store, device)
+        self._traces: WeakKeyDictionary[Request, RequestTrace] = WeakKeyDictionary()
         self._global_blocks = BlockIds()
         self._known = KnownKeys()
         self._fetches = Fetches(
@@ -105,7 +105,7 @@ class KVBlockStore:
         keys.update(self._trace(request).keys)
         self.forget(request.tenant, keys)
         if keys:
-            self._landing.remove(request.tenant, list(keys))
+            self._writes.remove(request.tenant, list(keys))
 
     # For sessions
 
@@ -128,8 +128,8 @@ class KVBlockStore:
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was saved is written or given up; whether that came in time."""
         give_up_at = time.monotonic() + timeout_s
-        is_landed = self._landing.flush(timeout_s)
-        return self._store.flush(max(0.0, give_up_at - time.monotonic())) and is_landed
+        is_staged = self._writes.flush(timeout_s)
+        return self._store.flush(max(0.0, give_up_at - time.monotonic())) and is_staged
 
     @property
     def status(self) -> StoreStatus:
@@ -138,7 +138,7 @@ class KVBlockStore:
 
     def close(self) -> None:
         """Give up what still waits to be written; `flush` first to keep it."""
-        self._landing.close()
+        self._writes.close()
         self._store.close()
 
     # Saving
@@ -148,7 +148,9 @@ class KVBlockStore:
         for tenant, key in self._store.take_lost():
             self.forget(tenant, [key])
 
-    def _stretches(self, trace: Trace, blocks: Sequence[StoredBlock]) -> Iterator[tuple[int, int]]:
+    def _stretches(
+        self, trace: RequestTrace, blocks: Sequence[StoredBlock]
+    ) -> Iterator[tuple[int, int]]:
         """Global blocks to be stored: a run that is whole now, and where a window ends all before
         it, in case the store wasn't there. Windows come from their last block to their first.
         """
@@ -162,7 +164,7 @@ class KVBlockStore:
             elif stop % self._layout.run_blocks == 0:
                 yield stop - 1, stop
 
-    def _put_global(self, request: Request, trace: Trace, run: BlockRun) -> None:
+    def _put_global(self, request: Request, trace: RequestTrace, run: BlockRun) -> None:
         """Store a run if it isn't there yet; all its blocks are referenced by the request."""
         key = run.key(request.block_hashes)
         if key in self._known.of(request.tenant):
@@ -172,7 +174,9 @@ class KVBlockStore:
         if block_ids is not None and takes:
             self._put(request, trace, [key], GLOBAL, block_ids)
 
-    def _put_sliding(self, request: Request, trace: Trace, blocks: Sequence[StoredBlock]) -> None:
+    def _put_sliding(
+        self, request: Request, trace: RequestTrace, blocks: Sequence[StoredBlock]
+    ) -> None:
         """Store the blocks that aren't there yet, each as a value."""
         new, known = {}, self._known.of(request.tenant)
         for block in blocks:
@@ -187,7 +191,7 @@ class KVBlockStore:
     def _put(
         self,
         request: Request,
-        trace: Trace,
+        trace: RequestTrace,
         keys: Sequence[bytes],
         kind: AttentionKind,
         block_ids: Sequence[int],
@@ -203,10 +207,10 @@ class KVBlockStore:
         values = [rows] if len(keys) == 1 else rows.unbind()
         self._known.of(request.tenant).update(keys)
         trace.keys += keys
-        self._landing.put(request.tenant, keys, values)
+        self._writes.put(request.tenant, keys, values)
 
-    def _trace(self, request: Request) -> Trace:
-        trace = self._traces.setdefault(request, Trace())
+    def _trace(self, request: Request) -> RequestTrace:
+        trace = self._traces.setdefault(request, RequestTrace())
         trace.extend(request.block_hashes)
         return trace
 

@@ -1,4 +1,4 @@
-"""What the block store notes of requests, of where their blocks are, and of what Redis has."""
+"""The block store's notes: the blocks of a request, their ids, and the keys that Redis has."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ MAX_KNOWN = 1 << 16  # keys of a tenant
 
 
 @dataclass(slots=True)
-class Trace:
-    """What is noted of a request for as long as somebody holds it."""
+class RequestTrace:
+    """Notes on one request, kept as long as the engine refers to it."""
 
     positions: dict[bytes, int] = field(default_factory=dict)  # of its full blocks, by hash
     keys: list[bytes] = field(default_factory=list)  # of what was put for it
@@ -26,7 +26,7 @@ class Trace:
 
 
 class KnownKeys:
-    """Keys of values that are thought to be in Redis; a look-up corrects it."""
+    """Keys of values that we believe to be in Redis; each look-up corrects them."""
 
     def __init__(self) -> None:
         self._by_tenant: defaultdict[str, set[bytes]] = defaultdict(set)

@@ -1,4 +1,4 @@
-"""Copies of blocks on their way from the KV tensors to the store."""
+"""Values on their way from the KV tensors to the store, until their bytes are in plain memory."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from cluster.store.kv_store import KVStore
 from deployments.decoder.kv.copies import as_bytes
 
 
-class Landing:
-    """Gives values to the store once their bytes are in plain memory: on a CPU at once, from a
-    card in a thread that waits for the copy.
-    """
+class StagedWrites:
+    """Puts values into the store: at once on a CPU, after the copy on a GPU."""
 
     def __init__(self, store: KVStore, device: torch.device) -> None:
+        """Write to `store` what is copied from `device`."""
         self._store = store
         self._device = device
-        self._thread = ThreadPoolExecutor(1, "kv-landing")
+        self._thread = ThreadPoolExecutor(1, "kv-staged-writes")
         self._last: Future[None] | None = None
 
     def put(self, tenant: str, keys: Sequence[bytes], values: Sequence[Tensor]) -> None:
-        """Values that nobody will change, last touched by what the stream does now."""
+        """Put values that are not changed any more; on a GPU the current stream writes them."""
         if self._device.type == "cpu":
             self._put(tenant, keys, values)
             return
@@ -33,18 +32,18 @@ class Landing:
         self._last = self._thread.submit(self._put_later, landed, tenant, keys, values)
 
     def remove(self, tenant: str, keys: Sequence[bytes]) -> None:
-        """Values that are to go, those put before too."""
+        """Remove values from the store, those of earlier `put` calls too."""
         if self._device.type == "cpu":
             self._store.remove(tenant, keys)
         else:
             self._last = self._thread.submit(self._store.remove, tenant, keys)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until the store has all that was put; whether that came in time."""
+        """Wait until the store has all values; returns False if that takes longer."""
         return self._last is None or not wait([self._last], timeout_s).not_done
 
     def close(self) -> None:
-        """Give up what still waits."""
+        """Drop the values that still wait."""
         self._thread.shutdown(cancel_futures=True)
 
     def _put_later(
