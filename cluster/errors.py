@@ -2,7 +2,7 @@
 
     BrioletteError                  INTERNAL
     ├── Internal                    INTERNAL
-    ├── RequestFailed               as the decoder says
+    ├── RequestFailed               INTERNAL, or what the decoder says
     ├── InvalidRequest              INVALID_ARGUMENT
     │   ├── ContextTooLong
     │   ├── InvalidField

@@ -15,7 +15,7 @@ def drawn_tree() -> dict[str, tuple[int, str]]:
     drawn: dict[str, tuple[int, str]] = {}
     at_depth: dict[int, str] = {}
     for line in (errors.__doc__ or "").splitlines():
-        if found := re.fullmatch(r"    ([│├└─ ]*)(\w+)(?: +([A-Z_]+))?", line):
+        if found := re.fullmatch(r"    ([│├└─ ]*)(\w+)(?: +([A-Z_]+).*)?", line):
             depth, status = len(found[1]) // 4, found[3]
             at_depth[depth] = drawn_status = status or at_depth[depth - 1]
             drawn[found[2]] = (depth, drawn_status)
