@@ -114,7 +114,7 @@ def time_ways(
 
 
 def ttft_ms(stored: Stored, prompt: list[int]) -> float:
-    """Time a prompt that memory doesn't have, before and afterwards."""
+    """TTFT of a prompt that memory doesn't have; memory forgets it again afterwards."""
     timing = drive(stored.engine, [prompt], 1)
     stored.flush()
     stored.forget()
