@@ -134,7 +134,7 @@ class Kernels(Protocol):
 
     @property
     def name(self) -> str:
-        """Whose kernels these are, for an operator: "native" or "PyTorch"."""
+        """Name of the kernels for an operator: "native" or "PyTorch"."""
         ...
 
     @property

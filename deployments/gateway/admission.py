@@ -1,4 +1,4 @@
-"""Who a gateway lets in, as the configuration wants it."""
+"""The admission that the configuration asks for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deployments.redis_store import store_address
 
 
 def open_admission(config: Config) -> Admission:
-    """Who is let in; with keys, the operator's own is left in the state directory. Asks Redis."""
+    """Build the admission; with keys, write the operator's to the state directory. Asks Redis."""
     prepare_folder(config.state_dir)
     address = store_address(config)
     if config.gateway.auth == "open" or address is None:

@@ -201,7 +201,7 @@ def cos_sin(rotary: Rotary, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _num_splits(num_programs: int, num_keys: int, device: torch.device) -> int:
-    """As many as keep all multiprocessors busy, none of them short."""
+    """Number of splits that keeps all multiprocessors busy, with no short split."""
     num_processors = 8  # of no GPU: the interpreter
     if device.type == "cuda":
         num_processors = torch.cuda.get_device_properties(device).multi_processor_count

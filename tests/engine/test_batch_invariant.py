@@ -73,7 +73,7 @@ def test_raw_rows_give_the_bits_of_a_split_cache(subjects: dict[str, Subject], n
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_remote_experts_and_a_lost_host(subjects: dict[str, Subject], data: st.DataObject) -> None:
-    """The same with two copies of every group, where a host closes in the middle of a step."""
+    """Hold the bits with two copies of every group, where a host closes in the middle of a step."""
     subject = subjects["26b"]
     groups = ExpertGroups(subject.model.spec.num_experts, NUM_GROUPS)
     with remote_experts(subject.path, groups, num_copies=2, batch_invariant=True) as cluster:
@@ -178,7 +178,7 @@ def test_checks_pass_here() -> None:
 
 
 def test_a_machine_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this machine's GEMM had other bits for few rows, whatever the padding."""
+    """Pretend that this machine's GEMM has other bits for few rows, whatever the padding."""
 
     def fickle(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: bool) -> Tensor:
         return x @ weight.T + (1e-6 if len(x) < 4 else 0)

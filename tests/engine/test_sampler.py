@@ -80,7 +80,7 @@ def test_among_equals_the_lower_id_is_kept() -> None:
 
 
 def test_among_many_equals_too() -> None:
-    """As many as bf16 logits have: an unstable sort would show."""
+    """Ties as frequent as in bf16 logits: an unstable sort would show."""
     levels = torch.randint(0, 4, (5000,), generator=torch.Generator().manual_seed(0))
     ranked = sorted(range(5000), key=lambda i: (-int(levels[i]), i))
     for count in (100, 1500, 3000):

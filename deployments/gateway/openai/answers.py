@@ -210,7 +210,7 @@ class CompletionAnswer(_Answer):
 
 
 def to_usage(lasts: Sequence[Generation], num_choices: int) -> UsageField:
-    """Of all answers, by their last pieces; `num_choices` of them share a prompt."""
+    """Sum the usage of all answers from their last pieces; `num_choices` of them share a prompt."""
     prompt_tokens = sum(last.usage.prompt_tokens for last in lasts[::num_choices])
     output_tokens = sum(last.usage.output_tokens for last in lasts)
     cached_tokens = sum(last.usage.cached_tokens for last in lasts[::num_choices])

@@ -125,7 +125,7 @@ async def events(
     num_choices: int,
     wants_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
-    """The same as events of a stream."""
+    """Yield the answer as events of a stream."""
     lasts = [Generation() for _ in range(num_answers)]
     async with generate as stream:
         async for index, piece in stream:

@@ -37,7 +37,7 @@ class Fields(BaseModel):
 
 
 class StreamOptions(Fields):
-    """Of a stream."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
@@ -142,7 +142,7 @@ class ResponseFormat(Fields):
 
 
 class TemplateArguments(Fields):
-    """As vLLM's clients turn thinking on."""
+    """Arguments of the chat template; vLLM's clients turn thinking on with them."""
 
     enable_thinking: bool | None = None
 

@@ -147,7 +147,7 @@ class Admin:
 
 
 def without_others(status: ClusterStatus, tenant: str) -> ClusterStatus:
-    """As it concerns one tenant."""
+    """Restrict the status to what concerns one tenant."""
     shown = ClusterStatus()
     shown.CopyFrom(status)
     del shown.tenants[:]

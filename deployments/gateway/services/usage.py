@@ -52,7 +52,7 @@ class UsageService:
 
 
 def _tenants(asked: str, call: ClientCall) -> tuple[str, ...] | None:
-    """Whose days to report; None for everybody's."""
+    """Return the tenant whose days to report; None reports all tenants."""
     if call.lease.tenant.is_admin:
         return (asked,) if asked else None
     if asked not in ("", call.tenant):

@@ -445,7 +445,7 @@ def test_a_redis_that_lost_its_data_gets_the_tenants_back(tmp_path: Path) -> Non
 
 
 def test_what_redis_lost_last_is_put_back(address: RedisAddress, admission: KeyAdmission) -> None:
-    """As after a power failure: a deletion must not be undone by it."""
+    """A power failure must not undo a deletion."""
     tenants = TenantDirectory(address)
     key = tenants.create(ANN)
     with address.client() as client:

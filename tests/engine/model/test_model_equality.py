@@ -89,7 +89,7 @@ def test_whatever_is_kept_of_a_token(
     overrides: dict[str, Any],
     kv_layout: KVLayout,
 ) -> None:
-    """As above, where one row (V) was kept."""
+    """The layouts with both rows; the values alone are tested above."""
     pair = make_pair(member, **overrides)
     check_mixed_batches(pair, pair.driver(kv_layout=kv_layout))
 
@@ -133,7 +133,7 @@ def check_mixed_batches(pair: Pair, driver: PagedDriver) -> None:
 
 
 def length_of(sequence: Sequence) -> int:
-    """Of the prompt: lengths in this test are told apart by their first tokens."""
+    """Length of a prompt; the prompts of this test differ in their first tokens."""
     return next(n for n in (5, 21, 53) if sequence.token_ids[:5] == prompt(n)[:5])
 
 

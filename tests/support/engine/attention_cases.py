@@ -32,7 +32,7 @@ def make_batch(query_lens: list[int], seq_lens: list[int]) -> Batch:
 
 
 def make_kv(batch: Batch, num_kv_heads: int, head_dim: int) -> dict[KVLayout, KVTensors]:
-    """The same context three times. Split keys are formed as they are when a token is computed."""
+    """Build one context in three layouts; separate keys are formed as when a token is computed."""
     raw = draw(200, BLOCK_SIZE, num_kv_heads, head_dim)
     rotary = Rotary(RopeSpec(1e4, 0.25), head_dim, raw.device, raw.dtype)
     weight = 1 + 0.1 * draw(head_dim)

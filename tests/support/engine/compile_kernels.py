@@ -26,7 +26,7 @@ SIZES = ("num_outs", "num_kv_heads", "table_width", "window")
 
 
 def shared_bytes(dtype: str, num_rows: int, one_row: bool) -> int:
-    """Of one variant. Raises a TritonError if it doesn't compile."""
+    """Compile one variant. Raises a TritonError if it doesn't compile."""
     constants = {
         "GROUP": 8,
         "HEAD_DIM": 512,

@@ -21,7 +21,7 @@ from tests.support.engine.tiny_models import nest, tiny_model
 
 @dataclass
 class Pair:
-    """The same model twice."""
+    """A model twice: transformers' and ours."""
 
     reference: Any
     model: GemmaDecoder

@@ -79,7 +79,7 @@ def tiny_model(name: str, **overrides: Any) -> PreTrainedModel:
 
 
 def tiny_multimodal(name: str, **overrides: Any) -> PreTrainedModel:
-    """As `tiny_model`, the decoder of a model that takes images, without what sees them."""
+    """Build, like `tiny_model`, the decoder of a model that takes images; no vision tower."""
     fields: dict[str, Any] = {
         "text_config": _text_config(name, overrides),
         "vision_config": None,

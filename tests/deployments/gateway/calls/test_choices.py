@@ -55,7 +55,7 @@ class Caller:
         self.quota = Quota(tenant, lambda: 0.0)
 
     def ask(self, backend: SlowBackend, lengths: Sequence[int], num_choices: int) -> list[int]:
-        """Whose pieces have come, for prompts of so many tokens."""
+        """Answers whose pieces have come, for prompts of so many tokens."""
         requests = [
             CompleteRequest(token_ids=TokenIds(ids=[i] * length))
             for i, length in enumerate(lengths)
@@ -69,7 +69,7 @@ class Caller:
         return asyncio.run(take())
 
     def check_left(self, num_tokens: int) -> None:
-        """Of the minute."""
+        """Check that exactly so many tokens of the minute are left."""
         self.quota.charge(num_tokens)
         with pytest.raises(QuotaExceeded):
             self.quota.charge(1)

@@ -52,7 +52,7 @@ class Logged:
         return [json.loads(line) for line in text.splitlines()]
 
     def last(self, num_lines: int, timeout_s: float = 5.0) -> dict[str, Any]:
-        """Of so many that come."""
+        """Wait until so many lines are logged, and return the last."""
         wait_for(lambda: len(self.lines) == num_lines, timeout_s)
         return self.lines[-1]
 

@@ -64,7 +64,7 @@ def hold_silent(port: int, num: int) -> list[socket.socket]:
 
 
 def test_2000_silent_connections_keep_nobody_out(tokenizer: Tokenizer, decoder: Decoder) -> None:
-    """Of each dialect; both ends of each are files of this process."""
+    """Connections of each dialect; both ends of each are files of this process."""
     num = min(2000, raise_limit() // 8)
     assert num >= 100
     held: list[socket.socket] = []
@@ -204,7 +204,7 @@ def frame(kind: int, data: bytes = b"", flags: int = 0, stream: int = 0) -> byte
 
 
 def text(value: str) -> bytes:
-    """Of a header, as HPACK has short ones."""
+    """Encode the text of a header as HPACK does short ones."""
     return bytes([len(value)]) + value.encode()
 
 

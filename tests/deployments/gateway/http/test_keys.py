@@ -72,7 +72,7 @@ def tenant(admission: KeyAdmission) -> str:
 def client(
     tenant: str, gateway: Gateway, admission: KeyAdmission, request: pytest.FixtureRequest
 ) -> openai.OpenAI:
-    """Of the tenant, as the test's parameter describes it."""
+    """Client with a key of the tenant that the test's parameter describes."""
     key = admission.tenants.directory.create(Tenant(name=tenant, **getattr(request, "param", {})))
     admission.tenants.refresh()
     return openai.OpenAI(base_url=gateway.base_url, api_key=key, max_retries=0)

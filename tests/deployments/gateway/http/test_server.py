@@ -324,7 +324,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_client_that_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as it takes something within the limit."""
+    """A slow client lives as long as it takes something within the limit."""
     monkeypatch.setattr("deployments.gateway.http.connections.STALL_S", 0.3)
     answers = ScriptedBackend()
     answers.script = [Generation(text="x" * 1_000_000)] * 12 + [END]
