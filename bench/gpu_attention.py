@@ -25,8 +25,8 @@ from bench.gpu_engine import copy_bandwidth, synchronise
 from bench.lib.card import Check, report, table
 from cluster.spec import AttentionKind, RopeSpec
 from engine.attention.interface import KVTensors
-from engine.attention.one_row import OneRow
 from engine.attention.rotary import Rotary
+from engine.attention.shared_kv import SharedKV
 from engine.attention.torch_attention import FastAttention
 from engine.batch import Batch
 
@@ -52,9 +52,9 @@ class Shape:
     head_dim: int
     lengths: tuple[int, ...]  # contexts in tokens, ascending
 
-    def token_bytes(self, one_row: bool) -> int:
+    def token_bytes(self, shared_kv: bool) -> int:
         """Bytes of one token in a layer's cache."""
-        return (1 if one_row else 2) * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return (1 if shared_kv else 2) * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 BIG = Shape(
@@ -94,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def check_correctness(shape: Shape) -> list[Check]:
     """Decodes, a prefill chunk and both together, with one row and split, against PyTorch."""
     checks = []
-    for name, one_row in KINDS.items():
+    for name, shared_kv in KINDS.items():
         errors = [
-            relative_error(shape, one_row, query_lens, seq_lens)
+            relative_error(shape, shared_kv, query_lens, seq_lens)
             for query_lens, seq_lens in (
                 ([1], [shape.lengths[0]]),
                 ([1, 40, 1], [5, shape.lengths[0], 300]),
@@ -109,11 +109,11 @@ def check_correctness(shape: Shape) -> list[Check]:
 
 
 def relative_error(
-    shape: Shape, one_row: bool, query_lens: list[int], seq_lens: list[int]
+    shape: Shape, shared_kv: bool, query_lens: list[int], seq_lens: list[int]
 ) -> float:
     """Error of the kernel's output against PyTorch in fp32 from the same cache."""
     width = -(-max(seq_lens) // BLOCK_SIZE)
-    kv = make_kv(shape, one_row, width * len(seq_lens))
+    kv = make_kv(shape, shared_kv, width * len(seq_lens))
     order = torch.randperm(width * len(seq_lens), generator=torch.Generator().manual_seed(SEED))
     batch = make_batch(query_lens, seq_lens, order.view(-1, width).to(shape.device))
     query = make_query(shape, batch.num_tokens)
@@ -125,13 +125,13 @@ def relative_error(
 def measure(shape: Shape, repeats: int) -> tuple[dict[str, Any], list[Check], list[str]]:
     """Decode by length and kind, and the prefill of a chunk at the end of the longest context."""
     bandwidth = copy_bandwidth(shape.device, 1 << (30 if shape is BIG else 24))
-    seconds = {name: decode_seconds(shape, one_row, repeats) for name, one_row in KINDS.items()}
+    seconds = {name: decode_seconds(shape, shared_kv, repeats) for name, shared_kv in KINDS.items()}
     rows: list[list[str]] = []
     results: dict[str, dict[str, Any]] = {}
     for length in shape.lengths:
         shares = {
-            name: length * shape.token_bytes(one_row) / seconds[name][length] / bandwidth
-            for name, one_row in KINDS.items()
+            name: length * shape.token_bytes(shared_kv) / seconds[name][length] / bandwidth
+            for name, shared_kv in KINDS.items()
         }
         faster = seconds["split"][length] / seconds["one row"][length]
         results[str(length)] = {
@@ -140,7 +140,7 @@ def measure(shape: Shape, repeats: int) -> tuple[dict[str, Any], list[Check], li
         } | {"split_over_one_row": round(faster, 3)}
         times = [f"{seconds[name][length] * 1e6:.1f} us, {shares[name]:.0%}" for name in KINDS]
         rows.append([f"{length:,}", *times, f"{faster:.2f}"])
-    prefill = {name: prefill_tflops(shape, one_row, repeats) for name, one_row in KINDS.items()}
+    prefill = {name: prefill_tflops(shape, shared_kv, repeats) for name, shared_kv in KINDS.items()}
     longest = results[str(shape.lengths[-1])]
     checks = [
         Check("one row: share of a copy's bandwidth", longest["one row"]["share"], "", 0.7),
@@ -157,10 +157,10 @@ def measure(shape: Shape, repeats: int) -> tuple[dict[str, Any], list[Check], li
     return more, checks, [*card, ""]
 
 
-def decode_seconds(shape: Shape, one_row: bool, repeats: int) -> dict[int, float]:
+def decode_seconds(shape: Shape, shared_kv: bool, repeats: int) -> dict[int, float]:
     """Measure one request's decode by context length; the median of some replays."""
     num_blocks = shape.lengths[-1] // BLOCK_SIZE
-    kv, query = make_kv(shape, one_row, num_blocks), make_query(shape, 1)
+    kv, query = make_kv(shape, shared_kv, num_blocks), make_query(shape, 1)
     seconds = {}
     for length in shape.lengths:
         tables = torch.split(torch.arange(num_blocks, device=shape.device), length // BLOCK_SIZE)
@@ -175,11 +175,11 @@ def decode_seconds(shape: Shape, one_row: bool, repeats: int) -> dict[int, float
     return seconds
 
 
-def prefill_tflops(shape: Shape, one_row: bool, repeats: int) -> float:
+def prefill_tflops(shape: Shape, shared_kv: bool, repeats: int) -> float:
     """Measure the last prefill chunk of the longest context."""
     length = shape.lengths[-1]
     chunk = min(CHUNK, length)
-    kv, query = make_kv(shape, one_row, length // BLOCK_SIZE), make_query(shape, chunk)
+    kv, query = make_kv(shape, shared_kv, length // BLOCK_SIZE), make_query(shape, chunk)
     table = torch.arange(length // BLOCK_SIZE, device=shape.device)[None]
     attention = _kernel(make_batch([chunk], [length], table))
     seconds = _time(lambda: attention(query, kv), shape.device, repeats)
@@ -187,7 +187,7 @@ def prefill_tflops(shape: Shape, one_row: bool, repeats: int) -> float:
     return flops / seconds / 1e12
 
 
-def make_kv(shape: Shape, one_row: bool, num_blocks: int) -> KVTensors:
+def make_kv(shape: Shape, shared_kv: bool, num_blocks: int) -> KVTensors:
     """Random values; keys of a size that gives scores the usual spread."""
     generator = torch.Generator(shape.device).manual_seed(SEED)
 
@@ -196,11 +196,11 @@ def make_kv(shape: Shape, one_row: bool, num_blocks: int) -> KVTensors:
         empty = torch.empty(size, device=shape.device, dtype=shape.dtype)
         return empty.normal_(0.0, scale, generator=generator)
 
-    if not one_row:
+    if not shared_kv:
         return KVTensors(draw(1.0), draw(1.0))
     rotary = Rotary(ROPE, shape.head_dim, shape.device, shape.dtype)
     weight = torch.ones(shape.head_dim, device=shape.device, dtype=shape.dtype)
-    return KVTensors(None, draw(1.0), OneRow(weight * 0.5, rotary))
+    return KVTensors(None, draw(1.0), SharedKV(weight * 0.5, rotary))
 
 
 def make_query(shape: Shape, num_tokens: int) -> Tensor:
@@ -224,12 +224,12 @@ def _kernel(batch: Batch) -> TritonAttention:
 
 
 def _fp32(kv: KVTensors) -> KVTensors:
-    one_row = kv.one_row
-    if one_row is not None:
-        frequencies, weight = one_row.rotary.frequencies, one_row.weight.float()
+    shared_kv = kv.shared_kv
+    if shared_kv is not None:
+        frequencies, weight = shared_kv.rotary.frequencies, shared_kv.weight.float()
         rotary = Rotary(ROPE, len(weight), frequencies.device, torch.float32)
-        one_row = OneRow(weight, rotary)
-    return KVTensors(None if kv.key is None else kv.key.float(), kv.value.float(), one_row)
+        shared_kv = SharedKV(weight, rotary)
+    return KVTensors(None if kv.key is None else kv.key.float(), kv.value.float(), shared_kv)
 
 
 def _time(calls: Callable[[], object], device: torch.device, repeats: int) -> float:

@@ -55,15 +55,17 @@ class LayerSpec:
 
     @property
     def owns_kv(self) -> bool:
+        """True if the layer caches keys and values of its own."""
         return self.kv_layer_idx == self.layer_idx
 
-    def keeps_one_row(self, kv_layout: KVLayout) -> bool:
+    def has_shared_kv(self, kv_layout: KVLayout) -> bool:
+        """True if keys and values are formed from one cached tensor."""
         return self.k_eq_v and kv_layout != "separate"
 
     def kv_elements(self, kv_layout: KVLayout) -> int:
-        """What an owner of keys and values holds for one token."""
-        num_rows = 1 if self.keeps_one_row(kv_layout) else 2
-        return num_rows * self.num_kv_heads * self.head_dim
+        """Return the elements that a layer with a cache of its own holds for one token."""
+        num_tensors = 1 if self.has_shared_kv(kv_layout) else 2
+        return num_tensors * self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)

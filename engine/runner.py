@@ -95,7 +95,7 @@ def allocate_kv(model: GemmaDecoder, kv: KVCacheConfig) -> dict[AttentionKind, T
     try:
         for kind in AttentionKind:
             if layers := _owners(model.spec, kind):
-                num_rows = {1 if layer.keeps_one_row(kv.kv_layout) else 2 for layer in layers}
+                num_rows = {1 if layer.has_shared_kv(kv.kv_layout) else 2 for layer in layers}
                 slot_shapes = {(layer.num_kv_heads, layer.head_dim) for layer in layers}
                 assert len(num_rows) == len(slot_shapes) == 1, "a kind has one geometry"
                 blocks = (len(layers), num_rows.pop(), kv.num_blocks[kind], kv.block_size)
@@ -115,8 +115,8 @@ def by_layer(
     for kind, pool in pools.items():
         for layer, rows in zip(_owners(model.spec, kind), pool, strict=True):
             key = rows[0] if len(rows) == 2 else None
-            one_row = model.one_row(layer, kv.kv_layout)
-            tensors[layer.layer_idx] = KVTensors(key, rows[-1], one_row)
+            shared_kv = model.shared_kv(layer, kv.kv_layout)
+            tensors[layer.layer_idx] = KVTensors(key, rows[-1], shared_kv)
     return tensors
 
 

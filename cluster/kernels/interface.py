@@ -134,7 +134,7 @@ class Kernels(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the kernels for an operator: "native" or "PyTorch"."""
+        """The kernels' name for an operator: "native" or "PyTorch"."""
         ...
 
     @property

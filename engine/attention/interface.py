@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cluster.spec import AttentionKind
-from engine.attention.one_row import OneRow
+from engine.attention.shared_kv import SharedKV
 from engine.batch import Batch
 
 # Decodes are grouped by the power of two of their length; all below this go together.
@@ -23,46 +23,53 @@ MIN_BUCKET = 512
 
 @dataclass(frozen=True, slots=True)
 class KVTensors:
-    """The KV blocks of one layer; a flat slot is block * block_size + offset.
+    """The KV blocks of one layer; a flat KV slot is block * block_size + offset.
 
-    A layer that keeps one row for a token has no keys, and `value` holds its rows.
+    Where keys and values share one projection no keys are cached: `shared_kv` forms them.
     """
 
     key: Tensor | None  # [num_blocks, block_size, num_kv_heads, head_dim]
     value: Tensor  # the same shape
-    one_row: OneRow | None = None
+    shared_kv: SharedKV | None = None
 
     @property
     def is_raw(self) -> bool:
-        return self.one_row is not None and self.one_row.is_raw
+        """True if `value` holds raw projections."""
+        return self.shared_kv is not None and self.shared_kv.is_raw
 
     @property
-    def is_v(self) -> bool:
-        """Whether values alone are kept."""
-        return self.one_row is not None and not self.one_row.is_raw
+    def holds_values_alone(self) -> bool:
+        """True if values are cached, and keys formed from them."""
+        return self.shared_kv is not None and not self.shared_kv.is_raw
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
-        """All that is held: what a block's bytes are."""
+        """The cached tensors: what a block's bytes are."""
         return (self.value,) if self.key is None else (self.key, self.value)
 
     def by_slot(self) -> tuple[Tensor | None, Tensor]:
-        """Keys and values as [num_slots, num_kv_heads, head_dim]."""
+        """Return keys and values as [num_kv_slots, num_kv_heads, head_dim]."""
         return None if self.key is None else self.key.flatten(0, 1), self.value.flatten(0, 1)
 
     def keys(self, blocks: Tensor, positions: Tensor) -> Tensor:
-        """The keys in blocks [num_blocks], at positions [num_blocks * block_size], as
-        [num_blocks * block_size, num_kv_heads, head_dim].
+        """Gather, or form, the keys of some blocks.
+
+        Args:
+            blocks: [num_blocks] int64.
+            positions: [num_blocks * block_size], of the tokens in them.
+
+        Returns:
+            [num_blocks * block_size, num_kv_heads, head_dim].
         """
         if self.key is not None:
             return self.key.index_select(0, blocks).flatten(0, 1)
-        assert self.one_row is not None
-        return self.one_row.keys(self._rows(blocks), positions)
+        assert self.shared_kv is not None
+        return self.shared_kv.keys(self._rows(blocks), positions)
 
     def values(self, blocks: Tensor) -> Tensor:
-        """The values in blocks [num_blocks], in the shape of their keys."""
+        """Gather, or form, the values of blocks [num_blocks], in the shape of their keys."""
         rows = self._rows(blocks)
-        return rows if self.one_row is None else self.one_row.values(rows)
+        return rows if self.shared_kv is None else self.shared_kv.values(rows)
 
     def _rows(self, blocks: Tensor) -> Tensor:
         return self.value.index_select(0, blocks).flatten(0, 1)
@@ -72,7 +79,7 @@ class Attention(Protocol):
     """Attention of one kind for one step."""
 
     def __call__(self, query: Tensor, kv: KVTensors) -> Tensor:
-        """query [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads * head_dim].
+        """Attend: [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads * head_dim].
 
         Keys and values of this step are already in `kv`. Scores aren't scaled: Gemma 4 norms
         queries and keys. Query head h reads key head h // (num_heads // num_kv_heads).
@@ -90,7 +97,7 @@ class RequestRows(NamedTuple):
 
 
 def request_rows(batch: Batch) -> list[RequestRows]:
-    """Each request's rows, in order."""
+    """Return each request's rows, in order."""
     spans, start = [], 0
     for request, (length, seq_len) in enumerate(zip(batch.query_lens, batch.seq_lens, strict=True)):
         spans.append(RequestRows(request, start, length, seq_len - length))
@@ -99,7 +106,7 @@ def request_rows(batch: Batch) -> list[RequestRows]:
 
 
 def first_key(position: int, window: int | None) -> int:
-    """The first position that a query at `position` sees."""
+    """Return the first position that a query at `position` sees."""
     return 0 if window is None else max(0, position - window + 1)
 
 
@@ -109,15 +116,16 @@ def visible(
     window: int | None,
     last_keys: Tensor | None = None,
 ) -> Tensor:
-    """Whether a query sees a key; the shapes are broadcast. `last_keys` are the last positions that
-    the queries see, where it isn't their own.
+    """Return which query sees which key; the shapes are broadcast.
+
+    `last_keys` are the last positions that the queries see, where that isn't their own.
     """
     sees = key_positions <= (query_positions if last_keys is None else last_keys)
     return sees if window is None else sees & (key_positions > query_positions - window)
 
 
 def bucket_by_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of `lengths` in groups whose members are within a factor of two of each other."""
+    """Group the indices of `lengths` so that a group's lengths are within a factor of two."""
     buckets: defaultdict[int, list[int]] = defaultdict(list)
     for index, length in enumerate(lengths):
         buckets[(max(length, MIN_BUCKET) - 1).bit_length()].append(index)

@@ -27,9 +27,9 @@ class NativeAttention:
 
     def __call__(self, query: Tensor, kv: KVTensors) -> Tensor:
         formation = None
-        if kv.one_row is not None:
-            cos, sin = kv.one_row.rotary.table(self._num_positions)
-            formation = KeyFormation(kv.one_row.weight, cos, sin, kv.one_row.eps)
+        if kv.shared_kv is not None:
+            cos, sin = kv.shared_kv.rotary.table(self._num_positions)
+            formation = KeyFormation(kv.shared_kv.weight, cos, sin, kv.shared_kv.eps)
         return self._attend(
             query.contiguous(),
             kv.key,

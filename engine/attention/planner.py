@@ -12,7 +12,7 @@ from cluster.spec import AttentionKind, KVLayout, LayerSpec, ModelSpec
 from engine.attention.interface import Attention
 from engine.attention.invariant_attention import InvariantAttention
 from engine.attention.native_attention import NativeAttention
-from engine.attention.one_row import OneRow
+from engine.attention.shared_kv import SharedKV
 from engine.attention.torch_attention import FastAttention, SpanAttention
 from engine.batch import Batch
 
@@ -51,8 +51,14 @@ class AttentionPlanner:
         *,
         is_reference: bool = False,
     ) -> Attention:
-        """One step's attention of one kind. `is_reference`: by PyTorch's operations where there is
-        a choice.
+        """Plan one step's attention of one kind.
+
+        Args:
+            batch: of the step.
+            kind: of the layers.
+            window: how many positions a token sees, itself included; None for all.
+            block_size: of the KV cache.
+            is_reference: whether to prefer PyTorch's operations where there is a choice.
         """
         causal = self._plan_causal(batch, kind, window, block_size, is_reference=is_reference)
         if window is None or not any(overlay.is_bidirectional for overlay in batch.overlays):
@@ -81,9 +87,9 @@ def find_gpu_attention(
     spec: ModelSpec,
     device: torch.device,
     dtype: torch.dtype,
-    one_row: Callable[[LayerSpec, KVLayout], OneRow | None],
+    shared_kv: Callable[[LayerSpec, KVLayout], SharedKV | None],
 ) -> PlanAttention | None:
-    """The Triton kernel, for global layers, where it is known to work."""
+    """Return the Triton kernel for global layers; None where it isn't known to work."""
     if device.type != "cuda":
         return None
     try:
@@ -97,7 +103,9 @@ def find_gpu_attention(
         if layer.kind is AttentionKind.GLOBAL
     }
     for shape, layer in layers.items():
-        where = device, dtype, spec.num_attention_heads
-        if not triton_attention.works(*where, shape, one_row(layer, "values")):
+        works = triton_attention.works(
+            device, dtype, spec.num_attention_heads, shape, shared_kv(layer, "values")
+        )
+        if not works:
             return None
     return triton_attention.TritonAttention

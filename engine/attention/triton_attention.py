@@ -14,8 +14,8 @@ from triton.errors import TritonError
 
 from cluster.spec import AttentionKind
 from engine.attention.interface import KVTensors, RequestRows, request_rows
-from engine.attention.one_row import OneRow
 from engine.attention.rotary import Rotary
+from engine.attention.shared_kv import SharedKV
 from engine.attention.torch_attention import FastAttention
 from engine.attention.triton_kernel import attend
 from engine.batch import Batch
@@ -105,9 +105,9 @@ class TritonAttention:
         log_sums = query.new_empty(num_splits, num_outs, num_heads, dtype=torch.float32)
         parts = log_sums.new_empty(*log_sums.shape, head_dim)
         weight, angles, rotating = kv.value, (kv.value,) * 4, MIN_ROWS
-        if kv.one_row is not None:
-            weight, rotating = kv.one_row.weight, num_pairs(kv.one_row.rotary)
-            angles = self._rotations(kv.one_row.rotary, num_keys)
+        if kv.shared_kv is not None:
+            weight, rotating = kv.shared_kv.weight, num_pairs(kv.shared_kv.rotary)
+            angles = self._rotations(kv.shared_kv.rotary, num_keys)
         attend[(len(tiles.tiles), num_kv_heads, num_splits)](
             query,
             kv.value if kv.key is None else kv.key,
@@ -128,7 +128,7 @@ class TritonAttention:
             BLOCK_SIZE=self._block_size,
             ROWS=tiles.num_rows,
             KEYS=num_keys,
-            ONE_ROW=kv.one_row is not None,
+            SHARED_KV=kv.shared_kv is not None,
             num_warps=8,
             num_stages=2,
         )
@@ -150,10 +150,11 @@ def works(
     dtype: torch.dtype,
     num_heads: int,
     shape: tuple[int, int],
-    one_row: OneRow | None,
+    shared_kv: SharedKV | None,
 ) -> bool:
-    """Whether the kernel compiles for this GPU and computes what PyTorch's operations compute, for
-    layers of `shape`: num_kv_heads and head_dim. Says in the log why not.
+    """Return whether the kernel compiles for this GPU and computes what PyTorch computes.
+
+    The log says why not. `shape` is num_kv_heads and head_dim of the layers.
     """
     num_kv_heads, head_dim = shape
     if head_dim != triton.next_power_of_2(head_dim) or head_dim < 2 * MIN_ROWS:
@@ -167,7 +168,7 @@ def works(
 
     width = triton.cdiv(seq_lens[0], block_size)
     key, value = (draw(2 * width, block_size, num_kv_heads, head_dim) for _ in range(2))
-    kv = KVTensors(key if one_row is None else None, value, one_row)
+    kv = KVTensors(key if shared_kv is None else None, value, shared_kv)
     table = torch.arange(2 * width, device=device).view(2, width)
     positions = torch.cat(
         [torch.arange(end - n, end) for n, end in zip((1, 40), seq_lens, strict=True)]
@@ -201,7 +202,7 @@ def cos_sin(rotary: Rotary, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _num_splits(num_programs: int, num_keys: int, device: torch.device) -> int:
-    """Number of splits that keeps all multiprocessors busy, with no short split."""
+    """Return how many splits keep all multiprocessors busy, none of them short."""
     num_processors = 8  # of no GPU: the interpreter
     if device.type == "cuda":
         num_processors = torch.cuda.get_device_properties(device).multi_processor_count

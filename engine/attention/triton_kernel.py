@@ -1,8 +1,8 @@
-"""The GPU kernel of paged attention: it forms keys from one row per token, or reads both.
+"""The GPU kernel of paged attention: it forms keys from cached values, or reads both.
 
 Long contexts are split over programs (flash-decoding): each gives its share of the output and the
-logarithm of its sum of exponentials. Where one row is kept, K = rotate(w * V) is never stored. For
-the dimensions that stay still, w goes to the query. For those that rotate, a position is the first
+logarithm of its sum of exponentials. Where they share a projection, K = rotate(w * V) is never
+stored. For the dimensions that stay still, w goes to the query. For those that rotate, a position is the first
 of its key block plus an offset: the keys of every block are rotated by the same offsets, which stay
 in registers, and the query is turned back by the block's first position.
 """
@@ -16,9 +16,9 @@ import triton.language as tl
 @triton.jit
 def attend(
     query,  # [num_tokens, num_heads, HEAD_DIM]
-    key,  # [num_blocks, BLOCK_SIZE, num_kv_heads, HEAD_DIM]; unused with ONE_ROW
+    key,  # [num_blocks, BLOCK_SIZE, num_kv_heads, HEAD_DIM]; unused with SHARED_KV
     value,  # the same
-    weight,  # [HEAD_DIM]; this and the four below are for ONE_ROW
+    weight,  # [HEAD_DIM]; this and the four below are for SHARED_KV
     offset_cos,  # [KEYS, ROTATING], of the positions in a key block
     offset_sin,
     block_cos,  # [num_key_blocks, ROTATING], of their first positions
@@ -37,7 +37,7 @@ def attend(
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    SHARED_KV: tl.constexpr,
 ):
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     request = tl.load(tiles + tile * 5).to(tl.int64)
@@ -55,7 +55,7 @@ def attend(
     at = (first_token + token).to(tl.int64) * heads + head
     q = tl.load(query + at[:, None] * HEAD_DIM + dim, mask=is_row[:, None], other=0.0)
 
-    if ONE_ROW:
+    if SHARED_KV:
         pair = tl.arange(0, ROTATING)
         half: tl.constexpr = HEAD_DIM // 2
         first = query + at[:, None] * HEAD_DIM + pair
@@ -84,7 +84,7 @@ def attend(
         slot = tl.load(entry, mask=is_key, other=0) * BLOCK_SIZE + at_key % BLOCK_SIZE
         start = (slot * num_kv_heads + kv_head) * HEAD_DIM
         v = tl.load(value + start[:, None] + dim, mask=is_key[:, None], other=0.0)
-        if ONE_ROW:
+        if SHARED_KV:
             from_x = value + start[:, None] + pair
             x = tl.load(from_x, mask=is_key[:, None], other=0.0).to(tl.float32) * wx
             y = tl.load(from_x + half, mask=is_key[:, None], other=0.0).to(tl.float32) * wy

@@ -19,9 +19,9 @@ from cluster.kernels.choose import kernels_for
 from cluster.spec import AttentionKind, KVLayout, LayerSpec, ModelSpec
 from engine.attention.interface import KVTensors
 from engine.attention.invariant_attention import check_attention
-from engine.attention.one_row import OneRow
 from engine.attention.planner import AttentionPlanner, find_gpu_attention
 from engine.attention.rotary import Rotary
+from engine.attention.shared_kv import SharedKV
 from engine.batch import Batch
 from engine.model.decoder_layer import DecoderLayer, Experts, Forward, Step
 from engine.model.layers import Embedding, LayerBuilder, Linear, PerLayerInputs
@@ -62,7 +62,7 @@ class GemmaDecoder:
         }
         gpu = None
         if not batch_invariant:
-            gpu = find_gpu_attention(spec, embedding.device, embedding.dtype, self.one_row)
+            gpu = find_gpu_attention(spec, embedding.device, embedding.dtype, self.shared_kv)
         self.attention = AttentionPlanner(
             self.kernels, self.dtype, batch_invariant=batch_invariant, gpu=gpu
         )
@@ -109,7 +109,7 @@ class GemmaDecoder:
     def forward(
         self, batch: Batch, kv: Mapping[int, KVTensors], experts: Experts | None
     ) -> Forward:
-        """Logits [num_logits, vocab_size] in fp32, softcapped; keys and values go to `kv`.
+        """Compute logits [num_logits, vocab_size] in fp32, softcapped; writes to `kv`.
 
         `kv` maps the index of each layer that owns keys and values to its tensors.
         """
@@ -133,17 +133,17 @@ class GemmaDecoder:
         cap = self.spec.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def one_row(self, layer: LayerSpec, kv_layout: KVLayout) -> OneRow | None:
-        """How keys and values come from what a layer keeps; None where it keeps both."""
-        if not layer.keeps_one_row(kv_layout):
+    def shared_kv(self, layer: LayerSpec, kv_layout: KVLayout) -> SharedKV | None:
+        """Return how a layer's keys and values are formed; None where it caches both."""
+        if not layer.has_shared_kv(kv_layout):
             return None
         weight = self.layers[layer.layer_idx].self_attn.qk_norm[-1]
         eps = self.spec.rms_norm_eps if kv_layout == "projection" else None
-        return OneRow(weight, self.rotary[layer.kind], eps)
+        return SharedKV(weight, self.rotary[layer.kind], eps)
 
     @property
     def reads_free_slots(self) -> bool:
-        """Whether attention reads, masked, the slots of a block that hold no key yet."""
+        """True if attention reads, masked, KV slots of a block that hold no key yet."""
         return self.kernels.reads_free_slots
 
     def _embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -163,9 +163,11 @@ class GemmaDecoder:
         """What is worked out once for all layers."""
         block_size = next(iter(kv.values())).value.shape[1]
         windows = {AttentionKind.GLOBAL: None, AttentionKind.SLIDING: self.spec.sliding_window}
-        # Raw rows and split ones are the reference, bit-equal as long as the same code reads both.
+        # Raw and separate layouts are the reference, bit-equal as long as the same code reads both.
         layers = [(self.spec.layers[idx], tensors) for idx, tensors in kv.items()]
-        is_reference = any(layer.k_eq_v and not tensors.is_v for layer, tensors in layers)
+        is_reference = any(
+            layer.k_eq_v and not tensors.holds_values_alone for layer, tensors in layers
+        )
         return Step(
             kv,
             experts,

@@ -104,7 +104,7 @@ def test_heads(kernels: NativeKernels, num_keys: int, num_values: int, head_dim:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
 def test_narrower_vectors_give_the_same_bits(kernels: NativeKernels, tmp_path: Path) -> None:
-    """Run on a processor without AVX-512."""
+    """A build without AVX-512 stands for an older processor."""
     library = tmp_path / "narrow.so"
     compile_library(SOURCE, library, [*FLAGS, "-mno-avx512f"])
     others = NativeKernels(ctypes.CDLL(str(library)))

@@ -13,8 +13,8 @@ import torch
 
 from engine.attention import triton_attention
 from engine.attention.interface import KVTensors, ReferenceAttention
-from engine.attention.one_row import OneRow
 from engine.attention.planner import AttentionPlanner
+from engine.attention.shared_kv import SharedKV
 from engine.attention.triton_attention import TritonAttention, works
 from tests.support.engine.attention_cases import BLOCK_SIZE, KIND, draw, make_batch, make_kv
 from tests.support.engine.model_pairs import MakePair, prompt
@@ -24,8 +24,8 @@ SHARED_BYTES = 99 << 10  # that a program may have on a consumer card
 
 
 def rounded(kv: KVTensors, dtype: torch.dtype) -> KVTensors:
-    one_row = kv.one_row and OneRow(kv.one_row.weight.to(dtype), kv.one_row.rotary)
-    return KVTensors(None if kv.key is None else kv.key.to(dtype), kv.value.to(dtype), one_row)
+    shared_kv = kv.shared_kv and SharedKV(kv.shared_kv.weight.to(dtype), kv.shared_kv.rotary)
+    return KVTensors(None if kv.key is None else kv.key.to(dtype), kv.value.to(dtype), shared_kv)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from torch import Tensor
 from cluster.kernels.torch_kernels import TorchKernels, rotate
 from cluster.spec import AttentionKind, KVLayout, RopeSpec
 from engine.attention.interface import KVTensors
-from engine.attention.one_row import OneRow
 from engine.attention.rotary import Rotary
+from engine.attention.shared_kv import SharedKV
 from engine.batch import Batch
 from engine.cache.kv_cache_group import cdiv
 
@@ -43,7 +43,7 @@ def make_kv(batch: Batch, num_kv_heads: int, head_dim: int) -> dict[KVLayout, KV
     rotation = rotary(positions.flatten())
     key = rotate((value * weight).flatten(0, 1), *rotation).view(raw.shape)
     return {
-        "values": KVTensors(None, value, OneRow(weight, rotary)),
-        "projection": KVTensors(None, raw, OneRow(weight, rotary, EPS)),
+        "values": KVTensors(None, value, SharedKV(weight, rotary)),
+        "projection": KVTensors(None, raw, SharedKV(weight, rotary, EPS)),
         "separate": KVTensors(key, value),
     }

@@ -25,7 +25,7 @@ CACHE = ("query", "key", "value", "weight")
 SIZES = ("num_outs", "num_kv_heads", "table_width", "window")
 
 
-def shared_bytes(dtype: str, num_rows: int, one_row: bool) -> int:
+def shared_bytes(dtype: str, num_rows: int, shared_kv: bool) -> int:
     """Compile one variant. Raises a TritonError if it doesn't compile."""
     constants = {
         "GROUP": 8,
@@ -34,7 +34,7 @@ def shared_bytes(dtype: str, num_rows: int, one_row: bool) -> int:
         "BLOCK_SIZE": 16,
         "ROWS": num_rows,
         "KEYS": KEYS[ITEM_SIZES[dtype]],
-        "ONE_ROW": one_row,
+        "SHARED_KV": shared_kv,
     }
     types = POINTERS | dict.fromkeys(CACHE, f"*{dtype}") | dict.fromkeys(SIZES, "i32")
     names = [parameter.name for parameter in attend.params]
@@ -56,9 +56,9 @@ def shared_bytes(dtype: str, num_rows: int, one_row: bool) -> int:
 if __name__ == "__main__":
     print(
         max(
-            shared_bytes(dtype, num_rows, one_row)
+            shared_bytes(dtype, num_rows, shared_kv)
             for dtype, size in ITEM_SIZES.items()
             for num_rows in {MIN_ROWS, CHUNK_ROWS[size]}
-            for one_row in (True, False)
+            for shared_kv in (True, False)
         )
     )
