@@ -45,7 +45,7 @@ class _Tiles:
 class TritonAttention:
     """Implements engine.attention.Attention on a GPU, for head sizes that are powers of two.
 
-    Rows of the layout `projection` aren't understood: forming their bits takes PyTorch's own norm.
+    The layout `projection` isn't supported: forming their bits takes PyTorch's own norm.
     """
 
     def __init__(

@@ -2,9 +2,9 @@
 
 Long contexts are split over programs (flash-decoding): each gives its share of the output and the
 logarithm of its sum of exponentials. Where they share a projection, K = rotate(w * V) is never
-stored. For the dimensions that stay still, w goes to the query. For those that rotate, a position is the first
-of its key block plus an offset: the keys of every block are rotated by the same offsets, which stay
-in registers, and the query is turned back by the block's first position.
+stored. For the dimensions that stay still, w goes to the query. For those that rotate, a position
+is the first of its key block plus an offset: the keys of every block are rotated by the same
+offsets, which stay in registers, and the query is turned back by the block's first position.
 """
 
 from __future__ import annotations
