@@ -61,16 +61,16 @@ class Stage(Decoder):
 
 
 class FewKeys(OpenAdmission):
-    """Tenants by their keys; who is disabled is refused."""
+    """Admits tenants by their keys; a disabled tenant is refused."""
 
     is_open = False
 
     def __init__(self) -> None:
-        self._owners = {KEY: "ann", BOBS_KEY: "bob"}
+        self.owners = {KEY: "ann", BOBS_KEY: "bob"}
         self.disabled: set[str] = set()
 
     def admit(self, key: str | None) -> Lease:
-        tenant = self._owners.get(key or "")
+        tenant = self.owners.get(key or "")
         if tenant is None:
             raise Unauthenticated("This cluster asks for a key.")
         if tenant in self.disabled:

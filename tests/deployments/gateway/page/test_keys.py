@@ -54,9 +54,9 @@ def test_a_key_that_ends_and_another_after_it(
         stage.actor.say("Welcome.")
         ask(browser, "Hello?")
         browser.wait(lambda: answer(browser) == "Welcome.")
-        del keys.tenants[KEY]
+        del keys.owners[KEY]
         browser.wait_for("#sign-in-error", "valid any more")
-        keys.tenants["brio_new"] = "ann"
+        keys.owners["brio_new"] = "ann"
         browser.type("brio_new", Keys.ENTER)
         browser.wait_for("#messages", "Welcome.")  # back where she was
         keys.disabled.add("ann")

@@ -262,7 +262,7 @@ def test_without_redis_sessions_say_so_and_other_chats_go_on(
         server.close()
         named = [
             lambda: cluster.ask("And then?"),
-            cluster.list,
+            cluster.list_all,
             cluster.said,
             lambda: cluster.sessions.ParkSession(ParkSessionRequest(name="trip")),
             lambda: cluster.sessions.ResumeSession(ResumeSessionRequest(name="trip")),
