@@ -89,11 +89,13 @@ def test_in_a_model(cpu_kernels: str, make_pair: MakePair) -> None:
 def test_a_gpu_where_it_does_not_work_is_noticed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    arguments: Any = torch.device("cpu"), torch.float32, 4, (2, 32), None
+    def works_for(head_dim: int) -> bool:
+        return works(torch.device("cpu"), torch.float32, 4, (2, head_dim), None)
+
     with caplog.at_level(logging.WARNING):
-        assert works(*arguments)
+        assert works_for(32)
         assert not caplog.records
-        assert not works(*arguments[:3], (2, 48), None)
+        assert not works_for(48)
 
         def wrong(self: TritonAttention, query: torch.Tensor, kv: KVTensors) -> torch.Tensor:
             return query.flatten(1)
@@ -103,7 +105,7 @@ def test_a_gpu_where_it_does_not_work_is_noticed(
 
         for attend in (wrong, broken):
             monkeypatch.setattr(TritonAttention, "__call__", attend)
-            assert not works(*arguments)
+            assert not works_for(32)
     assert len(caplog.records) == 3
 
 
