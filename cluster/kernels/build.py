@@ -23,7 +23,10 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi")
+FLAGS = (
+    *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-Wno-psabi"),
+    *("-fPIC", "-fno-semantic-interposition"),  # inline functions of headers are inlined
+)
 SANITIZE = "BRIOLETTE_SANITIZE"  # set to 1: build with sanitizers, and preload gcc's libasan.so
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 TIMEOUT_S = 120.0  # for one call of the compiler

@@ -75,7 +75,7 @@ class NativeKernels:
         y = x.new_empty(num_rows, weight.num_outputs)
         x = x.contiguous()
         self._functions.linear(
-            _address(x, num_rows, num_inputs),
+            _address(x, num_rows * num_inputs),
             num_rows,
             num_inputs,
             _panels_address(weight, num_inputs),
@@ -89,7 +89,7 @@ class NativeKernels:
     def gated_gelu(self, gate: Tensor, up: Tensor) -> Tensor:
         gate, up, y = gate.contiguous(), up.contiguous(), torch.empty_like(up)
         self._functions.gated_gelu(
-            _address(gate, *up.shape), _address(up, *up.shape), up.numel(), y.data_ptr()
+            _address(gate, up.numel()), _address(up, up.numel()), up.numel(), y.data_ptr()
         )
         return y
 
@@ -99,7 +99,7 @@ class NativeKernels:
         y = x.new_empty(num_rows, down.num_outputs)
         x = x.contiguous()
         self._functions.gated_mlp(
-            _address(x, num_rows, num_inputs),
+            _address(x, num_rows * num_inputs),
             num_rows,
             num_inputs,
             _panels_address(gate_up, num_inputs),
@@ -132,12 +132,12 @@ class NativeKernels:
         y = torch.empty_like(x)
         size = x.shape[-1]
         self._functions.rms_norm(
-            _address(x, *x.shape),
+            _address(x, x.numel()),
             x.numel() // size,
             size,
             None if weight is None else _address(weight, size),
             eps,
-            None if residual is None else _address(residual, *x.shape),
+            None if residual is None else _address(residual, x.numel()),
             None if scale is None else _address(scale, 1),
             y.data_ptr(),
             torch.get_num_threads(),
@@ -162,20 +162,20 @@ class NativeKernels:
         slots = keys = values = None
         if kv is not None:
             slots = _address(kv.kv_slots, num_rows, dtype=torch.int64)
-            values = _address(kv.values, len(kv.values), num_kv_heads, head_dim)
+            values = _address(kv.values, len(kv.values) * num_kv_heads * head_dim)
             if kv.keys is not None:
-                keys = _address(kv.keys, *kv.values.shape)
+                keys = _address(kv.keys, kv.values.numel())
         self._functions.norm_and_rotate(
-            _address(qkv, num_rows, num_heads, head_dim),
+            _address(qkv, num_rows * num_heads * head_dim),
             num_rows,
             num_heads,
             num_queries,
             num_kv_heads,
             head_dim,
-            _address(norm_weight, len(norm_weight), head_dim),
+            _address(norm_weight, len(norm_weight) * head_dim),
             eps,
-            _address(cos, num_rows, 1, head_dim),
-            _address(sin, num_rows, 1, head_dim),
+            _address(cos, num_rows * head_dim),
+            _address(sin, num_rows * head_dim),
             slots,
             query.data_ptr(),
             keys,
@@ -204,17 +204,17 @@ class NativeKernels:
         if key_formation is not None:
             num_positions, num_rotating = key_formation.cos.shape
             weight = _address(key_formation.norm_weight, head_dim)
-            cos = _address(key_formation.cos, num_positions, num_rotating)
-            sin = _address(key_formation.sin, num_positions, num_rotating)
+            cos = _address(key_formation.cos, num_positions * num_rotating)
+            sin = _address(key_formation.sin, num_positions * num_rotating)
             if key_formation.eps is not None:
                 eps = ctypes.byref(REAL(key_formation.eps))
         out = query.new_empty(num_rows, num_heads * head_dim)
         self._functions.attend(
-            _address(query, num_rows, num_heads, head_dim),
+            _address(query, num_rows * num_heads * head_dim),
             num_rows,
             num_heads,
-            None if key is None else _address(key, *value.shape),
-            _address(value, num_blocks, block_size, num_kv_heads, head_dim),
+            None if key is None else _address(key, value.numel()),
+            _address(value, num_blocks * block_size * num_kv_heads * head_dim),
             block_size,
             num_kv_heads,
             head_dim,
@@ -223,7 +223,7 @@ class NativeKernels:
             sin,
             num_rotating,
             eps,
-            _address(block_tables, *block_tables.shape, dtype=torch.int64),
+            _address(block_tables, block_tables.numel(), dtype=torch.int64),
             block_tables.shape[1],
             _address(requests, num_rows, dtype=torch.int64),
             _address(positions, num_rows, dtype=torch.int64),
@@ -239,7 +239,7 @@ class NativeKernels:
         num_rows, num_experts = scores.shape
         ids, weights = torch.empty(num_rows, k, dtype=torch.int64), scores.new_empty(num_rows, k)
         self._functions.top_k_experts(
-            _address(scores, num_rows, num_experts),
+            _address(scores, num_rows * num_experts),
             num_rows,
             num_experts,
             k,
@@ -261,7 +261,7 @@ class NativeKernels:
             part.contiguous() for part in (slots.tokens, slots.experts, slots.weights)
         )
         self._functions.expert_partials(
-            _address(hidden_states, num_tokens, hidden_size),
+            _address(hidden_states, num_tokens * hidden_size),
             num_tokens,
             hidden_size,
             _address(tokens, num_slots, dtype=torch.int64),
@@ -292,10 +292,10 @@ class NativeKernels:
         rows = hidden_states.new_empty(experts.num_groups * num_tokens, hidden_size)
         hidden_states = hidden_states.contiguous()
         num_rows = self._functions.expert_rows(
-            _address(hidden_states, num_tokens, hidden_size),
+            _address(hidden_states, num_tokens * hidden_size),
             num_tokens,
             hidden_size,
-            _address(slot_table, 3, num_slots, dtype=torch.int32),
+            _address(slot_table, 3 * num_slots, dtype=torch.int32),
             num_slots,
             _address(expert_to_row, len(expert_to_row), dtype=torch.int64),
             _panels_address(gate_up, hidden_size, num_owned),
@@ -326,11 +326,10 @@ def _packed(weight: Weight) -> PackedWeight:
     return weight
 
 
-def _address(tensor: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+def _address(tensor: Tensor, num_elements: int, dtype: torch.dtype = torch.float32) -> int:
     """Return the address of an argument for C++, which can't check what lies there."""
-    assert tensor.shape == shape, f"expected the shape {shape}, not {tuple(tensor.shape)}"
+    assert tensor.numel() == num_elements and tensor.is_contiguous(), "a wrong shape or layout"
     assert tensor.dtype is dtype, f"expected {dtype}, not {tensor.dtype}"
-    assert tensor.is_contiguous() and tensor.is_cpu
     return tensor.data_ptr()
 
 
