@@ -113,7 +113,7 @@ def run(seconds: float) -> tuple[dict[str, Any], list[Check]]:
     finally:
         cluster.close()
         engine.close()
-    return _results(times, rates) | _silent_results(beside), _checks(rates, beside)
+    return latency_results(times, rates) | silent_results(beside), make_checks(rates, beside)
 
 
 def _beside_silent(side: OverGrpc | OverHttp) -> Beside:
@@ -143,9 +143,10 @@ def _measure_latency(
     )
 
 
-def _results(
+def latency_results(
     times: dict[str, dict[str, list[float]]], rates: dict[str, list[float]]
 ) -> dict[str, Any]:
+    """Return the percentiles by side, what a dialect adds to the engine's, and requests/s."""
     shown: dict[str, Any] = {
         kind: {name: _percentiles(values) for name, values in by_side.items()}
         for kind, by_side in times.items()
@@ -158,7 +159,8 @@ def _results(
     return shown
 
 
-def _silent_results(beside: dict[str, list[Beside]]) -> dict[str, Any]:
+def silent_results(beside: dict[str, list[Beside]]) -> dict[str, Any]:
+    """Return the latencies with and without silent connections, by dialect."""
     shown: dict[str, Any] = {"alone": {}, "silent": {}}
     for name, rounds in beside.items():
         shown["alone"][name] = _percentiles([s for one in rounds for s in one.alone])
@@ -174,8 +176,8 @@ def _percentiles(seconds: list[float]) -> dict[str, int]:
     }
 
 
-def _checks(rates: dict[str, list[float]], beside: dict[str, list[Beside]]) -> list[Check]:
-    """Each round by itself, for the machine's load changes between them."""
+def make_checks(rates: dict[str, list[float]], beside: dict[str, list[Beside]]) -> list[Check]:
+    """Check each round by itself, for the machine's load changes between them."""
     may_be_open = raise_limit()
     ingress = rates["Serve's ingress"]
     return [

@@ -49,16 +49,16 @@ def test_silent_connections_are_held_and_counted() -> None:
 def test_results_and_checks() -> None:
     gaps = {name: [0.001 * (i + 1)] * 100 for i, name in enumerate(SIDES)}
     rates = {"gRPC": [200.0, 300.0], "HTTP": [100.0, 50.0], "Serve's ingress": [100.0, 100.0]}
-    results = gateway_cost._results({"gap": gaps, "single": gaps}, rates)
+    results = gateway_cost.latency_results({"gap": gaps, "single": gaps}, rates)
     assert results["gap"]["HTTP"]["added_p50_us"] == 2000
     assert results["requests_per_s"]["gRPC"] == 250.0
     beside = {
         "gRPC": [Beside(10_000, [0.0109] * 9, [0.01] * 9)] * 3,
         "HTTP": [Beside(99, [0.0111] * 9, [0.01] * 9), Beside(10_000, [0.012] * 9, [0.01] * 9)],
     }
-    verdicts = [check.ok for check in gateway_cost._checks(rates, beside)]
+    verdicts = [check.ok for check in gateway_cost.make_checks(rates, beside)]
     assert verdicts == [True, False, True, True, False, False]
-    shown = gateway_cost._silent_results(beside)
+    shown = gateway_cost.silent_results(beside)
     assert (shown["silent"]["HTTP"]["held"], shown["alone"]["HTTP"]["p50_us"]) == (99, 10_000)
     assert shown["silent"]["gRPC"] == {"held": 10_000, "p50_us": 10_900, "p99_us": 10_900}
 
