@@ -51,7 +51,7 @@ def test_a_restore_is_held_to_the_link() -> None:
         "redis_ms": [42.0],
         "redis_bytes": [10e6],  # 10 ms
     }
-    results = {"raw_bytes_per_s": 1e9, "lengths": {str(restore.CONTEXT): one}}
+    results: dict[str, Any] = {"raw_bytes_per_s": 1e9, "lengths": {str(restore.CONTEXT): one}}
     found = restore.checks(results)
     assert found[0].target == pytest.approx(1.3 * 10 + 30)
     assert verdicts(found) == [True, True, True, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,11 +157,12 @@ def test_decoder_reads_everything_but_experts(
     checkpoint, spec = Checkpoint(tmp_path), ModelSpec.load(tmp_path)
     read: list[str] = []
     place = CheckpointWeights._place
-    monkeypatch.setattr(
-        CheckpointWeights,
-        "_place",
-        lambda self, destination, name: (read.append(name), place(self, destination, name)),
-    )
+
+    def place_and_note(self: CheckpointWeights, destination: Any, name: str) -> None:
+        read.append(name)
+        place(self, destination, name)
+
+    monkeypatch.setattr(CheckpointWeights, "_place", place_and_note)
     progress: list[tuple[int, int]] = []
     GemmaDecoder.load(spec, checkpoint, on_progress=lambda *args: progress.append(args))
     assert sorted(read) == sorted(n for n in checkpoint.keys() if ".experts." not in n)  # noqa: SIM118

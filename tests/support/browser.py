@@ -88,7 +88,7 @@ class Browser:
         """What the console has complained of since the last time; failed calls are no complaint."""
         return [
             entry["message"]
-            for entry in self.driver.get_log("browser")
+            for entry in self.driver.get_log("browser")  # type: ignore[no-untyped-call]
             if entry["level"] in ("WARNING", "SEVERE") and entry["source"] != "network"
         ]
 

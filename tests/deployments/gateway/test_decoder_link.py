@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 import time
+from typing import Any
 
 import grpc
 import pytest
@@ -41,7 +42,8 @@ def test_a_failing_step_ends_its_requests_only(
     decoder.runner.error = RuntimeError("a bug")
     call = stub.CompleteOnce.future(complete())
     assert failure(call.result)[0] == "INTERNAL"
-    assert f"request_id={dict(call.initial_metadata())['x-request-id']}" in caplog.text
+    metadata: dict[str, Any] = {key: value for key, value in call.initial_metadata()}
+    assert f"request_id={metadata['x-request-id']}" in caplog.text
     decoder.runner.error = None
     assert stub.CompleteOnce(complete()).text == "bcdefghi"
 

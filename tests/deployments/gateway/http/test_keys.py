@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import openai
@@ -193,8 +194,8 @@ def test_tls_with_and_without_clients_certificates(
     authority = Authority(tmp_path)
     cert_file, key_file = authority.sign("gateway")
     own = authority.sign("client")
-    files = {"tls_cert_file": cert_file, "tls_key_file": key_file}
-    for mutual in ({}, {"tls_client_ca_file": authority.file}):
+    files: dict[str, Any] = {"tls_cert_file": cert_file, "tls_key_file": key_file}
+    for mutual in (dict[str, Any](), {"tls_client_ca_file": authority.file}):
         with running_gateway(tokenizer, decoder.find, **files, **mutual) as gateway:
             assert (gateway.base_url or "").startswith("https://127.0.0.1:")
             context = ssl.create_default_context(cafile=str(authority.file))

@@ -93,7 +93,7 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
     assert plain.choices[0].logprobs is not None and plain.choices[0].logprobs.content
     assert [token.token for token in plain.choices[0].logprobs.content] == list(";<=>?@AB")
     chunks = client.chat.completions.create(messages=HELLO, logprobs=True, stream=True, **EIGHT)
-    tokens = [t.token for c in chunks for t in (c.choices[0].logprobs.content or ())]  # type: ignore[union-attr]
+    tokens = [t.token for c in chunks for t in (c.choices[0].logprobs.content or ())]
     assert tokens == list(";<=>?@AB")
 
 
@@ -103,7 +103,7 @@ def test_logprobs_of_a_completion(client: openai.OpenAI) -> None:
     assert logprobs is not None and logprobs.tokens == list("bcdefghi")
     assert logprobs.text_offset == list(range(8)) and logprobs.top_logprobs
     assert [list(top) for top in logprobs.top_logprobs] == [[char] for char in "bcdefghi"]
-    offsets = []
+    offsets: list[int] = []
     for chunk in client.completions.create(prompt="a", logprobs=1, stream=True, **EIGHT):
         assert chunk.choices[0].logprobs is not None
         offsets += chunk.choices[0].logprobs.text_offset or []

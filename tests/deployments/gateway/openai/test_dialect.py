@@ -54,10 +54,10 @@ def test_a_round_with_a_tool(cluster: tuple[ScriptedRunner, openai.OpenAI]) -> N
     play(runner, f"{THOUGHT}{CALL}<|tool_response>")
     first = client.chat.completions.create(messages=[ASKED], reasoning_effort="low", **asked)
     said = first.choices[0].message
-    (call,) = said.tool_calls or ()
+    (call,) = said.tool_calls or []
     assert first.choices[0].finish_reason == "tool_calls" and said.content is None
-    assert said.reasoning_content == "They ask for the weather."  # type: ignore[attr-defined]
-    assert json.loads(call.function.arguments) == {"town": "Oslo"}  # type: ignore[union-attr]
+    assert said.reasoning_content == "They ask for the weather."
+    assert json.loads(call.function.arguments) == {"town": "Oslo"}
     answered: Any = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
     play(runner, "Sunny.<turn|>")
     history: Any = [ASKED, said.model_dump(exclude_none=True), answered]
@@ -73,7 +73,7 @@ def test_the_same_as_a_stream(cluster: tuple[ScriptedRunner, openai.OpenAI]) -> 
         model="counter", messages=[ASKED], tools=[WEATHER], temperature=0
     ) as stream:
         final = stream.get_final_completion()
-    (call,) = final.choices[0].message.tool_calls or ()
+    (call,) = final.choices[0].message.tool_calls or []
     assert json.loads(call.function.arguments) == {"town": "Oslo"}
     assert final.choices[0].finish_reason == "tool_calls"
 

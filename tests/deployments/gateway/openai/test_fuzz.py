@@ -109,7 +109,7 @@ def status_of(channel: grpc.Channel, method: MethodDescriptor, data: bytes) -> s
             call: Any = channel.unary_unary(path)
             call(data, timeout=LONGEST_S)
     except grpc.RpcError as error:
-        return str(error.code().name)  # type: ignore[attr-defined]
+        return str(error.code().name)
     return "OK"
 
 
@@ -125,8 +125,8 @@ def messages(descriptor: Descriptor) -> st.SearchStrategy[Message]:
 
 
 def values(field: FieldDescriptor) -> st.SearchStrategy[Any]:
-    if field.message_type is not None:
-        one: st.SearchStrategy[Any] = st.deferred(lambda: messages(field.message_type))
+    if (descriptor := field.message_type) is not None:
+        one: st.SearchStrategy[Any] = st.deferred(lambda: messages(descriptor))
     else:
         one = SCALARS[field.cpp_type]
     return st.lists(one, max_size=3) if field.is_repeated else one

@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from protos.briolette.v1.inference_pb2 import (
+    ChatRequest,
     Generation,
     Sampling,
 )
@@ -46,6 +47,7 @@ def test_every_field_reaches_the_engine(scripted: openai.OpenAI, backend: Script
         },
     )
     (request,) = backend.requests
+    assert isinstance(request, ChatRequest)
     assert request.model == "scripted" and request.priority == -2
     assert [message.role for message in request.messages] == ["developer", "user"]
     assert request.sampling == Sampling(
@@ -64,10 +66,10 @@ def test_every_field_reaches_the_engine(scripted: openai.OpenAI, backend: Script
 
 
 def test_null_is_the_same_as_absent(scripted: openai.OpenAI, backend: ScriptedBackend) -> None:
-    nulls = dict.fromkeys(
+    nulls: dict[str, Any] = dict.fromkeys(
         ["temperature", "stop", "n", "tools", "response_format", "seed", "stream"]
     )
-    scripted.chat.completions.create(model="", messages=HELLO, **nulls)  # type: ignore[call-overload]
+    scripted.chat.completions.create(model="", messages=HELLO, **nulls)
     scripted.chat.completions.create(model="", messages=HELLO, extra_body={"top_k": -1})
     assert [request.sampling for request in backend.requests] == [Sampling(), Sampling()]
 

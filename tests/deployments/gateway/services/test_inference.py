@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -75,13 +76,14 @@ def test_a_text_that_can_never_fit_is_not_even_encoded(
 ) -> None:
     monkeypatch.setattr(Tokenizer, "encode_plain", lambda *_: pytest.fail("It was encoded."))
     text = "x" * (2 * CONTEXT + 1)  # a token has two bytes at most
-    for call, request in (
+    calls: tuple[tuple[Any, Any], ...] = (
         (stub.Tokenize, TokenizeRequest(text=text)),
         (stub.Tokenize, TokenizeRequest(messages=chat(text).messages)),
         (stub.CompleteOnce, complete(text)),
         (stub.ChatOnce, chat(text)),
-    ):
-        assert failure(lambda call=call, request=request: call(request)) == (
+    )
+    for call, request in calls:
+        assert failure(functools.partial(call, request)) == (
             "INVALID_ARGUMENT",
             "The prompt has 1,025 bytes; the context holds 512 tokens, which can't be so many.",
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
@@ -68,6 +69,11 @@ from tests.support.waiting import wait_for
 LOCAL_KEY, LOCAL = new_key(0.0)
 
 
+def bearer(key: str) -> tuple[tuple[str, str | bytes], ...]:
+    """The metadata of a call with a key."""
+    return (("authorization", f"Bearer {key}"),)
+
+
 @dataclass
 class Cluster:
     """A gateway with keys and the operator's client of it."""
@@ -88,7 +94,7 @@ class Cluster:
 
     def complete(self, key: str | None, text: str = "a", **options: Any) -> str:
         """The answer to a prompt of as many tokens as it has characters."""
-        metadata = [("authorization", f"Bearer {key}")] if key else []
+        metadata = bearer(key) if key else ()
         stub = InferenceStub(self.channel)
         return stub.CompleteOnce(complete(text, **options), metadata=metadata, timeout=20).text
 
@@ -129,9 +135,9 @@ def test_a_key_opens_what_no_key_does(cluster: Cluster) -> None:
     code, sentence = cluster.refusal(key + "0")
     assert (code, sentence) == ("UNAUTHENTICATED", "This key is unknown.")
     stub = InferenceStub(cluster.channel)
-    by_header = stub.CompleteOnce(complete("a"), metadata=[("x-api-key", key)])
+    by_header = stub.CompleteOnce(complete("a"), metadata=(("x-api-key", key),))
     assert by_header.text == "bcdefghi"
-    small = stub.CompleteOnce(complete("a"), metadata=[("authorization", f"bearer {key}")])
+    small = stub.CompleteOnce(complete("a"), metadata=(("authorization", f"bearer {key}"),))
     assert small.text == "bcdefghi"
 
 
@@ -155,7 +161,7 @@ def test_every_method_but_health_and_reflection_asks_for_a_key(cluster: Cluster)
 
 
 def test_the_status_is_for_every_key(cluster: Cluster) -> None:
-    metadata = [("authorization", f"Bearer {cluster.create('watcher')}")]
+    metadata = bearer(cluster.create("watcher"))
     status = AdminStub(cluster.channel).GetStatus(GetStatusRequest(), metadata=metadata)
     assert status.ready and status.model == "counter"
 
@@ -182,7 +188,7 @@ def test_disabled_enabled_rotated_expired_and_deleted(cluster: Cluster) -> None:
 def test_a_request_that_runs_goes_on_when_its_tenant_is_deleted(cluster: Cluster) -> None:
     key = cluster.create("leaving", max_in_flight=1)
     cluster.decoder.runner.step_s = 0.01
-    metadata = [("authorization", f"Bearer {key}")]
+    metadata = bearer(key)
     call = InferenceStub(cluster.channel).Complete(complete(max_tokens=40), metadata=metadata)
     tokens = list(next(call).token_ids)
     cluster.operator.delete_tenant("leaving")
@@ -211,7 +217,7 @@ def test_a_turn_that_runs_when_its_tenant_is_deleted_leaves_no_session(cluster: 
 
 def test_only_allowed_models_are_seen_and_used(cluster: Cluster) -> None:
     key = cluster.create("picky", models=["other"])
-    metadata = [("authorization", f"Bearer {key}")]
+    metadata = bearer(key)
     stub = InferenceStub(cluster.channel)
     code, sentence = cluster.refusal(key)
     assert (code, "may not use the model counter" in sentence) == ("PERMISSION_DENIED", True)
@@ -240,7 +246,8 @@ def test_over_quota_says_when_to_come_back(cluster: Cluster) -> None:
     assert status.details[0].Unpack(reason) and status.details[1].Unpack(info)
     assert (reason.reason, reason.domain) == ("QUOTA_EXCEEDED", "briolette")
     assert 5 < info.retry_delay.ToNanoseconds() / 1e9 <= 10
-    trailing = dict(error.trailing_metadata())
+    metadata: Any = error.trailing_metadata()
+    trailing = dict(metadata)
     assert float(trailing["retry-after-s"]) == pytest.approx(info.retry_delay.seconds, abs=1)
     with Client(f"127.0.0.1:{cluster.gateway.port}", Access(key)) as client:
         message = Message(role="user", content="x" * 20)
@@ -305,7 +312,7 @@ def test_without_a_key_no_message_is_waited_for(cluster: Cluster, method: str) -
 
 def test_requests_in_flight_end_with_the_call(cluster: Cluster) -> None:
     key = cluster.create("single", max_in_flight=1)
-    metadata = [("authorization", f"Bearer {key}")]
+    metadata = bearer(key)
     cluster.decoder.runner.step_s = 0.01
     call = InferenceStub(cluster.channel).Complete(complete(max_tokens=400), metadata=metadata)
     next(iter(call))
@@ -365,7 +372,7 @@ def test_one_admins_changes_leave_threads_to_another(
         return "a key"
 
     monkeypatch.setattr(TenantDirectory, "rotate", rotate)
-    metadata, admin = [("x-api-key", key)], AdminStub(cluster.channel)
+    metadata, admin = (("x-api-key", key),), AdminStub(cluster.channel)
     calls = [
         admin.RotateKey.future(RotateKeyRequest(name="slow"), metadata=metadata) for _ in range(12)
     ]
@@ -403,11 +410,11 @@ def test_what_an_admin_can_get_wrong(cluster: Cluster) -> None:
         CreateTenantRequest(),
         CreateTenantRequest(tenant=Tenant(name="w", weight=-1.0)),
         UpdateTenantRequest(tenant=Tenant(name="twice")),
-        UpdateTenantRequest(tenant=Tenant(name="twice"), update_mask={"paths": ["name"]}),
+        UpdateTenantRequest(tenant=Tenant(name="twice"), update_mask=FieldMask(paths=["name"])),
         RotateKeyRequest(name="twice", grace_s=1e12),
         RotateKeyRequest(name="twice", grace_s=float("nan")),
     )
-    stub, metadata = AdminStub(cluster.channel), [("authorization", f"Bearer {LOCAL_KEY}")]
+    stub, metadata = AdminStub(cluster.channel), bearer(LOCAL_KEY)
     for request in bad:
         method = type(request).__name__.removesuffix("Request")
         call = lambda r=request, m=method: getattr(stub, m)(r, metadata=metadata)  # noqa: E731
@@ -451,7 +458,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def test_tls_and_nothing_else_on_that_port(tokenizer: Tokenizer, authority: Authority) -> None:
     cert_file, key_file = authority.sign("gateway")
     decoder = Decoder(tokenizer)
-    files = {"tls_cert_file": cert_file, "tls_key_file": key_file}
+    files: dict[str, Any] = {"tls_cert_file": cert_file, "tls_key_file": key_file}
     with running_gateway(tokenizer, decoder.find, **files) as gateway:
         at = f"127.0.0.1:{gateway.port}"
         with Client(at, Access(ca_file=authority.file, has_tls=True)) as client:
@@ -468,7 +475,7 @@ def test_mutual_tls_and_a_socket_for_this_machine(
 ) -> None:
     cert_file, key_file = authority.sign("gateway")
     decoder, socket = Decoder(tokenizer), tmp_path / "gateway.sock"
-    files = {
+    files: dict[str, Any] = {
         "tls_cert_file": cert_file,
         "tls_key_file": key_file,
         "tls_client_ca_file": authority.file,
@@ -489,7 +496,7 @@ def test_mutual_tls_and_a_socket_for_this_machine(
     decoder.close()
 
 
-def files_that_fail(authority: Authority, tmp_path: Path) -> Iterator[tuple[dict[str, Path], str]]:
+def files_that_fail(authority: Authority, tmp_path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     cert_file, key_file = authority.sign("one")
     _, other_key_file = authority.sign("other")
     nonsense = tmp_path / "nonsense.pem"

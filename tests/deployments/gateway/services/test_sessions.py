@@ -212,7 +212,7 @@ def test_another_model_reads_the_messages_anew(
     kept = Sessions(address, 60.0, lambda tenant: 1 << 20)
     was = kept.load("default", "trip")
     content = {**was.content, "token_ids": [1, 2, 3]}  # of another tokenizer
-    facts = {"fingerprint": "another", "num_tokens": 3, "version": was.version}
+    facts: dict[str, Any] = {"fingerprint": "another", "num_tokens": 3, "version": was.version}
     kept.save("default", "trip", content, was.block_keys, **facts)
     back = cluster.sessions.ResumeSession(ResumeSessionRequest(name="trip"))
     assert back.memory_tokens + back.computed_tokens > len(HELLO)
