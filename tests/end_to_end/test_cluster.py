@@ -34,8 +34,8 @@ from tests.support.running_cluster import (
     metric,
     name_of,
     session_pids,
-    wait_for,
 )
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 

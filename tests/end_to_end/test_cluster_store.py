@@ -17,7 +17,8 @@ from deployments.redis_store import problem_of, store_address
 from deployments.start import lifecycle
 from deployments.start.lifecycle import Running
 from protos.briolette.v1.inference_pb2 import Generation, Message
-from tests.support.running_cluster import greedy, metric, name_of, session_pids, wait_for
+from tests.support.running_cluster import greedy, metric, name_of, session_pids
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 

@@ -15,7 +15,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-from tests.support.store.redis_servers import wait_until
+from tests.support.waiting import wait_for
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -61,7 +61,7 @@ class Browser:
         return any(found.is_displayed() for found in self.all(selector))
 
     def wait(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
-        wait_until(condition, seconds)
+        wait_for(condition, seconds)
 
     def wait_for(self, selector: str, words: str = "") -> None:
         """Until it is seen, with these words in it."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
 import urllib.request
-from collections.abc import Callable
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
@@ -34,13 +32,6 @@ def name_of(pid: int) -> str:
         return " ".join(psutil.Process(pid).cmdline())
     except psutil.Error:
         return ""
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    give_up_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up_at, "waited too long"
-        time.sleep(0.05)
 
 
 def answer(client: Client, max_tokens: int = 48) -> list[int]:

@@ -10,7 +10,6 @@ from prometheus_client import CollectorRegistry
 
 from cluster.store.redis import RedisAddress
 from cluster.store.scripts import tenant_prefix, value_name
-from tests.support.store.redis_servers import wait_until
 from tests.support.store.stores import (
     KEYS,
     SIZE,
@@ -22,6 +21,7 @@ from tests.support.store.stores import (
     put_all,
     read_all,
 )
+from tests.support.waiting import wait_for
 
 
 def test_unused_values_expire_and_leave_nothing(address: RedisAddress, stores: Stores) -> None:
@@ -29,7 +29,7 @@ def test_unused_values_expire_and_leave_nothing(address: RedisAddress, stores: S
     put_all(store)
     client = address.client()
     assert client.dbsize() > 0
-    wait_until(lambda: client.dbsize() == 0)
+    wait_for(lambda: client.dbsize() == 0)
 
 
 def test_use_prolongs_a_life(address: RedisAddress, stores: Stores) -> None:

@@ -15,7 +15,7 @@ from cluster.config import StoreConfig
 from cluster.metrics import Metrics
 from cluster.store.kv_store import KVStore
 from cluster.store.redis import RedisAddress
-from tests.support.store.redis_servers import redis_server, wait_until
+from tests.support.store.redis_servers import redis_server
 from tests.support.store.stores import (
     FINGERPRINT,
     KEYS,
@@ -29,6 +29,7 @@ from tests.support.store.stores import (
     put_all,
     read_all,
 )
+from tests.support.waiting import wait_for
 
 
 def test_values_come_back_exactly(address: RedisAddress, stores: Stores) -> None:
@@ -149,7 +150,7 @@ def test_a_removal_waits_for_a_server_that_is_away(tmp_path: Path, stores: Store
         store = stores(address)
         put_all(store)
         address.client().shutdown()
-        wait_until(lambda: not store.look_up("t", KEYS).result(5)[0] and not store.is_up)
+        wait_for(lambda: not store.look_up("t", KEYS).result(5)[0] and not store.is_up)
         store.remove("t", KEYS[:1])
         with redis_server(tmp_path, "--appendonly", "yes"):
             assert store.flush(5)
@@ -159,13 +160,13 @@ def test_a_removal_waits_for_a_server_that_is_away(tmp_path: Path, stores: Store
 def test_the_status_says_how_full_the_server_is(tmp_path: Path, stores: Stores) -> None:
     with redis_server(tmp_path, "--maxmemory", "100mb") as address:
         store = stores(address)
-        wait_until(lambda: store.status.max_bytes)
+        wait_for(lambda: store.status.max_bytes)
         before = store.status
         put_all(store)
-        wait_until(lambda: store.status.used_bytes > before.used_bytes + SIZE)
+        wait_for(lambda: store.status.used_bytes > before.used_bytes + SIZE)
         assert store.status.max_bytes == 100 << 20 and store.status.is_up
     put_all(store)
-    wait_until(lambda: not store.status.is_up)
+    wait_for(lambda: not store.status.is_up)
 
 
 def test_nobody_is_left_waiting_at_the_end(tmp_path: Path, registry: CollectorRegistry) -> None:

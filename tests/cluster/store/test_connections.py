@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry
 from cluster.errors import ConfigError
 from cluster.store.redis import RedisAddress
 from tests.support.store.redis_proxy import Cut, make_certificate
-from tests.support.store.redis_servers import redis_server, wait_until
+from tests.support.store.redis_servers import redis_server
 from tests.support.store.stores import KEYS, Stores, command, count, payload, put_all, read_all
+from tests.support.waiting import wait_for
 
 
 def test_passwords(tmp_path: Path, stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
@@ -24,10 +25,10 @@ def test_passwords(tmp_path: Path, stores: Stores, caplog: pytest.LogCaptureFixt
         with caplog.at_level(logging.WARNING):
             secret.write_text("wrong\n")
             store = stores(RedisAddress(address.url, password_file=secret))
-            wait_until(lambda: not store.is_up)
+            wait_for(lambda: not store.is_up)
             assert read_all(store) == [None] * len(KEYS)
             secret.write_text("right\n")
-            wait_until(lambda: store.is_up)
+            wait_for(lambda: store.is_up)
         put_all(store)
         put_all(stores(RedisAddress(f"unix://:right@{tmp_path}/redis.sock")))
         assert read_all(store) == [payload(key) for key in KEYS]
@@ -109,4 +110,4 @@ def test_over_tls(tmp_path: Path, stores: Stores) -> None:
         put_all(store)
         assert read_all(store) == [payload(key) for key in KEYS]
         distrusting = stores(RedisAddress(proxy.address.url))
-        wait_until(lambda: not distrusting.is_up)
+        wait_for(lambda: not distrusting.is_up)

@@ -16,7 +16,7 @@ from cluster.store.scripts import value_name
 from cluster.store.sender import Sender
 from cluster.store.value import HEADER_BYTES
 from tests.support.store.redis_proxy import Cut
-from tests.support.store.redis_servers import redis_server, wait_until
+from tests.support.store.redis_servers import redis_server
 from tests.support.store.stores import (
     KEYS,
     SIZE,
@@ -28,6 +28,7 @@ from tests.support.store.stores import (
     put_all,
     read_all,
 )
+from tests.support.waiting import wait_for
 
 
 def damage(address: RedisAddress, how: str) -> None:
@@ -115,14 +116,14 @@ def test_a_server_that_goes_and_comes_back(
             store = stores(address)
             put_all(store)
         assert read_all(store) == [None] * len(KEYS)
-        wait_until(lambda: not store.is_up and gauge(registry, "up") == 0)
+        wait_for(lambda: not store.is_up and gauge(registry, "up") == 0)
         start_s = time.perf_counter()
         for _ in range(50):
             assert not store.put("t", b"k", [b"v"])
             assert store.look_up("t", KEYS).done(), "known to be away: no wait"
         assert time.perf_counter() - start_s < 0.2
         with redis_server(tmp_path):
-            wait_until(lambda: store.is_up)
+            wait_for(lambda: store.is_up)
             put_all(store)
             assert read_all(store) == [payload(key) for key in KEYS]
             assert gauge(registry, "up") == 1
@@ -151,7 +152,7 @@ def test_a_server_that_dies_mid_read(tmp_path: Path, stores: Stores) -> None:
         store = stores(cut.address, connections=1)
         came = read_all(store)
         assert came[:2] == [payload(KEYS[0]), payload(KEYS[1])] and came[2:] == [None] * 6
-        wait_until(lambda: store.is_up)
+        wait_for(lambda: store.is_up)
 
 
 @pytest.mark.parametrize("where", ["send", "look_at_memory", "outcome"])
@@ -172,12 +173,12 @@ def test_a_bug_in_the_writer_is_told_once_and_writing_goes_on(
         else:
             patch.setattr(Sender, where, broken)
         assert store.put("t", KEYS[1], [payload(KEYS[1])]) and store.flush(5)
-        wait_until(lambda: caplog.records)
+        wait_for(lambda: caplog.records)
         if where == "send":
             assert store.take_lost() == [("t", KEYS[1])]
             assert count(registry, "writes", "unreachable") == 1
         time.sleep(0.5)  # within which the server is tried again
-    wait_until(lambda: store.is_up)
+    wait_for(lambda: store.is_up)
     put_all(store)
     assert read_all(store) == [payload(key) for key in KEYS]
     assert [bool(record.exc_info) for record in caplog.records] == [True, False]
@@ -196,10 +197,10 @@ def test_a_bug_in_a_reader_is_told_once_and_reading_goes_on(
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr("cluster.store.reader.parse_header", broken)
         assert read_all(store) == [None] * len(KEYS)
-        wait_until(lambda: len(caplog.records) == 2)  # broken, and works again
+        wait_for(lambda: len(caplog.records) == 2)  # broken, and works again
         patch.setattr("cluster.store.reader.tenant_prefix", broken)
         assert store.look_up("t", KEYS).result(5) == [None] * len(KEYS)
-        wait_until(lambda: len(caplog.records) == 4)
+        wait_for(lambda: len(caplog.records) == 4)
     assert count(registry, "reads", "unreachable") == len(KEYS)
     assert read_all(store) == [payload(key) for key in KEYS]
     assert "no such thing" in caplog.text
@@ -224,6 +225,6 @@ def test_a_wrong_type_under_a_key_is_no_crash(address: RedisAddress, stores: Sto
     client.lpush(value_name("t", KEYS[0]), "what is this")
     assert read_all(store, KEYS[:1]) == [None]
     client.delete(value_name("t", KEYS[0]))
-    wait_until(lambda: store.is_up)
+    wait_for(lambda: store.is_up)
     put_all(store, KEYS[:1])
     assert isinstance(client, redis.Redis)

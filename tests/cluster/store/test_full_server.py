@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from tests.support.store.redis_servers import redis_server, wait_until
+from tests.support.store.redis_servers import redis_server
 from tests.support.store.stores import (
     KEYS,
     SIZE,
@@ -21,6 +21,7 @@ from tests.support.store.stores import (
     put_all,
     read_all,
 )
+from tests.support.waiting import wait_for
 
 
 def test_a_full_server_stops_writing_for_a_while_and_is_still_read(
@@ -42,7 +43,7 @@ def test_a_full_server_stops_writing_for_a_while_and_is_still_read(
             assert read_all(store, KEYS[:3]) == [payload(key) for key in KEYS[:3]]
             assert gauge(registry, "writable") == 0 and store.is_up
             client.config_set("maxmemory", 0)
-            wait_until(lambda: store.put("poor", KEYS[5], [payload(KEYS[5])]))
+            wait_for(lambda: store.put("poor", KEYS[5], [payload(KEYS[5])]))
             assert store.flush(5)
         assert read_all(store, KEYS[5:6], "poor") == [payload(KEYS[5])]
         assert count(registry, "writes", "server_full") >= 2

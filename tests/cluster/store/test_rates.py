@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry
 from cluster.store.breaker import Breaker
 from cluster.store.rates import LIFE_S, NUM_LOOKUPS, RateMeter, Rates, worth_fetching
 from cluster.store.redis import RedisAddress
-from tests.support.store.redis_servers import wait_until
 from tests.support.store.stores import KEYS, SIZE, Stores, pause, put_all, read_all
+from tests.support.waiting import wait_for
 
 
 def test_fetch_where_that_is_sooner() -> None:
@@ -64,11 +64,11 @@ def test_a_cancelled_read_tells_the_rate_too(
     monkeypatch.setattr("cluster.store.rates.MIN_READ_BYTES", 1)
     pause(address, 1.0)
     read = store.read("t", [(key, [bytearray(SIZE)]) for key in KEYS])
-    wait_until(lambda: read.num_in_flight)
+    wait_for(lambda: read.num_in_flight)
     read.cancel()
     came = read.result(5)
     assert 0 < sum(came) < len(KEYS), "what was in flight still comes"
-    wait_until(lambda: store.rates.read_bytes_per_s)
+    wait_for(lambda: store.rates.read_bytes_per_s)
 
 
 def test_decisions_rest_on_what_reads_reached(

@@ -19,7 +19,7 @@ import pytest
 
 from cluster.errors import ConfigError, Unavailable
 from cluster.store.redis_server import RedisServer
-from tests.support.store.redis_servers import wait_until
+from tests.support.waiting import wait_for
 
 MAX_BYTES = 64 << 20
 
@@ -48,7 +48,7 @@ def test_data_outlive_an_orderly_end(tmp_path: Path) -> None:
     for i in range(3):
         with RedisServer(tmp_path, MAX_BYTES) as server:
             client = server.address.client()
-            wait_until(client.ping)
+            wait_for(client.ping)
             assert client.dbsize() == i
             client.set(f"key-{i}", "x")
 
@@ -60,7 +60,7 @@ def test_a_killed_server_is_started_again_with_its_data(tmp_path: Path) -> None:
         assert killed is not None
         (tmp_path / "temp-rewriteaof-1.aof").write_text("half")
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: server.pid not in (None, killed) and server.answers())
+        wait_for(lambda: server.pid not in (None, killed) and server.answers())
         assert server.address.client().get("key") == b"value"
         assert not list(tmp_path.glob("temp-*")), "what the killed one left"
 
@@ -80,7 +80,7 @@ def test_where_it_can_not_be_started_again_at_once_that_is_tried_later(
         monkeypatch.setattr("cluster.store.redis_server.subprocess.Popen", start_later)
         assert killed is not None
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: server.pid not in (None, killed) and server.answers())
+        wait_for(lambda: server.pid not in (None, killed) and server.answers())
     assert not failures and "couldn't be started (no processes left)" in caplog.text
 
 
@@ -114,7 +114,7 @@ def test_kill_of_the_owner_ends_it_and_data_come_back(tmp_path: Path) -> None:
     owner.stdout.close()
     with RedisServer(tmp_path, MAX_BYTES) as server:  # at once: it waits for the old one's lock
         client = server.address.client()
-        wait_until(client.ping)
+        wait_for(client.ping)
         assert client.get("key") == b"value"
         assert server.pid != pid and not is_running(pid)
 
@@ -155,7 +155,7 @@ def test_a_torn_tail_of_the_file_is_dropped(tmp_path: Path) -> None:
         file.write(b"*3\r\n$3\r\nSET\r\n$4\r\nhalf\r\n$100\r\nonly a part")
     with RedisServer(tmp_path, MAX_BYTES) as server:
         client = server.address.client()
-        wait_until(client.ping)
+        wait_for(client.ping)
         assert client.keys("*") == [b"key"]
 
 

@@ -33,7 +33,8 @@ from cluster.tenants.keys import new_key
 from cluster.tenants.sessions import Sessions
 from cluster.tenants.tenancy import Tenant
 from tests.support.clock import Clock
-from tests.support.store.redis_servers import redis_server, wait_until
+from tests.support.store.redis_servers import redis_server
+from tests.support.waiting import wait_for
 
 LOCAL_KEY, LOCAL = new_key(0.0)
 ANN = Tenant("ann", weight=2.0, tokens_per_minute=600, max_in_flight=3, models=("small",))
@@ -283,9 +284,9 @@ def test_the_local_key_is_the_operators_and_needs_no_redis(tmp_path: Path) -> No
 def test_changes_act_within_a_second(address: RedisAddress, tenants: TenantDirectory) -> None:
     with admitting(address) as admission:
         key = tenants.create(ANN)
-        wait_until(lambda: is_let_in(admission, key), 1.0)
+        wait_for(lambda: is_let_in(admission, key), 1.0)
         tenants.update("ann", lambda tenant: replace(tenant, is_disabled=True))
-        wait_until(lambda: not is_let_in(admission, key), 1.0)
+        wait_for(lambda: not is_let_in(admission, key), 1.0)
 
 
 def test_nothing_that_is_refused_shows_a_key(
@@ -420,7 +421,7 @@ def test_known_keys_work_while_redis_is_away_and_after_a_restart(
         key = TenantDirectory(address).create(ANN)
         admission.tenants.refresh()
         os.kill(pid_of(address), 9)
-        wait_until(lambda: "known keys still work" in caplog.text)
+        wait_for(lambda: "known keys still work" in caplog.text)
         assert admission.admit(key).tenant == ANN
         assert "new keys aren't read while Redis is away" in str(refusal(admission, key + "0"))
         with pytest.raises(Unavailable):
@@ -435,7 +436,7 @@ def test_a_redis_that_lost_its_data_gets_the_tenants_back(tmp_path: Path) -> Non
         admission.tenants.refresh()
         with address.client() as client:
             client.flushall()
-        wait_until(lambda: TenantDirectory(address).read(admission.tenants.snapshot) is None)
+        wait_for(lambda: TenantDirectory(address).read(admission.tenants.snapshot) is None)
         assert is_let_in(admission, key)
     with redis_server(tmp_path) as address, admitting(address) as admission:  # empty again
         admission.tenants.refresh()
@@ -453,7 +454,7 @@ def test_what_redis_lost_last_is_put_back(address: RedisAddress, admission: KeyA
         tenants.delete("ann")
         admission.tenants.refresh()
         client.restore(TENANTS, 0, before, replace=True)
-    wait_until(lambda: tenants.read(admission.tenants.snapshot) is None)
+    wait_for(lambda: tenants.read(admission.tenants.snapshot) is None)
     assert not is_let_in(admission, key)
 
 

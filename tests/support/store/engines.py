@@ -24,7 +24,7 @@ from engine.request import Request, SamplingParams
 from engine.runner import ModelRunner
 from tests.support.engine.fake_engine import drain, tokens_of
 from tests.support.engine.invariant_subjects import Subject
-from tests.support.store.redis_servers import wait_until
+from tests.support.waiting import wait_for
 
 BLOCK_SIZE, NUM_TOKENS = 4, 6
 KV = KVCacheConfig(BLOCK_SIZE, dict.fromkeys(AttentionKind, 200))
@@ -113,7 +113,7 @@ class Deployment:
         """Wait until Redis has answered the last look-up."""
         lookup = self.kv_store.last_lookup
         assert lookup is not None
-        wait_until(lookup.done)
+        wait_for(lookup.done)
 
     def count(self, what: str, **labels: str) -> float:
         name = f"briolette_kv_store_{what}_total"

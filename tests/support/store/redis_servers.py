@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import redis
@@ -41,11 +41,3 @@ def wait_for_answer(address: RedisAddress) -> None:
         except REDIS_ERRORS:
             assert time.monotonic() < end, "the test's Redis server doesn't start"
             time.sleep(0.01)
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    """Poll a condition; fails the test when it doesn't come true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "what was waited for didn't happen"
-        time.sleep(0.005)

@@ -14,7 +14,8 @@ from deployments.verify.random_cases import RandomCases
 from tests.support.engine.invariant_subjects import Subject
 from tests.support.engine.schedulers import evict_all
 from tests.support.store.engines import BLOCK_SIZE, PROMPT, TEXT, Deployment
-from tests.support.store.redis_servers import redis_server, wait_until
+from tests.support.store.redis_servers import redis_server
+from tests.support.waiting import wait_for
 
 
 @pytest.mark.parametrize(
@@ -108,11 +109,11 @@ def test_what_redis_missed_is_written_at_the_next_turn(
     tmp_path: Path, deploy: Callable[..., Deployment]
 ) -> None:
     deployment = deploy(RedisAddress(f"unix://{tmp_path}/redis.sock"))
-    wait_until(lambda: not deployment.kv_store.is_up)
+    wait_for(lambda: not deployment.kv_store.is_up)
     deployment.ask(PROMPT)
     turn = PROMPT + deployment.cold(PROMPT)
     with redis_server(tmp_path):
-        wait_until(lambda: deployment.kv_store.is_up)
+        wait_for(lambda: deployment.kv_store.is_up)
         assert deployment.ask([*turn, 5]) == 104  # from memory
         deployment.start()
         turn += [5, *deployment.cold([*turn, 5])]
@@ -145,7 +146,7 @@ def test_what_a_full_server_refused_is_written_at_the_next_turn(
     deployment.ask(PROMPT)
     assert deployment.stored() == set()
     deployment.redis.config_set("maxmemory", 0)
-    wait_until(lambda: deployment.kv_store.takes("default", 1))
+    wait_for(lambda: deployment.kv_store.takes("default", 1))
     turn = PROMPT + deployment.cold(PROMPT)
     assert deployment.ask([*turn, 5]) == 104  # from memory
     assert deployment.count("writes", outcome="server_full") > 0

@@ -1,4 +1,4 @@
-"""OpenAI's SDK in front of a counting engine, and of answers by script."""
+"""OpenAI's SDK in front of the gateway's counting engine, and of answers by script."""
 
 from __future__ import annotations
 
@@ -8,29 +8,9 @@ import openai
 import pytest
 
 from deployments.gateway.gateway import Gateway
-from tests.support.gateway.fake_decoder import Decoder, make_tokenizer
+from tests.support.gateway.fake_decoder import Decoder
 from tests.support.gateway.http_server import running_server
-from tests.support.gateway.running import running_gateway, serving
 from tests.support.gateway.scripted_backend import ScriptedBackend
-from tests.support.waiting import wait_for
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[tuple[Decoder, Gateway]]:
-    tokenizer = make_tokenizer()
-    decoder = Decoder(tokenizer)
-    with running_gateway(tokenizer, decoder.find) as gateway:
-        wait_for(lambda: serving(gateway))
-        yield decoder, gateway
-    decoder.close()
-
-
-@pytest.fixture
-def decoder(cluster: tuple[Decoder, Gateway]) -> Iterator[Decoder]:
-    yield cluster[0]
-    cluster[0].runner.step_s = 0.0
-    wait_for(lambda: not cluster[0].engine.has_work)
-    cluster[0].engine.check_integrity()
 
 
 @pytest.fixture

@@ -33,7 +33,8 @@ from tests.support.gateway.session_cluster import (
     SessionCluster,
     running_sessions,
 )
-from tests.support.store.redis_servers import redis_server, wait_until
+from tests.support.store.redis_servers import redis_server
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_a_turn_that_was_cancelled_leaves_no_trace_in_it(cluster: SessionCluster
     assert cluster.ask("Another one.", "other").text
     call.cancel()
     cluster.decoder.runner.step_s = 0.0
-    wait_until(lambda: not cluster.decoder.engine.has_work)
+    wait_for(lambda: not cluster.decoder.engine.has_work)
     assert cluster.said() == before
     assert cluster.ask("And then?").usage.cached_tokens > 0
 
@@ -109,7 +110,7 @@ def test_of_two_gateways_the_second_to_finish_is_refused(
     cluster.ask(HELLO)
     kept = Sessions(address, 60.0, lambda tenant: 1 << 20)
     with running_gateway(tokenizer, cluster.decoder.find, kept) as other:
-        wait_until(lambda: serving(other))
+        wait_for(lambda: serving(other))
         with grpc.insecure_channel(f"127.0.0.1:{other.port}") as channel:
             cluster.decoder.runner.step_s = 0.02
             messages = [Message(role="user", content="Slow.")]
@@ -179,7 +180,7 @@ def test_deleting_leaves_no_key(cluster: SessionCluster, address: RedisAddress) 
     call = cluster.inference.Chat(ChatRequest(messages=messages, session="trip"))
     assert [next(call) for _ in range(40)]
     call.cancel()
-    wait_until(lambda: not cluster.decoder.engine.has_work)
+    wait_for(lambda: not cluster.decoder.engine.has_work)
     assert address.client().keys("*")
     deleted = cluster.sessions.DeleteSession(DeleteSessionRequest(name="trip"))
     assert deleted.freed_bytes > 0 and cluster.list_all() == []
@@ -197,12 +198,12 @@ def test_the_decoder_hears_what_the_store_lacks(
     needed = kept.load("default", "trip").block_keys
     address.client().delete(*(value_name("default", key) for key in needed[:2]))
     cluster.ask("And then?")
-    wait_until(lambda: cluster.blocks.forgotten.issuperset(needed[:2]))
+    wait_for(lambda: cluster.blocks.forgotten.issuperset(needed[:2]))
     cluster.blocks.flush(5)
     needed = kept.load("default", "trip").block_keys
     cluster.blocks.forgotten.clear()
     cluster.sessions.DeleteSession(DeleteSessionRequest(name="trip"))
-    wait_until(lambda: cluster.blocks.forgotten.issuperset(needed))
+    wait_for(lambda: cluster.blocks.forgotten.issuperset(needed))
 
 
 def test_another_model_reads_the_messages_anew(
@@ -237,7 +238,7 @@ def test_while_values_can_not_be_written_nothing_is_given_up(
 def test_without_a_decoder_sessions_are_still_listed_and_shown(cluster: SessionCluster) -> None:
     cluster.ask(HELLO)
     cluster.decoder.close()
-    wait_until(lambda: not serving(cluster.gateway))
+    wait_for(lambda: not serving(cluster.gateway))
     (session,) = cluster.list_all()
     assert session.num_tokens == 65 and not session.HasField("tokens_in_memory")
     assert cluster.said()[0] == HELLO
@@ -315,7 +316,7 @@ def test_a_decoder_without_a_store_keeps_what_was_said(
     decoder = Decoder(tokenizer)
     kept = Sessions(address, 60.0, lambda tenant: 1 << 20)
     with running_gateway(tokenizer, decoder.find, kept) as gateway:
-        wait_until(lambda: serving(gateway))
+        wait_for(lambda: serving(gateway))
         with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
             cluster = SessionCluster(decoder, gateway, RedisBlocks(address), channel)
             cluster.ask(HELLO)
@@ -331,7 +332,7 @@ def test_a_decoder_without_a_store_keeps_what_was_said(
 def test_without_a_store_there_are_no_sessions(tokenizer: Tokenizer) -> None:
     decoder = Decoder(tokenizer)
     with running_gateway(tokenizer, decoder.find) as gateway:
-        wait_until(lambda: serving(gateway))
+        wait_for(lambda: serving(gateway))
         with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
             chat = ChatRequest(
                 messages=[Message(role="user", content=HELLO)], sampling=GREEDY, session="trip"
